@@ -1,0 +1,93 @@
+"""Turn verified source text into a module: the last step before generated code runs.
+
+The loader is given text, never a path to read: what the cache verified is what is executed, even
+if the file changes in between.  Lines are registered so that tracebacks and ``inspect.getsource``
+(which Triton needs) show them, and the module sits in ``sys.modules`` so that what it defines can
+be pickled by reference within a process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.abc
+import importlib.util
+import linecache
+import re
+import sys
+import threading
+from pathlib import Path
+from types import CodeType, ModuleType
+
+__all__ = ["PACKAGE", "load_source"]
+
+PACKAGE = "cl_compiler_generated"
+
+_loaded: dict[str, ModuleType] = {}  # sha256 of the source -> its module
+_loading = threading.RLock()
+
+
+def load_source(source: str, name: str, path: Path | None = None) -> ModuleType:
+    """Execute ``source`` as a module; the same text gives the same module.
+
+    Args:
+        source: the Python text, already verified.
+        name: the variant's name, e.g. ``"clip-3f9a1c7e02b4"``; the module is called
+            ``cl_compiler_generated.clip_3f9a1c7e02b4_<first 12 digits of the text's sha256>``.
+        path: the file that holds the text, for tracebacks and ``__file__``; it is not read.
+            None for source that lives in memory only.
+
+    Raises:
+        SyntaxError: the text is not Python.
+        Whatever the module raises while it is executed.
+    """
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    with _loading:
+        module = _loaded.get(digest)
+        if module is None:
+            module_name = f"{PACKAGE}.{re.sub(r'[^0-9A-Za-z_]', '_', name)}_{digest[:12]}"
+            module = _execute(
+                source, module_name, f"<{module_name}>" if path is None else str(path)
+            )
+            _loaded[digest] = module
+        return module
+
+
+class _VerifiedSource(importlib.abc.InspectLoader):
+    """Import-system face of one text: ``inspect`` and ``traceback`` ask a module's loader."""
+
+    def __init__(self, source: str, filename: str) -> None:
+        self._source = source
+        self._filename = filename
+
+    def get_source(self, fullname: str) -> str:
+        return self._source
+
+    def get_code(self, fullname: str) -> CodeType:
+        # dont_inherit: this file's own __future__ imports are none of the generated code's.
+        return compile(self._source, self._filename, "exec", dont_inherit=True)
+
+
+def _execute(source: str, module_name: str, filename: str) -> ModuleType:
+    loader = _VerifiedSource(source, filename)
+    spec = importlib.util.spec_from_loader(module_name, loader, origin=filename)
+    assert spec is not None  # only a loader of None gives none
+    spec.has_location = True  # sets __file__
+    module = importlib.util.module_from_spec(spec)
+    _register_package()
+    # A modification time of None tells linecache never to compare with, or reread, the file.
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    sys.modules[module_name] = module
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _register_package() -> None:
+    """Pickle imports ``package.module`` by name, which needs the package to exist."""
+    if PACKAGE not in sys.modules:
+        package = ModuleType(PACKAGE, "Modules that cl_compiler generated in this process.")
+        package.__path__ = []
+        sys.modules[PACKAGE] = package
