@@ -1,0 +1,617 @@
+"""Lower the pair expressions of a sweep to a straight-line program over tile buffers.
+
+Maximal subexpressions that vary along one axis (or none) are hoisted out of the sweep; equal
+subexpressions are computed once; a scalar factor and offset of a similarity ride in its GEMM; masks
+that hold on known diagonals only become writes to a diagonal, so interior tiles never test them;
+and where the logits are bounded, every ``exp(u - lse)`` is one exponential that all reductions of u
+share, times a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import sympy as sp
+
+from cl_compiler.lang import functions as fn
+from cl_compiler.lang.ir import COLS, ROWS, Leaf, Let, Reduction, axes_of, ordered
+from cl_compiler.lang.buffers import assign_buffers
+from cl_compiler.lang.rewrite import expand_function, shared_exp, split_gradient, tidy
+from cl_compiler.lang.sweeps import Sweep, SweepPlan
+from cl_compiler.lang.tile_ir import (
+    Accumulate,
+    Compute,
+    Diagonal,
+    Gemm,
+    GradientTile,
+    Instruction,
+    Mode,
+    Ref,
+    ScalarRef,
+    TileProgram,
+    TileRef,
+    VectorRef,
+)
+
+_UNARY = {
+    sp.exp: "exp",
+    sp.log: "log",
+    fn.sigmoid: "sigmoid",
+    fn.softplus: "softplus",
+    fn.relu: "relu",
+    fn.absolute: "abs",
+    fn.expm1: "expm1",
+    fn.mask_not: "not",
+}
+_BINARY = {
+    fn.maximum: "maximum",
+    fn.logaddexp: "logaddexp",
+    fn.greater: "gt",
+    fn.greater_equal: "ge",
+    fn.equal: "eq",
+    fn.mask_and: "and",
+    fn.mask_or: "or",
+}
+_MASK_OPS = frozenset({"gt", "ge", "eq", "and", "or", "not", "positive_tile"})
+
+
+@dataclass(frozen=True)
+class Special:
+    """A diagonal on which structural masks have known values."""
+
+    where: Literal["self", "positive"]
+    values: Mapping[sp.Symbol, sp.Integer]
+
+
+def specials(plan: SweepPlan, grid: tuple[str, str]) -> tuple[Special, ...]:
+    """The special diagonals of a grid."""
+    is_self = sp.Symbol(f"is_self_{grid[0]}_{grid[1]}", real=True)
+    positive = sp.Symbol("is_positive", real=True)
+    on_self = Special("self", {is_self: fn.ONE, positive: fn.ZERO})
+    on_positive = Special("positive", {positive: fn.ONE, is_self: fn.ZERO})
+    if grid != (ROWS, COLS):
+        return (on_self,)
+    if plan.positives == "ids":  # is_positive is a tile that is already 0 on the diagonal
+        return (Special("self", {is_self: fn.ONE}),) if plan.ir.is_single_set else ()
+    return (on_self, on_positive) if plan.ir.is_single_set else (on_positive,)
+
+
+class Lowering:
+    """One tile program in the making."""
+
+    def __init__(self, plan: SweepPlan, grid: tuple[str, str], mode: Mode) -> None:
+        self.plan, self.grid, self.mode = plan, grid, mode
+        self.leaves: dict[str, Leaf] = dict(plan.leaves)
+        self.specials = specials(plan, grid)
+        self.structural = {s for special in self.specials for s in special.values}
+        self.code: list[Instruction] = []
+        self.memo: dict[sp.Expr, Ref] = {}
+        self.hoisted: dict[str, tuple[sp.Expr, tuple[str, ...]]] = {}
+        self.affine: dict[str, set[tuple[sp.Expr, sp.Expr]]] = {}
+        self.masks: set[int] = set()
+        self.values = 0
+
+    def declare_shared(self) -> None:
+        """Enter shifts and inverse sums of the logsumexps into the symbol table."""
+        for node in self.plan.nodes:
+            if isinstance(node, Reduction) and node.monoid == "logsumexp":
+                axes = self.plan.leaves[node.name].axes
+                inverse, shift = inverse_of(node.name).name, shift_of(node.name).name
+                self.leaves[inverse] = Leaf(inverse, "adjoint", axes)
+                self.leaves[shift] = Leaf(shift, "adjoint", ())
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def axes(self, expr: sp.Expr) -> frozenset[str]:
+        return axes_of(expr, self.leaves)
+
+    def is_pair(self, expr: sp.Expr) -> bool:
+        return len(self.axes(expr)) > 1
+
+    def is_count(self, expr: sp.Expr) -> bool:
+        """A scalar made of numbers and axis lengths only: known before any data."""
+        if self.axes(expr):
+            return False
+        for symbol in expr.free_symbols:
+            node = self.plan.by_name.get(symbol.name)
+            if isinstance(node, Let) and self.is_count(node.expr):
+                continue
+            if self.leaves[symbol.name].kind != "count":
+                return False
+        return True
+
+    def new(self) -> int:
+        self.values += 1
+        return self.values - 1
+
+    def hoist(self, expr: sp.Expr) -> sp.Symbol:
+        """A name for a vector or scalar expression, evaluated before the sweep."""
+        if isinstance(expr, sp.Symbol):
+            return expr
+        flipped = {t: self.leaves[t.name[:-1]].symbol for t in expr.free_symbols if "~" in t.name}
+        if flipped:  # hoist the vector once, and read it along the other axis
+            symbol = self.mirrored(self.hoist(expr.xreplace(flipped)))
+            assert isinstance(symbol, sp.Symbol)
+            return symbol
+        for name, (known, _) in self.hoisted.items():
+            if known == expr:
+                return self.leaves[name].symbol
+        name, axes = f"h{len(self.hoisted)}", ordered(self.axes(expr))
+        self.hoisted[name] = (expr, axes)
+        self.leaves[name] = Leaf(name, "adjoint", axes)
+        return self.leaves[name].symbol
+
+    def outer(self, expr: sp.Expr) -> Ref:
+        """A reference to something that is not a tile."""
+        if expr.is_number:
+            return ScalarRef(expr)
+        axes = self.axes(expr)
+        symbol = self.hoist(expr)
+        if not axes:
+            return ScalarRef(symbol)
+        (axis,) = axes
+        return VectorRef(symbol.name.removesuffix("~"), self.grid.index(axis))
+
+    def mirrored(self, expr: sp.Expr) -> sp.Expr:
+        """The expression of the transposed tile of a symmetric grid."""
+        axes = self.axes(expr)
+        if not axes or (len(axes) > 1 and isinstance(expr, sp.Symbol)):
+            return expr
+        if len(axes) == 1:
+            symbol = self.hoist(expr)
+            (axis,) = axes
+            name = symbol.name.removesuffix("~") if symbol.name.endswith("~") else f"{symbol.name}~"
+            other = self.grid[1 - self.grid.index(axis)]
+            self.leaves.setdefault(name, Leaf(name, "adjoint", (other,)))
+            return self.leaves[name].symbol
+        return expr.func(*(self.mirrored(a) for a in expr.args))
+
+    def compute(self, op: str, *args: Ref) -> TileRef:
+        value = self.new()
+        self.code.append(Compute(value, op, args, op in _MASK_OPS))
+        if op in _MASK_OPS:
+            self.masks.add(value)
+        return TileRef(value)
+
+    # -- similarities ----------------------------------------------------------------------------
+
+    def scan(self, exprs: Iterable[sp.Expr]) -> None:
+        """Find in which affine forms each similarity is used."""
+        stack = list(exprs)
+        while stack:
+            expr = stack.pop()
+            form = self.affine_form(expr)
+            if form is not None:
+                name, alpha, beta = form
+                self.affine.setdefault(name, set()).add((alpha, beta))
+            elif isinstance(expr, shared_exp):
+                stack.append(expr.args[0] - expr.args[1])
+            elif isinstance(expr, fn.select):
+                stack.extend(self.branches(*expr.args))
+            else:
+                stack.extend(expr.args)
+
+    def branches(self, mask: sp.Expr, a: sp.Expr, b: sp.Expr) -> list[sp.Expr]:
+        """What a selection really computes: a negated branch is made from the other."""
+        if not (mask.free_symbols and mask.free_symbols <= self.structural):
+            return [mask, b] if a + b == 0 else [mask, a, b]
+        inside = a if self.interior(mask) == 1 else b
+        chosen = [fn.select(mask, a, b).xreplace(dict(s.values)) for s in self.specials]
+        here = [inside.xreplace(dict(s.values)) for s in self.specials]
+        return [inside, *(c for c, h in zip(chosen, here, strict=True) if c not in (h, -h))]
+
+    def affine_form(self, expr: sp.Expr) -> tuple[str, sp.Expr, sp.Expr] | None:
+        """(similarity, alpha, beta) if ``expr`` is alpha · similarity + beta with scalars."""
+        if not self.is_pair(expr) or not isinstance(expr, (sp.Symbol, sp.Mul, sp.Add)):
+            return None
+        sims = [s for s in expr.free_symbols if self.leaves[s.name].kind == "similarity"]
+        if len(sims) != 1:
+            return None
+        alpha, beta = expr.coeff(sims[0], 1), expr.coeff(sims[0], 0)
+        if (
+            expr.has(fn.select)
+            or self.axes(alpha)
+            or self.axes(beta)
+            or sims[0] in alpha.free_symbols | beta.free_symbols
+            or alpha * sims[0] + beta != expr
+        ):
+            return None
+        return sims[0].name, alpha, beta
+
+    def gemm(self, name: str, alpha: sp.Expr, beta: sp.Expr) -> TileRef:
+        value = self.new()
+        scalars = [a if a.is_number else self.hoist(a) for a in (alpha, beta)]
+        self.code.append(Gemm(value, name, scalars[0], scalars[1]))
+        return TileRef(value)
+
+    def similarity(self, name: str, alpha: sp.Expr, beta: sp.Expr) -> Ref:
+        forms = self.affine[name]
+        symbol = self.leaves[name].symbol
+        if len(forms) == 1:
+            return self.gemm(name, alpha, beta)
+        alphas = {a for a, _ in forms}
+        shared = alphas.pop() if len(alphas) == 1 else fn.ONE
+        base = self.memo.get(shared * symbol)
+        if base is None:
+            base = self.memo[shared * symbol] = self.gemm(name, shared, fn.ZERO)
+        if alpha != shared:
+            base = self.compute("mul", base, self.outer(alpha / shared))
+        return base if beta == 0 else self.compute("add", base, self.outer(beta))
+
+    # -- expressions -----------------------------------------------------------------------------
+
+    def lower(self, expr: sp.Expr) -> Ref:
+        """A reference to the value of ``expr``; emits what is missing."""
+        if not self.is_pair(expr):
+            return self.outer(expr)
+        if expr not in self.memo:
+            self.memo[expr] = self.emit(expr)
+        return self.memo[expr]
+
+    def tile(self, expr: sp.Expr) -> int:
+        """The value of ``expr`` as a tile, even if it is a vector or a number."""
+        ref = self.lower(expr)
+        if not isinstance(ref, TileRef):
+            ref = self.compute("fill", ref)
+        elif ref.value in self.masks:
+            ref = self.compute("from_mask", ref)
+        return ref.value
+
+    def emit(self, expr: sp.Expr) -> Ref:
+        form = self.affine_form(expr)
+        if form is not None:
+            return self.similarity(*form)
+        if isinstance(expr, sp.Symbol):
+            return self.mask_leaf(expr)
+        if isinstance(expr, shared_exp):
+            return self.compute("exp", self.lower(expr.args[0] - expr.args[1]))
+        if isinstance(expr, fn.stop_gradient):
+            return self.lower(expr.args[0])
+        if isinstance(expr, fn.MASK_FUNCTIONS) and self.structural & expr.free_symbols:
+            return self.mixed_mask(expr)
+        if isinstance(expr, fn.select):
+            return self.select(*expr.args)
+        if isinstance(expr, sp.Add):
+            return self.nary(expr, "add")
+        if isinstance(expr, sp.Mul):
+            return self.product(expr)
+        if isinstance(expr, sp.Pow):
+            return self.power(*expr.args)
+        if type(expr) in _UNARY:
+            return self.compute(_UNARY[type(expr)], self.lower(expr.args[0]))
+        if type(expr) in _BINARY:
+            return self.compute(_BINARY[type(expr)], *(self.lower(a) for a in expr.args))
+        if (rewritten := expand_function(expr)) is not None:
+            return self.lower(rewritten)
+        raise AssertionError(f"no lowering for {type(expr).__name__}")
+
+    def mask_leaf(self, symbol: sp.Symbol) -> Ref:
+        if symbol in self.structural:
+            return self.mixed_mask(symbol)
+        assert symbol.name == "is_positive", symbol
+        ref = self.compute("positive_tile")
+        if self.plan.ir.is_single_set:
+            return self.diagonal(ref.value, "self", "fill", fn.ZERO, is_mask=True)
+        return ref
+
+    def groups(self, expr: sp.Expr) -> tuple[list[sp.Expr], list[sp.Expr]]:
+        """Arguments that are tiles, and the others gathered by axis (scalars with the first)."""
+        tiles = [a for a in expr.args if self.is_pair(a)]
+        by_axis: dict[str, list[sp.Expr]] = {}
+        for arg in expr.args:
+            axes = self.axes(arg)
+            if len(axes) < 2:
+                by_axis.setdefault(next(iter(axes), ""), []).append(arg)
+        if "" in by_axis and len(by_axis) > 1:
+            scalars = by_axis.pop("")
+            next(iter(by_axis.values())).extend(scalars)
+        return tiles, [expr.func(*args) for _, args in sorted(by_axis.items())]
+
+    def nary(self, expr: sp.Expr, op: str) -> Ref:
+        tiles, rest = self.groups(expr)
+        refs = [self.lower(t) for t in tiles]
+        if op == "add":
+            refs += [self.lower(r) for r in rest]
+        else:
+            refs += [self.outer(r) for r in rest]
+        total = refs[0]
+        for ref in refs[1:]:
+            total = self.compute(op, total, ref)
+        return total
+
+    def product(self, expr: sp.Mul) -> Ref:
+        below = [1 / a for a in expr.args if isinstance(a, sp.Pow) and self.is_pair(a)
+                 and a.exp.is_number and a.exp < 0]
+        above = [a for a in expr.args if 1 / a not in below]
+        if not below:
+            if -expr in self.memo and isinstance(expr.args[0], sp.Integer):
+                return self.compute("neg", self.memo[-expr])
+            return self.nary(expr, "mul")
+        top = sp.Mul(*above)
+        return self.compute("div", self.lower(top), self.lower(sp.Mul(*below)))
+
+    def power(self, base: sp.Expr, exponent: sp.Expr) -> Ref:
+        if exponent == 2:
+            return self.compute("square", self.lower(base))
+        if exponent == sp.Rational(1, 2):
+            return self.compute("sqrt", self.lower(base))
+        if exponent.is_number and exponent < 0:
+            return self.compute("div", ScalarRef(fn.ONE), self.lower(base**-exponent))
+        return self.compute("pow", self.lower(base), self.lower(exponent))
+
+    # -- masks -----------------------------------------------------------------------------------
+
+    def interior(self, expr: sp.Expr) -> sp.Expr:
+        return expr.xreplace(dict.fromkeys(self.structural, fn.ZERO))
+
+    def diagonal(
+        self, base: int, where: Literal["self", "positive"],
+        how: Literal["negate", "fill", "set", "add"], expr: sp.Expr,
+        reads: tuple[tuple[sp.Symbol, Ref], ...] = (), is_mask: bool = False,
+    ) -> TileRef:
+        value = self.new()
+        self.code.append(Diagonal(value, base, where, how, expr, reads, is_mask))
+        if is_mask:
+            self.masks.add(value)
+        return TileRef(value)
+
+    def mixed_mask(self, expr: sp.Expr) -> Ref:
+        """A mask with structural parts: its interior form, corrected on the special diagonals."""
+        inside = self.interior(expr)
+        ref = self.compute("mask_fill", ScalarRef(inside)) if inside.is_number else (
+            self.lower(inside)
+        )
+        assert isinstance(ref, TileRef)
+        for special in self.specials:
+            value = expr.xreplace(dict(special.values))
+            if value == inside:
+                continue
+            if value.is_number:
+                ref = self.diagonal(ref.value, special.where, "fill", value, is_mask=True)
+            else:
+                full = self.lower(value)
+                mark = sp.Symbol("full", real=True)
+                reads = ((mark, full),)
+                ref = self.diagonal(ref.value, special.where, "set", mark, reads, is_mask=True)
+        return ref
+
+    def select(self, mask: sp.Expr, a: sp.Expr, b: sp.Expr) -> Ref:
+        if mask.free_symbols and mask.free_symbols <= self.structural:
+            return self.structural_select(mask, a, b)
+        if a.is_number and not b.is_number:
+            return self.compute("fill_where", self.to_tile(b), self.lower(mask), self.outer(a))
+        if b.is_number and not a.is_number:
+            inverse = self.lower(fn.mask_not(mask))
+            return self.compute("fill_where", self.to_tile(a), inverse, self.outer(b))
+        if a == 1 and b == 0:
+            return self.compute("from_mask", self.lower(mask))
+        if a.is_number:
+            base = self.compute("fill", self.outer(b))
+            return self.compute("fill_where", base, self.lower(mask), self.outer(a))
+        on_false = self.to_tile(b)
+        on_true = self.compute("neg", on_false) if a + b == 0 else self.to_tile(a)
+        return self.compute("where", self.lower(mask), on_true, on_false)
+
+    def to_tile(self, expr: sp.Expr) -> Ref:
+        ref = self.lower(expr)
+        return self.compute("fill", ref) if isinstance(ref, ScalarRef) else ref
+
+    def structural_select(self, mask: sp.Expr, a: sp.Expr, b: sp.Expr) -> Ref:
+        inside = a if self.interior(mask) == 1 else b
+        ref: Ref = TileRef(self.tile(inside))
+        for special in self.specials:
+            chosen = fn.select(mask, a, b).xreplace(dict(special.values))
+            here = inside.xreplace(dict(special.values))
+            if chosen == here:
+                continue
+            assert isinstance(ref, TileRef)
+            if chosen.is_number:
+                ref = self.diagonal(ref.value, special.where, "fill", chosen)
+            elif sp.Add(chosen, here) == 0:
+                ref = self.diagonal(ref.value, special.where, "negate", fn.ZERO)
+            else:
+                expr, reads = self.on_diagonal(chosen)
+                ref = self.diagonal(ref.value, special.where, "set", expr, reads)
+        return ref
+
+    def on_diagonal(self, expr: sp.Expr) -> tuple[sp.Expr, tuple[tuple[sp.Symbol, Ref], ...]]:
+        """``expr`` over placeholders, and what each stands for (tiles, vectors)."""
+        reads: dict[sp.Symbol, Ref] = {}
+
+        def walk(e: sp.Expr) -> sp.Expr:
+            if not self.is_pair(e):
+                if not self.axes(e):
+                    return e if e.is_number else self.hoist(e)
+            elif not (e in self.memo or isinstance(e, sp.Symbol)):
+                return e.func(*(walk(a) for a in e.args))
+            mark = sp.Symbol(f"d{len(reads)}", real=True)
+            reads[mark] = self.lower(e)
+            return mark
+
+        return walk(tidy(expr, self.axes)), tuple(reads.items())
+
+
+def reduce_tile(low: Lowering, red: Reduction, operand: sp.Expr, names: tuple[str, ...],
+                kind: Literal["sum", "max", "logsumexp", "softmean"],
+                extra: tuple[sp.Expr, ...] = (), symmetric: bool = False) -> None:
+    """Accumulate ``operand`` over the reduction's axis, and over the other for mirrored tiles."""
+    dim = low.grid.index(red.over)
+    scratch = kind in ("logsumexp", "softmean")
+    args = tuple(low.tile(e) for e in (operand, *extra))
+    flipped = tuple(low.tile(low.mirrored(e)) for e in (operand, *extra)) if symmetric else ()
+    low.code.append(Accumulate(kind, names, args, dim, scratch=low.new() if scratch else None))
+    if symmetric:
+        spare = low.new() if scratch else None
+        low.code.append(Accumulate(kind, names, flipped, 1 - dim, mirrored=True, scratch=spare))
+
+
+def shift_of(lse: str) -> sp.Symbol:
+    """The scalar shift of a bounded logsumexp's shared exponential."""
+    return sp.Symbol(f"shift_{lse}", real=True)
+
+
+def inverse_of(lse: str) -> sp.Symbol:
+    """exp(shift - lse): one over the sum of shifted exponentials (0 where nothing was summed)."""
+    return sp.Symbol(f"inv_{lse}", real=True)
+
+
+def bounded_logits(plan: SweepPlan) -> dict[sp.Expr, str]:
+    """Operands of logsumexps whose size follows from the operands' norms → the shift's owner.
+
+    Those are affine in similarities with scalar or vector coefficients.
+    """
+    owners: dict[sp.Expr, str] = {}
+    for node in plan.nodes:
+        if isinstance(node, Reduction) and node.monoid == "logsumexp" and plan.is_full(node.name):
+            sims = [s for s in node.operand.free_symbols if plan.leaves[s.name].kind == "similarity"]
+            pairs = [a for a in sp.preorder_traversal(node.operand)
+                     if isinstance(a, sp.Function) and len(axes_of(a, plan.leaves)) > 1]
+            linear = sims and not pairs and all(
+                sp.diff(node.operand, s, 2) == 0 for s in sims
+            ) and not any(sp.diff(node.operand, a, b) != 0 for a in sims for b in sims if a != b)
+            slots = "slots" in plan.leaves[sims[0].name].axes if sims else True
+            if not linear or slots:
+                return {}
+            owners.setdefault(node.operand, node.name)
+    return owners
+
+
+def lower_sweep(
+    plan: SweepPlan,
+    sweep: Sweep,
+    mode: Mode,
+    *,
+    symmetric: bool | None = None,
+    keep: Literal["", "write", "read"] = "",
+    kept_expr: sp.Expr | None = None,
+    pull_row_scale: bool = False,
+    reductions: bool = True,
+    gradients: bool = True,
+) -> TileProgram:
+    """Lower one sweep.  ``symmetric`` defaults to what the sweep allows."""
+    symmetric = sweep.symmetric if symmetric is None else symmetric
+    low = Lowering(plan, sweep.grid, mode)
+    owners = bounded_logits(plan) if mode == "bounded" else {}
+    low.declare_shared()
+
+    def prepare(expr: sp.Expr) -> sp.Expr:
+        return tidy(_weights(expr, owners), low.axes)
+
+    reds = [r for r in sweep.reductions if reductions]
+    prepared = {r.name: replace(
+        r, operand=prepare(r.operand), where=prepare(r.where),
+        logits=None if r.logits is None else prepare(r.logits)) for r in reds}
+    grads = {s: prepare(plan.gradient.similarities[s]) for s in sweep.gradients
+             if gradients and plan.gradient is not None}
+    jobs = [_reduction_job(low, prepared[r.name], owners, sweep) for r in reds]
+    parts = {}
+    for s, e in grads.items():
+        extra = plan.gradient.positives.get(s) if plan.gradient is not None else None
+        late = s in plan.late_positives
+        parts[s] = split_gradient(
+            low, e, None if late else extra, symmetric=symmetric, pull_row_scale=pull_row_scale
+        )
+    low.scan([e for job in jobs for e in job[2]])
+    low.scan([p.pair for p in parts.values()])
+    if symmetric:
+        low.scan([low.mirrored(e) for job in jobs for e in job[2]])
+    kept = None
+    if keep == "read":
+        assert kept_expr is not None
+        kept = low.new()
+        low.memo[kept_expr] = TileRef(kept)
+    elif keep == "write":
+        assert kept_expr is not None
+        low.scan([kept_expr])
+        kept = low.tile(kept_expr)
+    for kind, red, exprs, names in jobs:
+        reduce_tile(low, red, exprs[0], names, kind, exprs[1:], symmetric)
+    tiles = []
+    for s, part in parts.items():
+        value = low.tile(part.pair)
+        if part.positive is not None:
+            vector = low.hoist(part.positive)
+            value = low.diagonal(value, "positive", "add", vector).value
+        tiles.append(GradientTile(s, value, part.scale, part.row_scale))
+    return assign_buffers(mode, low.code, low.hoisted, tuple(tiles), kept, keep)
+
+
+def kept_expression(plan: SweepPlan, mode: Mode) -> sp.Expr | None:
+    """The one tile per position that spares the backward its GEMM, if there is such a tile.
+
+    The shared exponential, masked as the logsumexps mask it, if gradients read nothing else of the
+    similarity; otherwise the similarity itself.  None where there are several similarities.
+    """
+    forward = [s for s in plan.sweeps if s.level <= plan.forward_levels]
+    backward = [s for s in plan.sweeps if s.level > plan.forward_levels]
+    if plan.gradient is None or len(forward) != 1 or len(backward) != 1:
+        return None
+    first, second = forward[0], backward[0]
+    if first.similarities != second.similarities or len(first.similarities) != 1:
+        return None
+    symbol = plan.leaves[first.similarities[0]].symbol
+    if mode == "bounded":
+        owners = bounded_logits(plan)
+        low = Lowering(plan, first.grid, mode)
+        low.declare_shared()
+        jobs = [_reduction_job(low, r, owners, first) for r in first.reductions]
+        exponentials = {e for job in jobs for e in job[2] if e.has(shared_exp)}
+        reads = [tidy(_weights(e, owners), low.axes) for e in (
+            *plan.gradient.similarities.values(),
+            *(x for r in second.reductions for x in r.expressions))]
+        if len(exponentials) == 1:
+            (expr,) = exponentials
+            mark = sp.Symbol("kept", real=True)
+            parts = [_split_for_keep(low, e) for e in reads]
+            if all(not p.subs(expr, mark).has(symbol) for p in parts):
+                return expr
+    return symbol
+
+
+def _split_for_keep(low: Lowering, expr: sp.Expr) -> sp.Expr:
+    """The pair factors of an expression, as ``split_gradient`` finds them."""
+    return split_gradient(low, expr, None, symmetric=False, pull_row_scale=False).pair
+
+
+def _weights(expr: sp.Expr, owners: Mapping[sp.Expr, str]) -> sp.Expr:
+    """Write softmax weights as a shared exponential times a vector, or as exp(u - lse)."""
+    def rewrite(u: sp.Expr, lse: sp.Expr) -> sp.Expr:
+        if u in owners:
+            return shared_exp(u, shift_of(owners[u])) * inverse_of(str(lse))
+        return sp.exp(u - lse)
+
+    return expr.replace(fn.softmax_weight, rewrite)
+
+
+Job = tuple[Literal["sum", "max", "logsumexp", "softmean"], Reduction, tuple[sp.Expr, ...],
+            tuple[str, ...]]
+
+
+def _reduction_job(
+    low: Lowering, red: Reduction, owners: Mapping[sp.Expr, str], sweep: Sweep
+) -> Job:
+    """How a reduction is accumulated: (kind, reduction, tile expressions, target vectors)."""
+    minus_infinity = sp.S.NegativeInfinity
+    match red.monoid:
+        case "sum":
+            return "sum", red, (fn.select(red.where, red.operand, fn.ZERO),), (red.name,)
+        case "max":
+            return "max", red, (fn.select(red.where, red.operand, minus_infinity),), (red.name,)
+        case "logsumexp" if red.operand in owners:
+            e = shared_exp(red.operand, shift_of(owners[red.operand]))
+            return "sum", red, (fn.select(red.where, e, fn.ZERO),), (f"sum_{red.name}",)
+        case "logsumexp":
+            names = (f"max_{red.name}", f"sum_{red.name}")
+            u = fn.select(red.where, red.operand, minus_infinity)
+            return "logsumexp", red, (u,), names
+        case "softmean" if red.logits in owners:
+            weighted = shared_exp(red.logits, shift_of(owners[red.logits])) * red.operand
+            return "sum", red, (fn.select(red.where, weighted, fn.ZERO),), (f"sum_{red.name}",)
+        case "softmean":
+            names = (f"max_{red.name}", f"sum_{red.name}", f"weighted_{red.name}")
+            u = fn.select(red.where, red.logits, minus_infinity)
+            return "softmean", red, (u, fn.select(red.where, red.operand, fn.ZERO)), names
+        case _:
+            raise AssertionError(red.monoid)

@@ -1,0 +1,157 @@
+"""Straight-line programs over tile buffers: what ``lower`` makes and a printer prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy as sp
+
+Mode = Literal["plain", "bounded", "running"]
+"""plain: no logsumexp.  bounded: one shared exponential, shifted by a bound of the logits.
+running: running maxima, safe for any logits."""
+
+
+@dataclass(frozen=True)
+class TileRef:
+    """A value [m, n] in a buffer."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class VectorRef:
+    """A slice of a vector: dim 0 is a column [m, 1] of the tile's rows, dim 1 a row [1, n]."""
+
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class ScalarRef:
+    """A number: the name of a scalar or a literal."""
+
+    expr: sp.Expr
+
+
+Ref = TileRef | VectorRef | ScalarRef
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """``value = alpha · left @ right.T + beta``; alpha and beta are scalars."""
+
+    value: int
+    similarity: str
+    alpha: sp.Expr
+    beta: sp.Expr
+
+
+@dataclass(frozen=True)
+class Compute:
+    """``value = op(*args)``, elementwise; may be written over an argument that dies here."""
+
+    value: int
+    op: str
+    args: tuple[Ref, ...]
+    is_mask: bool = False
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """``value`` is ``base`` with the elements on a special diagonal replaced.
+
+    how: "negate", "fill" (expr is a number), "set" (expr over ``reads``), "add" (a row vector).
+    where: "self" (offset 0) or "positive".
+    """
+
+    value: int
+    base: int
+    where: Literal["self", "positive"]
+    how: Literal["negate", "fill", "set", "add"]
+    expr: sp.Expr
+    reads: tuple[tuple[sp.Symbol, Ref], ...] = ()
+    is_mask: bool = False
+
+
+@dataclass(frozen=True)
+class Accumulate:
+    """Fold a tile along ``dim`` into vectors.
+
+    kind: "sum" (target += sum), "max", "logsumexp" (running maximum and sum of exponentials) or
+    "softmean" (those and a weighted sum).  ``mirrored``: on a symmetric grid, also stands for the
+    transposed tile, and is skipped on tiles of the diagonal.
+    ``scratch``: a tile value for the exponentials of the last two kinds.
+    """
+
+    kind: Literal["sum", "max", "logsumexp", "softmean"]
+    targets: tuple[str, ...]
+    args: tuple[int, ...]
+    dim: int
+    mirrored: bool = False
+    scratch: int | None = None
+
+
+Instruction = Gemm | Compute | Diagonal | Accumulate
+
+
+@dataclass(frozen=True)
+class GradientTile:
+    """The tile of dL/dsimilarity, to be multiplied into the operands' gradients.
+
+    ``row_scale``: a vector that multiplies its rows, left out of the tile ("" if none).
+    ``scale``: a scalar left out of the tile.
+    """
+
+    similarity: str
+    value: int
+    scale: sp.Expr
+    row_scale: str = ""
+
+
+@dataclass(frozen=True)
+class TileProgram:
+    """What happens to one tile.
+
+    ``hoisted``: vectors and scalars to evaluate before the sweep, name → (expression, axes).
+    ``buffers``: tile value → buffer ("t0" … in the compute dtype, "m0" … bool).  ``kept``: the value
+    that the schedule keeps (its buffer is "kept"), if any.
+    """
+
+    mode: Mode
+    instructions: tuple[Instruction, ...]
+    hoisted: Mapping[str, tuple[sp.Expr, tuple[str, ...]]]
+    buffers: Mapping[int, str]
+    gradients: tuple[GradientTile, ...]
+    kept: int | None = None
+
+    @property
+    def float_buffers(self) -> int:
+        """Tile buffers in the compute dtype, the kept one not counted."""
+        return len({b for b in self.buffers.values() if b.startswith("t")})
+
+    @property
+    def mask_buffers(self) -> int:
+        return len({b for b in self.buffers.values() if b.startswith("m")})
+
+    @property
+    def gemms(self) -> int:
+        return sum(isinstance(i, Gemm) for i in self.instructions)
+
+    @property
+    def transcendentals(self) -> int:
+        """Elementwise passes that evaluate exp, log, sigmoid or softplus."""
+        return sum(isinstance(i, Compute) and i.op in SLOW_OPS for i in self.instructions) + sum(
+            isinstance(i, Accumulate) and i.kind in ("logsumexp", "softmean")
+            for i in self.instructions
+        )
+
+    @property
+    def passes(self) -> int:
+        """All other passes over a tile."""
+        work = [i for i in self.instructions if isinstance(i, (Compute, Accumulate))]
+        return len(work) - self.transcendentals
+
+
+SLOW_OPS = frozenset({"exp", "log", "sigmoid", "softplus", "logaddexp", "pow", "expm1", "sqrt"})

@@ -1,0 +1,19 @@
+"""CLIP's symmetric loss, and its one-directional half (InfoNCE)."""
+
+from cl_compiler import lang as cl
+
+
+@cl.define_loss
+def clip(sim, logit_scale):
+    """Symmetric InfoNCE (Radford et al. 2021): the mean of both directions' cross-entropies."""
+    s = logit_scale * sim
+    rows = cl.mean(cl.logsumexp(s, over=cl.cols) - cl.at_positive(s, on=cl.rows), over=cl.rows)
+    cols = cl.mean(cl.logsumexp(s, over=cl.rows) - cl.at_positive(s, on=cl.cols), over=cl.cols)
+    return (rows + cols) / 2
+
+
+@cl.define_loss
+def infonce(sim, logit_scale):
+    """InfoNCE (van den Oord et al. 2018): each row against all columns."""
+    s = logit_scale * sim
+    return cl.mean(cl.logsumexp(s, over=cl.cols) - cl.at_positive(s, on=cl.rows), over=cl.rows)
