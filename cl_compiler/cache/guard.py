@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -143,7 +142,7 @@ def discard(name: str, parent: int) -> bool:
     Raises:
         OSError: it could not be moved out of the way.
     """
-    aside = f"{REJECTED_PREFIX}{secrets.token_hex(8)}"
+    aside = f"{REJECTED_PREFIX}{os.urandom(8).hex()}"
     try:
         os.rename(name, aside, src_dir_fd=parent, dst_dir_fd=parent)
         remove(aside, parent)

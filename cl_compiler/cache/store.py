@@ -18,7 +18,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -290,7 +289,7 @@ def _publish(root: Path, key: CacheKey, built: _Built) -> Entry:
     _make_group(root, key.fingerprint)  # pruned while this process was building
     group_path = root / key.fingerprint
     manifest = describe_files(key, built.files)
-    temporary = f"{BUILDING_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = f"{BUILDING_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
     with open_root(root) as top, open_directory(key.fingerprint, top, group_path) as group:
         os.mkdir(temporary, 0o700, dir_fd=group)
         try:

@@ -159,6 +159,29 @@ def test_a_full_or_read_only_disk_compiles_in_memory_and_leaves_no_rest(
     assert [path for path in left if path != bench.folder().parent] == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names descriptors through /proc")
+def test_everything_is_on_the_disk_before_it_gets_its_name(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def spy_fsync(descriptor: int) -> None:
+        steps.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.split("-")[0])
+        fsync(descriptor)
+
+    def spy_rename(*args: Any, **kwargs: Any) -> None:
+        steps.append("rename")
+        rename(*args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "rename", spy_rename)
+    bench.fetch()
+    group = bench.key().fingerprint
+    assert sorted(steps[:4]) == ["kernels.py", "manifest.json", "plan.json", "request.json"]
+    assert steps[4:] == [".building", "rename", group]
+
+
 def test_a_short_write_is_continued(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     with monkeypatch.context() as patched:
