@@ -122,7 +122,9 @@ def positive_mask(
             )
         return torch.eye(m, dtype=torch.bool).roll(m // 2, dims=1)
     if ids is not None or (row_ids is None) != (col_ids is None):
-        raise ArgumentError(f"{ir.name} has rows and columns: pass row_ids and col_ids, or neither.")
+        raise ArgumentError(
+            f"{ir.name} has rows and columns: pass row_ids and col_ids, or neither."
+        )
     if row_ids is not None and col_ids is not None:
         _check_ids("row_ids", row_ids, m)
         _check_ids("col_ids", col_ids, n)
@@ -198,7 +200,9 @@ def _run(
 
 def _argument(ir: LossIR, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
-        raise ArgumentError(f"{ir.name} needs the tensor {name}=; got {', '.join(sorted(tensors))}.")
+        raise ArgumentError(
+            f"{ir.name} needs the tensor {name}=; got {', '.join(sorted(tensors))}."
+        )
     return tensors[name].double()
 
 
