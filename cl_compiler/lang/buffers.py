@@ -8,6 +8,7 @@ import sympy as sp
 
 from cl_compiler.lang.tile_ir import (
     Accumulate,
+    Barrier,
     Compute,
     Diagonal,
     Gemm,
@@ -36,14 +37,20 @@ def reads_of(instruction: Instruction) -> tuple[int, ...]:
 
 def writes_of(instruction: Instruction) -> int | None:
     """The tile value that an instruction makes (an Accumulate: its scratch)."""
-    return instruction.scratch if isinstance(instruction, Accumulate) else instruction.value
+    match instruction:
+        case Accumulate(scratch=scratch):
+            return scratch
+        case Barrier():
+            return None
+        case _:
+            return instruction.value
 
 
 def _live(code: Sequence[Instruction], roots: set[int]) -> list[Instruction]:
     """Instructions whose result somebody reads."""
     needed, kept = set(roots), []
     for instruction in reversed(code):
-        if isinstance(instruction, Accumulate) or instruction.value in needed:
+        if isinstance(instruction, (Accumulate, Barrier)) or instruction.value in needed:
             kept.append(instruction)
             needed.update(reads_of(instruction))
     return kept[::-1]
@@ -108,7 +115,7 @@ def assign_buffers(
 def _kept_chain(code: Sequence[Instruction], kept: int | None, last: Mapping[int, int]) -> set[int]:
     """The kept value and those that only exist to become it: made in place, in its buffer."""
     chain: set[int] = set()
-    made = {i.value: (n, i) for n, i in enumerate(code) if not isinstance(i, Accumulate)}
+    made = {i.value: (n, i) for n, i in enumerate(code) if not isinstance(i, (Accumulate, Barrier))}
     while kept is not None:
         chain.add(kept)
         index, instruction = made[kept]

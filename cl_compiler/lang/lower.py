@@ -19,9 +19,10 @@ from cl_compiler.lang import functions as fn
 from cl_compiler.lang.ir import COLS, ROWS, Leaf, Let, Reduction, axes_of, ordered
 from cl_compiler.lang.buffers import assign_buffers
 from cl_compiler.lang.rewrite import expand_function, shared_exp, split_gradient, tidy
-from cl_compiler.lang.sweeps import Sweep, SweepPlan
+from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
     Accumulate,
+    Barrier,
     Compute,
     Diagonal,
     Gemm,
@@ -478,62 +479,71 @@ def bounded_logits(plan: SweepPlan) -> dict[sp.Expr, str]:
     return owners
 
 
-def lower_sweep(
+def lower_pass(
     plan: SweepPlan,
-    sweep: Sweep,
+    grid: tuple[str, str],
     mode: Mode,
     *,
-    symmetric: bool | None = None,
+    reductions: tuple[Reduction, ...] = (),
+    late_reductions: tuple[Reduction, ...] = (),
+    gradients: tuple[str, ...] = (),
+    symmetric: bool = False,
+    barrier: bool = False,
     keep: Literal["", "write", "read"] = "",
-    kept_expr: sp.Expr | None = None,
-    pull_row_scale: bool = False,
-    reductions: bool = True,
-    gradients: bool = True,
 ) -> TileProgram:
-    """Lower one sweep.  ``symmetric`` defaults to what the sweep allows."""
-    symmetric = sweep.symmetric if symmetric is None else symmetric
-    low = Lowering(plan, sweep.grid, mode)
+    """Lower what one pass over a grid does to a tile.
+
+    ``reductions`` are accumulated first; after the ``barrier`` (if any) their row statistics may be
+    read, by ``late_reductions`` and by the gradient tiles of ``gradients``.
+    """
+    low = Lowering(plan, grid, mode)
     owners = bounded_logits(plan) if mode == "bounded" else {}
     low.declare_shared()
 
     def prepare(expr: sp.Expr) -> sp.Expr:
         return tidy(_weights(expr, owners), low.axes)
 
-    reds = [r for r in sweep.reductions if reductions]
-    prepared = {r.name: replace(
-        r, operand=prepare(r.operand), where=prepare(r.where),
-        logits=None if r.logits is None else prepare(r.logits)) for r in reds}
-    grads = {s: prepare(plan.gradient.similarities[s]) for s in sweep.gradients
-             if gradients and plan.gradient is not None}
-    jobs = [_reduction_job(low, prepared[r.name], owners, sweep) for r in reds]
-    parts = {}
-    for s, e in grads.items():
-        extra = plan.gradient.positives.get(s) if plan.gradient is not None else None
-        late = s in plan.late_positives
-        parts[s] = split_gradient(
-            low, e, None if late else extra, symmetric=symmetric, pull_row_scale=pull_row_scale
+    def job(red: Reduction) -> Job:
+        logits = None if red.logits is None else prepare(red.logits)
+        ready = replace(
+            red, operand=prepare(red.operand), where=prepare(red.where), logits=logits
         )
-    low.scan([e for job in jobs for e in job[2]])
+        return _reduction_job(low, ready, owners)
+
+    early, late = [job(r) for r in reductions], [job(r) for r in late_reductions]
+    parts = {}
+    for s in gradients:
+        assert plan.gradient is not None
+        positive = None if s in plan.late_positives else plan.gradient.positives.get(s)
+        parts[s] = split_gradient(
+            low, prepare(plan.gradient.similarities[s]), positive,
+            symmetric=symmetric, pull_row_scale=barrier,
+        )
+    low.scan([e for j in (*early, *late) for e in j[2]])
     low.scan([p.pair for p in parts.values()])
     if symmetric:
-        low.scan([low.mirrored(e) for job in jobs for e in job[2]])
+        low.scan([low.mirrored(e) for j in (*early, *late) for e in j[2]])
     kept = None
-    if keep == "read":
-        assert kept_expr is not None
-        kept = low.new()
-        low.memo[kept_expr] = TileRef(kept)
-    elif keep == "write":
-        assert kept_expr is not None
-        low.scan([kept_expr])
-        kept = low.tile(kept_expr)
-    for kind, red, exprs, names in jobs:
+    if keep:
+        expr = kept_expression(plan, mode)
+        assert expr is not None
+        if keep == "read":
+            kept = low.new()
+            low.memo[expr] = TileRef(kept)
+        else:
+            low.scan([expr])
+            kept = low.tile(expr)
+    for kind, red, exprs, names in early:
+        reduce_tile(low, red, exprs[0], names, kind, exprs[1:], symmetric)
+    if barrier:
+        low.code.append(Barrier())
+    for kind, red, exprs, names in late:
         reduce_tile(low, red, exprs[0], names, kind, exprs[1:], symmetric)
     tiles = []
     for s, part in parts.items():
         value = low.tile(part.pair)
         if part.positive is not None:
-            vector = low.hoist(part.positive)
-            value = low.diagonal(value, "positive", "add", vector).value
+            value = low.diagonal(value, "positive", "add", low.hoist(part.positive)).value
         tiles.append(GradientTile(s, value, part.scale, part.row_scale))
     return assign_buffers(mode, low.code, low.hoisted, tuple(tiles), kept, keep)
 
@@ -556,7 +566,7 @@ def kept_expression(plan: SweepPlan, mode: Mode) -> sp.Expr | None:
         owners = bounded_logits(plan)
         low = Lowering(plan, first.grid, mode)
         low.declare_shared()
-        jobs = [_reduction_job(low, r, owners, first) for r in first.reductions]
+        jobs = [_reduction_job(low, r, owners) for r in first.reductions]
         exponentials = {e for job in jobs for e in job[2] if e.has(shared_exp)}
         reads = [tidy(_weights(e, owners), low.axes) for e in (
             *plan.gradient.similarities.values(),
@@ -590,7 +600,7 @@ Job = tuple[Literal["sum", "max", "logsumexp", "softmean"], Reduction, tuple[sp.
 
 
 def _reduction_job(
-    low: Lowering, red: Reduction, owners: Mapping[sp.Expr, str], sweep: Sweep
+    low: Lowering, red: Reduction, owners: Mapping[sp.Expr, str]
 ) -> Job:
     """How a reduction is accumulated: (kind, reduction, tile expressions, target vectors)."""
     minus_infinity = sp.S.NegativeInfinity

@@ -93,7 +93,12 @@ class Accumulate:
     scratch: int | None = None
 
 
-Instruction = Gemm | Compute | Diagonal | Accumulate
+@dataclass(frozen=True)
+class Barrier:
+    """The tile spans its rows' whole extent: row statistics are complete from here on."""
+
+
+Instruction = Gemm | Compute | Diagonal | Accumulate | Barrier
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,169 @@
+"""The values that planning takes and makes: problem, budget, request, tiles, plan (all frozen)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from cl_compiler.errors import ArgumentError, BudgetError
+from cl_compiler.hardware.spec import HardwareSpec
+from cl_compiler.lang.ir import LossIR
+from cl_compiler.lang.program import Schedule
+from cl_compiler.lang.resolve import Positives
+from cl_compiler.units import parse_bytes
+
+DType = Literal["float64", "float32", "bfloat16", "float16"]
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
+    {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Global sizes: x [M, D], y [N, D].  For losses over one set, M = N = rows of z.
+
+    ``operands`` gives further operands' widths (columns); ``slots`` K; ``bank`` the queue's length.
+    """
+
+    M: int
+    N: int
+    D: int
+    dtype: DType = "float32"
+    operands: Mapping[str, int] = field(default_factory=dict)
+    slots: int = 0
+    bank: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("M", "N", "D"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"Problem({name}={value!r}): sizes are integers of at least 1.")
+        if self.dtype not in DTYPE_BYTES:
+            raise ArgumentError(
+                f"Problem(dtype={self.dtype!r}): use one of {', '.join(DTYPE_BYTES)}."
+            )
+
+    def __hash__(self) -> int:
+        return hash((self.M, self.N, self.D, self.dtype, self.slots, self.bank))
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of one input element."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one element of tiles, statistics and accumulators."""
+        return 8 if self.dtype == "float64" else 4
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes that the loss may allocate or keep on one device, and on its host (None: no limit)."""
+
+    device_bytes: int
+    host_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device_bytes < 1:
+            raise BudgetError(f"a memory budget of {self.device_bytes} bytes: give at least 1 byte.")
+
+    @classmethod
+    def parse(cls, budget: int | str | Mapping[str, int | str] | MemoryBudget) -> MemoryBudget:
+        """From bytes, "512MiB", {"device": …, "host": …} or a MemoryBudget."""
+        if isinstance(budget, MemoryBudget):
+            return budget
+        if isinstance(budget, Mapping):
+            unknown = set(budget) - {"device", "host"}
+            if unknown or "device" not in budget:
+                raise BudgetError(
+                    f"memory budget {dict(budget)!r}: the keys are 'device' and, optionally, 'host'."
+                )
+            host = budget.get("host")
+            return cls(parse_bytes(budget["device"]), None if host is None else parse_bytes(host))
+        return cls(parse_bytes(budget))
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a plan depends on.  Its canonical form is the cache key."""
+
+    loss: LossIR
+    hardware: HardwareSpec
+    budget: MemoryBudget
+    problem: Problem
+    positives: Positives = "diagonal"
+    needs: frozenset[str] = frozenset()
+    """Operands, inputs and parameters whose gradients are wanted; empty for the value alone."""
+    precision: str = "ieee"
+    schedule: str = "auto"
+    contiguous_copies: int = 0
+    """Bytes of contiguous copies that the caller's strided inputs force (counted in the budget)."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a block of the similarity matrix."""
+
+    rows: int
+    cols: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """What one level of the hardware does: the block that it holds, and what bounds it."""
+
+    level: str
+    kind: str
+    tile: Tile
+    resident_bytes: int
+    traffic_bytes: int
+    seconds: float
+    bound_by: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was considered and not taken."""
+
+    schedule: Schedule
+    tile: Tile
+    kept_tiles: int
+    peak_bytes: int
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A mapping of the loss graph onto the hardware graph.
+
+    ``tile`` is the block that the emitted loops step by; ``kept_tiles`` how many of its tiles the
+    ``retain`` and ``dense`` schedules keep from forward to backward.
+    ``memory`` lists (what, bytes); its sum over what lives at the peak is ``peak_bytes``.
+    """
+
+    loss_name: str
+    hardware_name: str
+    problem: Problem
+    positives: Positives
+    needs: frozenset[str]
+    precision: str
+    budget: MemoryBudget
+    schedule: Schedule
+    tile: Tile
+    kept_tiles: int
+    levels: tuple[LevelPlan, ...]
+    memory: tuple[tuple[str, int], ...]
+    peak_bytes: int
+    seconds: float
+    units: float
+    """Work in units of 2·M·N·D FLOP, forward and backward together."""
+    template: str = "torch"
+    notes: tuple[str, ...] = ()
+    rejected: tuple[Candidate, ...] = ()
