@@ -79,6 +79,8 @@ def test_no_cache_builds_every_time_and_writes_nothing(
 def test_print_source_prints_what_is_built_and_only_then(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    bench.fetch("1MiB")
+    assert capsys.readouterr().err == ""
     monkeypatch.setenv("CL_COMPILER_PRINT_SOURCE", "1")
     bench.fetch()
     assert "VALUE = '256MiB'" in capsys.readouterr().err
