@@ -29,5 +29,5 @@ def test_an_installation_without_templates_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(templates_module, "_PACKAGE", tmp_path / "cl_compiler")
-    with pytest.raises(CompilerError, match="no templates.*reinstall"):
+    with pytest.raises(CompilerError, match=r"no templates.*reinstall"):
         template_root()
