@@ -274,7 +274,7 @@ class _Dense:
 
         if isinstance(expr, sp.Symbol):
             return self.values[expr.name]
-        if expr.is_number:
+        if not expr.args:
             return torch.tensor(float(expr), dtype=torch.float64)
         if isinstance(expr, fn.select):
             condition, a, b = expr.args

@@ -62,11 +62,11 @@ class DensePlan:
             return float(self.eval(self.plan.ir.value).reshape(()))
 
     def outputs(self) -> dict[str, Array]:
+        # as long as the traced loss says: resolved, a vector may have become a constant
+        traced = self.sample.case.loss
+        axes = {name: axes_of(expr, traced.leaves) for name, expr in traced.outputs}
         with np.errstate(all="ignore"):
-            return {
-                name: self.full(expr, axes_of(expr, self.plan.leaves)).ravel()
-                for name, expr in self.plan.ir.outputs
-            }
+            return {n: self.full(e, axes[n]).ravel() for n, e in self.plan.ir.outputs}
 
     def gradients(self) -> dict[str, Array]:
         """The gradient of every operand, input and parameter in ``plan.needs``."""
@@ -165,7 +165,7 @@ class DensePlan:
     def eval(self, expr: sp.Expr) -> Array:
         if isinstance(expr, sp.Symbol):
             return self.values[expr.name]
-        if expr.is_number:
+        if not expr.args:
             return np.full([1] * len(AXES), float(expr))
         args = [self.eval(a) for a in expr.args]
         if isinstance(expr, fn.to_rows):

@@ -1,25 +1,31 @@
 """Symbolic gradients, evaluated densely, equal autograd of the oracle."""
 
-import os
-import subprocess
-import sys
+from random import Random
 
 import numpy as np
 import pytest
+import torch
 
+from cl_compiler.lang import reference
 from cl_compiler.lang.sweeps import plan_sweeps
 from tests.lang.dense_plan import DensePlan
 from tests.losses_zoo import cases
-from tests.zoo_case import Sample, sample
+from tests.random_losses import draw
+from tests.zoo_case import Case, Sample, sample
 
 SIZES = ((5, 7), (4, 4), (1, 3))
 
 
 def assert_plan_equals_oracle(drawn: Sample, needs: frozenset[str], tolerance: float) -> None:
-    """The plan's value, outputs and every gradient against the oracle's, relative to the largest."""
+    """The plan's value, outputs and gradients against the oracle's, relative to the largest."""
     dense = DensePlan(plan_sweeps(drawn.case.loss, drawn.case.positives, needs), drawn)
     value = drawn.reference()
     assert dense.value() == pytest.approx(value.item(), rel=tolerance, abs=tolerance)
+    outputs = reference.evaluate_outputs(
+        drawn.case.loss, drawn.tensors, drawn.parameters, **drawn.ids
+    )
+    for name, output in dense.outputs().items():
+        np.testing.assert_allclose(output, outputs[name].numpy().ravel(), tolerance, tolerance)
     if not needs:
         return
     theirs = {n: g.numpy() for n, g in drawn.gradients(value).items() if n in needs}
@@ -27,6 +33,17 @@ def assert_plan_equals_oracle(drawn: Sample, needs: frozenset[str], tolerance: f
     for name, ours in dense.gradients().items():
         error = np.abs(ours - theirs[name]).max() / max(largest, 1e-3)
         assert error <= tolerance, f"d{name}: relative error {error:.1e}"
+
+
+def draw_sample(seed: int) -> tuple[Case, Sample, frozenset[str]]:
+    """A random loss with inputs of random sizes, and some of its gradients."""
+    rng = Random(seed)
+    case = draw(seed)
+    m = rng.randint(2, 6)
+    n = m + rng.randint(0, 4) if case.positives == "diagonal" else rng.randint(2, 8)
+    drawn = sample(case, m, n, rng.randint(4, 7), seed=seed)
+    some = rng.sample(sorted(case.needs), rng.randint(1, len(case.needs)))
+    return case, drawn, frozenset(some)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -49,3 +66,13 @@ def test_each_gradient_on_its_own(case):
     drawn = sample(case, seed=3)
     for name in sorted(case.needs):
         assert_plan_equals_oracle(drawn, frozenset({name}), 1e-10)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_losses(seed):
+    case, drawn, some = draw_sample(seed)
+    value = drawn.reference()
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(g).all() for g in drawn.gradients(value).values())
+    for needs in (case.needs, some, frozenset()):
+        assert_plan_equals_oracle(drawn, needs, 1e-9)
