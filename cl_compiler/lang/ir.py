@@ -193,6 +193,8 @@ def ordered(axes: Iterable[str]) -> tuple[str, ...]:
 def reduction_axes(red: Reduction, leaves: Mapping[str, Leaf]) -> frozenset[str]:
     """The axes that a reduction runs through, its own included."""
     result: frozenset[str] = frozenset({red.over})
+    if red.monoid == "at_positive":  # also of a vector: it moves to the other axis
+        result |= {ROWS, COLS}
     for expr in red.expressions:
         result |= axes_of(expr, leaves)
     return result

@@ -340,6 +340,7 @@ def operand(name: str, axis: str | tuple[str, str], *, stop: bool = False) -> Op
 
 
 _SECOND = {ROWS: ROWS2, COLS: COLS2}
+_SETS = (ROWS, COLS, ROWS2, COLS2)
 
 
 def similarity(a: OperandRef, b: OperandRef) -> Expr:
@@ -418,8 +419,11 @@ def _bind_self(exprs: list[sp.Expr], over: str) -> list[sp.Expr]:
     if not any(e.has(symbol) for e in exprs):
         return exprs
     axes = frozenset({over}).union(*(axes_of(e, trace.leaves) for e in exprs))
-    pair = ordered(axes)
     single = any(op.axes == (ROWS, COLS) for op in trace.operands.values())
+    if len(axes) == 1:  # e.g. a count: the other axis is that of the same set
+        partner = {ROWS: COLS, COLS: ROWS} if single else {ROWS: ROWS2, COLS: COLS2}
+        axes |= {{ROWS2: ROWS, COLS2: COLS, **partner}[over]} if over in _SETS else set()
+    pair = ordered(axes)
     if pair not in ((ROWS, ROWS2), (COLS, COLS2)) and not (pair == (ROWS, COLS) and single):
         raise LossDefinitionError(
             f"{trace.name}: cl.is_self compares a set with itself, here the axes are {pair}. "
@@ -501,7 +505,7 @@ def at_positive(value: Any, *, on: str) -> Expr:
         raise LossDefinitionError(f"at_positive(on={on!r}): positives join rows and cols only.")
     over = COLS if on == ROWS else ROWS
     trace = _trace()
-    expr = _value(value)
+    expr = _bind_self([_value(value)], over)[0]
     trace.leaves.setdefault("is_positive", Leaf("is_positive", "is_positive", (ROWS, COLS)))
     if not axes_of(expr, trace.leaves) <= {ROWS, COLS}:
         raise LossDefinitionError("at_positive: the value must run over rows and cols only.")
