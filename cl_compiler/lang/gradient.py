@@ -143,8 +143,11 @@ def differentiate(
             continue
         adjoint = work.let(f"a_{red.name}", total)
         if red.monoid in ("to_rows", "to_cols"):
-            back = fn.to_cols if red.monoid == "to_rows" else fn.to_rows
-            terms = [(red.operand, back(adjoint), fn.ONE)]
+            if red.monoid == "to_rows":
+                back = fn.to_cols(adjoint)
+            else:  # every row has a positive, so a scalar read there stays a scalar
+                back = fn.to_rows(adjoint) if axes_of(adjoint, work.leaves) else adjoint
+            terms = [(red.operand, back, fn.ONE)]
             adjoint = fn.ONE
         else:
             terms = work.local_terms(red)

@@ -543,7 +543,8 @@ def lower_pass(
     for s, part in parts.items():
         value = low.tile(part.pair)
         if part.positive is not None:
-            value = low.diagonal(value, "positive", "add", low.hoist(part.positive)).value
+            extra = part.positive if part.positive.is_number else low.hoist(part.positive)
+            value = low.diagonal(value, "positive", "add", extra).value
         tiles.append(GradientTile(s, value, part.scale, part.row_scale))
     return assign_buffers(mode, low.code, low.hoisted, tuple(tiles), kept, keep)
 

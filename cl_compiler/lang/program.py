@@ -7,7 +7,7 @@ predicted bytes are those of the code that runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -42,6 +42,8 @@ class Pass:
     whole_rows: bool
     keep: Literal["", "write", "read"]
     programs: Mapping[Mode, TileProgram]
+    remake: Mapping[Mode, TileProgram] = field(default_factory=dict)
+    """Of a pass that reads kept tiles: how to make one that was not kept."""
 
     @property
     def is_slots(self) -> bool:
@@ -208,13 +210,14 @@ def _make(
                          gradients=gradients, symmetric=symmetric, barrier=barrier, keep=keep)
         for mode in modes
     }
+    remake = {} if keep != "read" else {m: lower_pass(plan, grid, m, keep="write") for m in modes}
     exprs = [e for r in (*reductions, *late) for e in r.expressions]
     exprs += [plan.gradient.similarities[g] for g in gradients] if plan.gradient else []
     used = sorted({s.name for e in exprs for s in e.free_symbols
                    if plan.leaves[s.name].kind == "similarity"})
     return Pass(level, grid, tuple(used), (*reductions, *late), gradients,
                 _needed_sides(plan, gradients) if sides is None else sides,
-                symmetric, whole_rows, keep, programs)
+                symmetric, whole_rows, keep, programs, remake)
 
 
 def _stages(

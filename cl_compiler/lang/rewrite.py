@@ -146,7 +146,8 @@ def split_gradient(
             pair, coefficient = _peel(term, low.axes)
             add(low.mirrored(pair) * _mirror_product(low, coefficient))
         if positive is not None:
-            positive = positive + fn.to_rows(positive)
+            flipped = fn.to_rows(positive) if low.axes(positive) else positive
+            positive = positive + flipped
     if len(groups) == 1 and not masked:
         ((pair, coefficients),) = groups.items()
         whole = sp.Add(*coefficients)

@@ -1,0 +1,292 @@
+"""(Plan, Program) → template variables: the only bridge between planning and text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy as sp
+
+from cl_compiler.codegen.names import Names
+from cl_compiler.codegen.passes import operand_scale
+from cl_compiler.codegen.stages import StagePrinter, StageText
+from cl_compiler.lang.ir import SLOTS, View, axes_of
+from cl_compiler.lang.program import Program
+from cl_compiler.plan.types import Plan
+from cl_compiler.units import format_bytes
+
+
+@dataclass
+class PositiveText:
+    """A similarity at the positives: ``name = scale · <left_i, right_positive(i)>``."""
+
+    name: str
+    left: str
+    right: str
+    scale: str
+
+
+@dataclass
+class LateText:
+    """A gradient at the positives that is only known after the sweep over its matrix."""
+
+    coefficient: str
+    left: str
+    right: str
+    d_left: str
+    d_right: str
+
+
+@dataclass
+class OperandText:
+    name: str
+    is_slots: bool
+    needed: bool
+    final_scale: str
+    norms: list[tuple[str, str, str]]
+    """(coefficient, norm, prefix slice) of gradients through norms."""
+
+
+def build_context(plan: Plan, program: Program) -> dict[str, object]:
+    """Everything that the template reads; nothing is computed in Jinja."""
+    sweep_plan = program.plan
+    ir, gradient = sweep_plan.ir, sweep_plan.gradient
+    names = Names(sweep_plan)
+    cast = plan.problem.dtype in ("bfloat16", "float16")
+    printer = StagePrinter(program, names, cast)
+    forward = [printer.stage(s, "forward", True) for s in program.forward]
+    backward = [printer.stage(s, "backward", False) for s in program.backward]
+    vectors = printer.vectors()
+
+    def text(expr: sp.Expr) -> str:
+        return vectors.text(expr)
+
+    inputs = [names(n) for n, leaf in ir.leaves.items() if leaf.kind == "input"]
+    parameters = [names(n) for n in ir.parameters]
+    used_kinds = {leaf.kind for leaf in sweep_plan.leaves.values()}
+    by_ids = sweep_plan.positives == "ids" and (
+        "is_positive" in sweep_plan.ir.leaves
+    )
+    ids = (["ids"] if ir.is_single_set else ["row_ids", "col_ids"]) if by_ids else []
+    operands = [_operand(printer, op.name, SLOTS in op.axes) for op in ir.operands]
+    grads: dict[str, str] = {}
+    if gradient is not None:
+        for n, expr in gradient.vectors.items():
+            if sweep_plan.leaves[n].kind == "input":
+                grads[names(n)] = text(expr)
+        for n in ir.parameters:
+            if n in sweep_plan.needs:
+                explicit = gradient.parameters.get(n, sp.Integer(0))
+                grads[names(n)] = text(explicit)
+    dots = {
+        names(p): [(op, float(weight)) for op, weight in pairs]
+        for p, pairs in (gradient.dots if gradient else {}).items()
+    }
+    saved = _saved(program, printer)
+    return {
+        "plan": plan,
+        "loss_name": plan.loss_name,
+        "doc": ir.doc.splitlines(),
+        "header": _header(plan, program),
+        "glossary": _glossary(printer, names),
+        "dtype": "torch.float64" if plan.problem.dtype == "float64" else "torch.float32",
+        "cast": cast,
+        "matmul_precision": "bf16" if plan.precision == "bf16" else "ieee",
+        "width": plan.problem.D,
+        "tile": plan.tile,
+        "kept_tiles": plan.kept_tiles,
+        "keeps": program.keeps_tiles,
+        "fused": program.fused,
+        "positives": sweep_plan.positives,
+        "single_set": ir.is_single_set,
+        "operands": operands,
+        "inputs": inputs,
+        "parameters": parameters,
+        "ids": ids,
+        "sizes": _sizes(program),
+        "counts": [(names(n), n.removeprefix("n_")) for n, leaf in sweep_plan.leaves.items()
+                   if leaf.kind == "count"],
+        "norms": [_norm(names, n, leaf.left) for n, leaf in sweep_plan.leaves.items()
+                  if leaf.kind == "norm" and leaf.left is not None],
+        "positive_sims": [_positive(names, n, leaf) for n, leaf in sweep_plan.leaves.items()
+                          if leaf.kind == "similarity_at_positive"],
+        "forward": forward,
+        "backward": backward,
+        "sweeps": _sweep_texts([*forward, *backward]),
+        "modes": program.modes,
+        "shifts": [names(f"shift_{o}") for o in _owners(program)],
+        "value": text(ir.value),
+        "outputs": [(n, text(e)) for n, e in ir.outputs],
+        "required": [(m, text(e)) for m, e in ir.required],
+        "saved": saved,
+        "needs_gradient": gradient is not None,
+        "gradients": grads,
+        "dots": dots,
+        "late": _late(printer),
+        "halves": sweep_plan.positives == "views",
+        "used_kinds": used_kinds,
+        "helpers": _helpers([*forward, *backward], printer, text(ir.value), grads),
+    }
+
+
+def _owners(program: Program) -> list[str]:
+    from cl_compiler.lang.lower import bounded_logits
+
+    return list(bounded_logits(program.plan).values()) if "bounded" in program.modes else []
+
+
+def _operand(printer: StagePrinter, name: str, is_slots: bool) -> OperandText:
+    plan = printer.plan
+    norms = []
+    if plan.gradient is not None:
+        for n, expr in plan.gradient.vectors.items():
+            leaf = plan.leaves[n]
+            if leaf.kind == "norm" and leaf.left is not None and leaf.left.operand == name:
+                part = "" if leaf.left.prefix is None else f"[:, :{leaf.left.prefix}]"
+                norms.append((printer.vectors().text(expr), printer.names(n), part))
+    needed = name in plan.needs and plan.gradient is not None
+    return OperandText(name, is_slots, needed, printer.final_scale(name), norms)
+
+
+def _norm(names: Names, name: str, view: View) -> tuple[str, str]:
+    part = view.operand if view.prefix is None else f"{view.operand}[:, :{view.prefix}]"
+    return names(name), part
+
+
+def _view(view: View | None) -> str:
+    assert view is not None
+    return view.operand if view.prefix is None else f"{view.operand}[:, :{view.prefix}]"
+
+
+def _positive(names: Names, name: str, leaf: object) -> PositiveText:
+    left, right, scale = leaf.left, leaf.right, leaf.scale  # type: ignore[attr-defined]
+    return PositiveText(names(name), _view(left), _view(right), names(scale) if scale else "")
+
+
+def _late(printer: StagePrinter) -> list[LateText]:
+    plan = printer.plan
+    result = []
+    for sim in plan.late_positives:
+        leaf = plan.leaves[sim]
+        assert plan.gradient is not None and leaf.left is not None and leaf.right is not None
+        coefficient = printer.vectors().text(plan.gradient.positives[sim])
+        mixed = leaf.scale and any(
+            operand_scale(plan, v.operand) == "mixed" for v in (leaf.left, leaf.right)
+            if v.operand in plan.needs
+        )
+        if mixed:
+            coefficient = f"({coefficient}) * {printer.names(leaf.scale or '')}"
+        d = [
+            f"d_{_view(v)}" if v.operand in plan.needs and not v.stop else ""
+            for v in (leaf.left, leaf.right)
+        ]
+        result.append(LateText(coefficient, _view(leaf.left), _view(leaf.right), d[0], d[1]))
+    return result
+
+
+def _sizes(program: Program) -> list[tuple[str, str]]:
+    """(name, expression) of the axis lengths that the file uses."""
+    ir = program.plan.ir
+    result = []
+    by_axis = {}
+    for op in ir.operands:
+        for dim, axis in enumerate(op.axes):
+            if ir.is_single_set and op.name == "z":
+                by_axis.setdefault("rows", "z.shape[0]")
+                by_axis.setdefault("cols", "z.shape[0]")
+            else:
+                by_axis.setdefault(axis, f"{op.name}.shape[{dim}]")
+    for axis in ("rows", "cols", "slots", "bank"):
+        if axis in by_axis:
+            result.append((axis, by_axis[axis]))
+    for n, leaf in ir.leaves.items():
+        if leaf.kind == "input" and leaf.axes[0] not in by_axis:
+            by_axis[leaf.axes[0]] = n
+            result.append((leaf.axes[0], f"{n}.shape[0]"))
+    return result
+
+
+def _saved(program: Program, printer: StagePrinter) -> list[str]:
+    """Vectors that the backward reads and only the forward can make, in both modes."""
+    if program.fused or program.plan.gradient is None:
+        return []
+    names = printer.names
+    result = [names(n) for n in program.plan.saved]
+    if "bounded" in program.modes:
+        result += [names(f"inv_{r.name}") for r in program.logsumexps]
+    return result
+
+
+def _sweep_texts(stages: list[StageText]) -> list[object]:
+    return [m.text for s in stages for c in s.calls for m in c.modes.values()]
+
+
+def _glossary(printer: StagePrinter, names: Names) -> list[tuple[str, str]]:
+    """(identifier, meaning) of the names that a reader meets."""
+    plan = printer.plan
+    length = {"rows": "M", "cols": "N", "rows2": "M", "cols2": "N", "slots": "K", "bank": "Q"}
+    result = []
+    for name, leaf in plan.leaves.items():
+        if leaf.kind == "similarity":
+            left, right = _view(leaf.left), _view(leaf.right)
+            scale = f"{leaf.scale} * " if leaf.scale else ""
+            result.append((name, f"{scale}{left} @ {right}.T, one tile at a time"))
+        if leaf.kind == "similarity_at_positive":
+            result.append((names(name), "[M] the same at each row's positive"))
+    for node in plan.nodes:
+        if plan.is_full(node.name):
+            red = plan.by_name[node.name]
+            (axis,) = plan.leaves[node.name].axes
+            operand = str(red.operand)  # type: ignore[union-attr]
+            text = f"[{length[axis]}] {red.monoid} over {red.over} of {operand}"  # type: ignore[union-attr]
+            if red.where != 1:  # type: ignore[union-attr]
+                text += f" where {red.where}"  # type: ignore[union-attr]
+            result.append((names(node.name), _rename(text, plan, names)))
+    return result
+
+
+def _rename(text: str, plan: object, names: Names) -> str:
+    import re
+
+    return re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.table.get(m.group(), m.group()), text)
+
+
+def _header(plan: Plan, program: Program) -> list[tuple[str, str]]:
+    p = plan.problem
+    kept = f"; {plan.kept_tiles} tiles kept" if program.keeps_tiles else ""
+    accumulate = "fp64" if p.dtype == "float64" else "fp32"
+    arguments = ", ".join(program.plan.ir.parameters)
+    return [
+        ("loss", f"{plan.loss_name}({arguments}); positives: {plan.positives}"),
+        ("hardware", f"{plan.hardware_name}   {p.dtype} in, {plan.precision} products, "
+                     f"{accumulate} accumulate"),
+        ("problem", f"up to M={p.M} N={p.N} D={p.D}; gradients: "
+                    f"{', '.join(sorted(plan.needs)) or 'none'}"),
+        ("schedule", f"{plan.schedule}{kept}"),
+        ("tiles", "   ".join(f"{level.level} {level.tile}" for level in plan.levels)
+                  or f"{plan.tile}"),
+        ("memory", f"predicted peak {format_bytes(plan.peak_bytes)} of "
+                   f"{format_bytes(plan.budget.device_bytes)}"),
+    ]
+
+
+def _helpers(stages: list[StageText], printer: StagePrinter, value: str,
+             grads: dict[str, str]) -> set[str]:
+    """Which helper functions the file calls."""
+    lines = [value, *grads.values()]
+    for stage in stages:
+        lines += stage.vectors
+        for call in stage.calls:
+            lines += [b for _, b in call.shifts]
+            for mode in call.modes.values():
+                lines += [*mode.hoisted, *mode.finish, *mode.text.body, *mode.text.remake]
+    lines += [text.coefficient for text in _late(printer)]
+    everything = "\n".join(lines)
+    known = ("_crossings", "_largest_norm", "_inverse", "_finish_logsumexp", "_add_logsumexp",
+             "_add_softmean", "_to_columns", "_logsubexp", "_one_minus_exp")
+    found = {k for k in known if f"{k}(" in everything}
+    if "_logsubexp" in found:
+        found.add("_one_minus_exp")
+    return found
+
+
+__all__ = ["axes_of", "build_context"]

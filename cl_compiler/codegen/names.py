@@ -1,0 +1,70 @@
+"""Readable identifiers for the symbols of a plan, unique within one file."""
+
+from __future__ import annotations
+
+import keyword
+
+from cl_compiler.lang.ir import Let, Reduction
+from cl_compiler.lang.sweeps import SweepPlan
+
+_AXIS = {"rows": "row", "cols": "col", "rows2": "row2", "cols2": "col2", "slots": "slot",
+         "bank": "bank"}
+_MONOID = {"logsumexp": "lse", "sum": "sum", "max": "max", "softmean": "mean"}
+RESERVED = frozenset(
+    "i i1 j j1 k m n t r0 r1 q0 q1 rows cols slots bank half torch math kept spare block saved "
+    "value store grad_output offsets step DTYPE D TILE_M TILE_N KEPT_TILES forward backward Loss "
+    "x y z ids row_ids col_ids".split()
+)
+
+
+class Names:
+    """Symbol name → identifier.  Numbered only where a name would repeat."""
+
+    def __init__(self, plan: SweepPlan) -> None:
+        self.table: dict[str, str] = {}
+        self.taken: set[str] = set(RESERVED)
+        for name, leaf in plan.leaves.items():
+            if leaf.kind in ("parameter", "input", "similarity_at_positive", "norm", "count"):
+                self.add(name, name)
+        for node in plan.nodes:
+            self.add(node.name, self._proposal(plan, node.name))
+        for node in plan.nodes:
+            if isinstance(node, Reduction) and node.monoid == "logsumexp":
+                owner = self.table[node.name]
+                self.add(f"shift_{node.name}", f"{owner}_shift")
+                self.add(f"inv_{node.name}", f"{owner}_inverse")
+            if isinstance(node, Reduction):
+                for part in ("max", "sum", "weighted"):
+                    self.add(f"{part}_{node.name}", f"{self.table[node.name]}_{part}")
+
+    def _proposal(self, plan: SweepPlan, name: str) -> str:
+        node = plan.by_name[name]
+        if isinstance(node, Let):
+            of = self.table.get(name.removeprefix("a_"))
+            return f"d_{of}" if of else name
+        axes = plan.leaves[name].axes
+        if node.monoid in ("to_rows", "to_cols"):
+            return f"{_AXIS[axes[0]]}_positive"
+        what = "partial" if name.startswith("t") else _MONOID[node.monoid]
+        if node.monoid == "sum" and node.operand.is_number:
+            what = "count"
+        if axes:
+            return f"{_AXIS[axes[0]]}_{what}"
+        return f"{_AXIS[node.over]}_{'count' if what == 'count' else 'total'}"
+
+    def add(self, symbol: str, proposal: str) -> str:
+        base = f"{proposal}_" if keyword.iskeyword(proposal) else proposal
+        text, number = base, 1
+        while text in self.taken:
+            number += 1
+            text = f"{base}_{number}"
+        self.taken.add(text)
+        self.table[symbol] = text
+        return text
+
+    def fresh(self, proposal: str) -> str:
+        """A new identifier without a symbol."""
+        return self.add(f"!{proposal}!{len(self.table)}", proposal)
+
+    def __call__(self, symbol: str) -> str:
+        return self.table[symbol]

@@ -1,0 +1,507 @@
+"""One pass over tiles → the pieces of text that the template arranges into a loop nest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import sympy as sp
+
+from cl_compiler.codegen.names import Names
+from cl_compiler.codegen.printers import TilePrinter, VectorPrinter, number
+from cl_compiler.lang.ir import Leaf, Let, Reduction, View, axes_of
+from cl_compiler.lang.lower import inverse_of, shift_of
+from cl_compiler.lang.program import Pass, Program
+from cl_compiler.lang.sweeps import SweepPlan
+from cl_compiler.lang.tile_ir import (
+    Accumulate,
+    Barrier,
+    Compute,
+    Diagonal,
+    Gemm,
+    GradientTile,
+    Mode,
+    Ref,
+    TileProgram,
+    TileRef,
+    VectorRef,
+)
+
+LENGTH = {"rows": "rows", "cols": "cols", "rows2": "rows", "cols2": "cols", "bank": "bank",
+          "slots": "slots"}
+
+
+@dataclass
+class PassText:
+    """What the template needs of one pass in one mode."""
+
+    name: str
+    doc: str
+    params: list[str]
+    accumulators: list[tuple[str, str, str]]
+    """(identifier, axis length, initial value)."""
+    buffers: list[tuple[str, str]]
+    """(identifier, dtype)."""
+    row_length: str
+    col_length: str
+    row_operands: list[str]
+    col_operands: list[str]
+    casts: list[tuple[str, str, str]]
+    """(identifier, tile length, operand) of cast buffers for 16-bit inputs."""
+    body: list[str]
+    remake: list[str]
+    symmetric: bool
+    whole_rows: bool
+    slots: bool
+    keep: str
+    needs_block: str
+    hoisted: list[str] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+
+
+class PassPrinter:
+    """Prints one pass in one mode."""
+
+    def __init__(self, program: Program, pass_: Pass, mode: Mode, names: Names, name: str,
+                 cast: bool) -> None:
+        self.program, self.plan, self.pass_, self.mode = program, program.plan, pass_, mode
+        self.names, self.name, self.cast = names, name, cast
+        self.code: TileProgram = pass_.programs[mode]
+        self.params: dict[str, None] = {}
+        self.active = self.code
+        self.hoisted_by_code: dict[int, dict[str, str]] = {}
+        self.local: set[str] = set()
+        self.after_barrier = False
+        self.leaves = dict(self.plan.leaves)
+        known: dict[sp.Expr, str] = {}
+        self.hoisted: list[tuple[str, sp.Expr, str]] = []
+        """(identifier, expression, symbol) of what is evaluated before the sweep."""
+        prefix = {"rows": "a", "cols": "b"}
+        for code in self.codes:
+            table = self.hoisted_by_code[id(code)] = {}
+            for symbol, (expr, axes) in code.hoisted.items():
+                bare = expr.xreplace({s: sp.Symbol(table[s.name]) for s in expr.free_symbols
+                                      if s.name in table})
+                if bare not in known:
+                    kind = prefix.get(axes[0][:4], "v") if axes else "s"
+                    known[bare] = names.fresh(f"{kind}{len(known)}")
+                    self.hoisted.append((known[bare], expr, symbol))
+                table[symbol] = known[bare]
+        self._find_local()
+
+    # -- names -----------------------------------------------------------------------------------
+
+    @property
+    def codes(self) -> list[TileProgram]:
+        """The pass's own program, and the one that remakes a tile that was not kept."""
+        return [self.code, *([self.pass_.remake[self.mode]] if self.pass_.remake else [])]
+
+    @property
+    def hoisted_names(self) -> dict[str, str]:
+        return self.hoisted_by_code[id(self.active)]
+
+    def _find_local(self) -> None:
+        """Names that only exist inside a row block: known after this pass's own reductions."""
+        if not any(isinstance(i, Barrier) for i in self.code.instructions):
+            return
+        for red in self.pass_.reductions:
+            self.local |= {red.name, inverse_of(red.name).name}
+        for node in self.plan.nodes:
+            if isinstance(node, Let) and self.plan.levels[node.name] >= self.pass_.level:
+                self.local.add(node.name)
+        for symbol, (expr, _) in self.code.hoisted.items():
+            if any(s.name in self.local for s in expr.free_symbols):
+                self.local.add(symbol)
+
+    def symbol(self, name: str) -> str:
+        text = self.hoisted_names.get(name) or self.names(name)
+        if name in self.local:
+            return f"{text}_i"
+        self.params.setdefault(text)
+        return text
+
+    def scalar(self, expr: sp.Expr) -> str:
+        assert isinstance(expr, sp.Symbol), expr
+        return self.symbol(expr.name)
+
+    def vector(self, name: str, dim: int) -> str:
+        if name in ("row_ids", "col_ids"):
+            single = self.plan.ir.is_single_set
+            text = "ids" if single else name
+            self.params.setdefault(text)
+        else:
+            text = self.symbol(name)
+        if dim == 1:
+            return text if self.pass_.whole_rows or self.pass_.is_slots else f"{text}[j:j1]"
+        return f"{text}[:, None]" if name in self.local else f"{text}[i:i1, None]"
+
+    def printer(self, names: object, *, block: bool = False) -> VectorPrinter:
+        def is_vector(expr: sp.Expr) -> bool:
+            return bool(axes_of(expr, self.all_leaves))
+
+        return VectorPrinter(names, is_vector, self.plan.positives, block=block)  # type: ignore[arg-type]
+
+    @property
+    def all_leaves(self) -> dict[str, Leaf]:
+        table = symbol_table(self.plan)
+        for symbol, (_, axes) in self.active.hoisted.items():
+            table[symbol] = Leaf(symbol, "adjoint", axes)
+        return table
+
+    # -- operands --------------------------------------------------------------------------------
+
+    def views(self, sim: str) -> tuple[View, View]:
+        leaf = self.plan.leaves[sim]
+        assert leaf.left is not None and leaf.right is not None
+        return leaf.left, leaf.right
+
+    def row(self, view: View) -> str:
+        return _prefix(f"{view.operand}_i", view)
+
+    def col(self, view: View) -> str:
+        whole = self.pass_.whole_rows and not self.cast
+        text = f"{view.operand}_i" if self.pass_.is_slots else f"{view.operand}_j"
+        return _prefix(view.operand if whole and not self.pass_.is_slots else text, view)
+
+    # -- text ------------------------------------------------------------------------------------
+
+    def text(self) -> PassText:
+        p = self.pass_
+        self.params = {}
+        sims = sorted({*p.similarities, *p.gradients})
+        lefts = {self.views(s)[0].operand for s in sims}
+        rights = {self.views(s)[1].operand for s in sims}
+        operands = [op.name for op in self.plan.ir.operands if op.name in lefts | rights]
+        accumulators = self._accumulators()
+        remake = self.body(p.remake[self.mode]) if p.keep == "read" else []
+        body = self.body(self.code)
+        block = self._block_width()
+        products = [line for g in self.code.gradients for line in self.products(g)]
+        outputs = sorted({f"d_{o}" for g in p.gradients for o in self._grad_operands(g)})
+        fixed = [*operands, *outputs, *(["store"] if p.keep else [])]
+        lengths = [LENGTH[p.grid[0]], LENGTH[p.grid[1]]]
+        if any(isinstance(i, Diagonal) and i.where == "positive" for i in self.code.instructions):
+            lengths.append("half") if self.plan.positives == "views" else None
+        extra = [n for n in self.params if n not in fixed]
+        buffers = sorted({b for b in self.code.buffers.values() if b != "kept"})
+        if p.keep == "read":
+            buffers = sorted({*buffers, *(b for b in p.remake[self.mode].buffers.values()
+                                          if b != "kept")})
+        row_ops = [f"{o}_i = " + self._slice(o, "i") for o in operands if o in lefts
+                   or (p.is_slots and o in rights)]
+        col_ops = [] if p.is_slots else [
+            f"{o}_j = " + self._slice(o, "j") for o in operands if o in rights
+            and not (p.whole_rows and not self.cast)]
+        casts = []
+        if self.cast:
+            casts = [(f"{o}_row_tile", "TILE_M", o) for o in operands if o in lefts or p.is_slots]
+            if not p.is_slots:
+                length = "cols" if p.whole_rows else "TILE_N"
+                casts += [(f"{o}_col_tile", length, o) for o in operands if o in rights]
+        return PassText(
+            name=self.name, doc=self._doc(),
+            params=[*fixed, *dict.fromkeys(lengths), *extra],
+            accumulators=accumulators,
+            buffers=[(b, "torch.bool" if b.startswith("m") else "DTYPE") for b in buffers],
+            row_length=lengths[0], col_length=lengths[1], row_operands=row_ops,
+            col_operands=col_ops, casts=casts, body=[*body, *products], remake=remake,
+            symmetric=p.symmetric, whole_rows=p.whole_rows, slots=p.is_slots, keep=p.keep,
+            needs_block=block, results=[a[0] for a in accumulators],
+        )
+
+    def _doc(self) -> str:
+        p = self.pass_
+        what = []
+        if p.reductions:
+            what.append("reduce " + ", ".join(
+                f"{r.monoid} over {r.over} into {self.names(r.name)}" for r in p.reductions))
+        for g in p.gradients:
+            outs = ", ".join(f"d_{o}" for o in self._grad_operands(g))
+            what.append(f"form the gradient tile of {g} and add its products to {outs}")
+        how = {"bounded": " One exponential, shifted by a bound of the logits, serves all.",
+               "running": " Running maxima: safe for any logits.", "plain": ""}[self.mode]
+        half = " Half of the tiles: the matrix is symmetric." if p.symmetric else ""
+        return f"Sweep the {p.grid[0]} × {p.grid[1]} tiles: {'; '.join(what)}.{how}{half}"
+
+    def _slice(self, operand: str, index: str) -> str:
+        if not self.cast:
+            return f"{operand}[{index}:{index}1]"
+        side = "row" if index == "i" else "col"
+        length = "m" if index == "i" else ("cols" if self.pass_.whole_rows else "n")
+        stop = f"{operand}[{index}:{index}1]"
+        if index == "j" and self.pass_.whole_rows:
+            stop = operand
+        return f"{operand}_{side}_tile[:{length}].copy_({stop})"
+
+    def _accumulators(self) -> list[tuple[str, str, str]]:
+        result, seen = [], set()
+        for a in self.code.instructions:
+            if not isinstance(a, Accumulate):
+                continue
+            for target in a.targets:
+                if target in seen or a.mirrored:
+                    continue
+                seen.add(target)
+                start = "-math.inf" if a.kind == "max" or target.startswith("max_") else "0.0"
+                axis = LENGTH[self.pass_.grid[1 - a.dim]]
+                result.append((self.names(target), axis, start))
+        return result
+
+    def body(self, code: TileProgram) -> list[str]:
+        self.active = code
+        printer = TilePrinter(code.buffers, self.scalar, self.vector, {})
+        lines: list[str] = []
+        for instruction in code.instructions:
+            match instruction:
+                case Gemm(similarity=sim):
+                    left, right = self.views(sim)
+                    scale = self.plan.leaves[sim].scale
+                    text = None if scale is None else self.symbol(scale)
+                    lines += printer.gemm(instruction, self.row(left), self.col(right), text,
+                                          self.pass_.is_slots).split("\n")
+                case Compute():
+                    lines += printer.compute(instruction).split("\n")
+                case Diagonal():
+                    lines += self._diagonal(printer, instruction)
+                case Accumulate():
+                    lines += self._accumulate(printer, instruction)
+                case Barrier():
+                    lines += self.barrier(code)
+        return lines
+
+    def _accumulate(self, printer: TilePrinter, a: Accumulate) -> list[str]:
+        whole = self.pass_.whole_rows or self.pass_.is_slots
+        at_col = "" if whole else "[j:j1]"
+        where = "[i:i1]" if a.dim == 1 else at_col
+        statement = printer.accumulate(a, tuple(f"{self.names(t)}{where}" for t in a.targets))
+        return ["if j != i:", f"    {statement}"] if a.mirrored else [statement]
+
+    def _diagonal(self, printer: TilePrinter, d: Diagonal) -> list[str]:
+        if d.where == "self":
+            offsets = "(0,)"
+        else:
+            offsets = "(half, -half)" if self.plan.positives == "views" else "(0,)"
+        if d.how == "add" and d.expr.is_number:
+            text = number(d.expr)
+        elif d.how == "add":
+            assert isinstance(d.expr, sp.Symbol)
+            name = d.expr.name
+            if not axes_of(d.expr, self.all_leaves):  # type: ignore[arg-type]
+                text = f"{self.symbol(name)}.to(DTYPE)"
+            elif name in self.local:
+                text = f"{self.symbol(name)}[r0 - i : r1 - i]"
+            else:
+                text = f"{self.symbol(name)}[r0:r1]"
+        else:
+            marks = {s.name: r for s, r in d.reads}
+            text = self.printer(lambda n: self._on_diagonal(printer, marks, n)).text(d.expr)
+            if not d.reads and d.how == "set":
+                text = f"torch.as_tensor({text})"
+        *copy, statement = printer.diagonal(d, text)
+        stop = "cols" if self.pass_.whole_rows else "j1"
+        start = "0" if self.pass_.whole_rows else "j"
+        if self.pass_.whole_rows:
+            stop = LENGTH[self.pass_.grid[1]]
+        loop = f"for k, r0, r1, q0, q1 in _crossings(i, i1, {start}, {stop}, {offsets}):"
+        return [*copy, loop, f"    {statement}"]
+
+    def _on_diagonal(self, printer: TilePrinter, marks: dict[str, Ref], name: str) -> str:
+        ref = marks.get(name)
+        match ref:
+            case TileRef(value=value):
+                return f"{printer.tile(value)}.diagonal(k)"
+            case VectorRef(name=vector, dim=dim):
+                text = self.symbol(vector)
+                if vector in self.local:
+                    return f"{text}[r0 - i : r1 - i]"
+                return f"{text}[r0:r1]" if dim == 0 else f"{text}[q0:q1]"
+            case None:
+                return self.symbol(name)
+            case _:
+                return printer.ref(ref)
+
+    # -- row blocks ------------------------------------------------------------------------------
+
+    def barrier(self, code: TileProgram) -> list[str]:
+        """Statistics of this block of rows, now complete, and what follows from them."""
+        wanted: set[str] = set()
+        for i in code.instructions:
+            if isinstance(i, Compute):
+                wanted |= {a.name for a in i.args if isinstance(a, VectorRef)}
+            if isinstance(i, Diagonal):
+                wanted |= {s.name for s in i.expr.free_symbols}
+                wanted |= {r.name for _, r in i.reads if isinstance(r, VectorRef)}
+        wanted |= {g.row_scale for g in code.gradients if g.row_scale}
+        stack = [n for n in wanted if n in self.local]
+        needed: set[str] = set()
+        while stack:
+            name = stack.pop()
+            if name in needed or name not in self.local:
+                continue
+            needed.add(name)
+            node = self.plan.by_name.get(name)
+            expr = code.hoisted[name][0] if name in code.hoisted else (
+                node.expr if isinstance(node, Let) else None)
+            if expr is not None:
+                stack.extend(s.name for s in expr.free_symbols)
+        lines = []
+        for red in self.pass_.reductions:
+            block = {t: f"{self.names(f'{t}_{red.name}')}[i:i1]" for t in ("max", "sum", "weighted")}
+            for symbol, text in finalise(self.program, red, self.mode, self.names, block):
+                if symbol in needed:
+                    lines.append(f"{self.symbol(symbol)} = {text}")
+            if red.monoid in ("sum", "max") and red.name in needed:
+                lines.append(f"{self.symbol(red.name)} = {self.names(red.name)}[i:i1]")
+        printer = self.printer(self._in_block, block=True)
+        for node in self.plan.nodes:
+            if isinstance(node, Let) and node.name in needed:
+                lines.append(f"{self.symbol(node.name)} = {printer.text(node.expr)}")
+        for symbol, (expr, _) in code.hoisted.items():
+            if symbol in needed:
+                lines.append(f"{self.symbol(symbol)} = {printer.text(expr)}")
+        return lines
+
+    def _in_block(self, name: str) -> str:
+        text = self.symbol(name)
+        axes = self.all_leaves[name].axes
+        return text if name in self.local or not axes else f"{text}[i:i1]"
+
+    # -- gradients -------------------------------------------------------------------------------
+
+    def _grad_operands(self, sim: str) -> list[str]:
+        left, right = self.views(sim)
+        result = []
+        for side, view in (("left", left), ("right", right)):
+            needed = view.operand in self.plan.needs and not view.stop
+            if side in self.pass_.sides and needed and view.operand not in result:
+                result.append(view.operand)
+        return result
+
+    def _block_width(self) -> str:
+        return "D" if any(g.row_scale for g in self.code.gradients) else ""
+
+    def products(self, g: GradientTile) -> list[str]:
+        """Multiply a gradient tile into its operands' gradients."""
+        left, right = self.views(g.similarity)
+        tile = self.code.buffers[g.value]
+        alpha = self._alpha(g)
+        outs = self._grad_operands(g.similarity)
+        to_left = left.operand in outs and "left" in self.pass_.sides
+        to_right = right.operand in outs and "right" in self.pass_.sides
+        d_left = _prefix(f"d_{left.operand}[i:i1]", left, at="[i:i1")
+        if self.pass_.is_slots:
+            return self._slot_products(left, right, tile, alpha, to_left, to_right)
+        whole = self.pass_.whole_rows
+        at = f"d_{right.operand}" if whole else f"d_{right.operand}[j:j1]"
+        d_right = _prefix(at, right, at="[j:j1" if not whole else "")
+        x_i, y_j = self.row(left), self.col(right)
+        extra = f", alpha={alpha}" if alpha else ""
+        lines = []
+        if g.row_scale:
+            scale = f"{self.symbol(g.row_scale)}[:, None]"
+            if to_left:
+                lines += [f"torch.mm({tile}, {y_j}, out=block[:m])", f"block[:m].mul_({scale})",
+                          f"{d_left}.add_(block[:m]{extra})"]
+            if to_right:
+                lines += [f"torch.mul({x_i}, {scale}, out=block[:m])",
+                          f"{d_right}.addmm_({tile}.T, block[:m]{extra})"]
+            return lines
+        if to_left:
+            lines.append(f"{d_left}.addmm_({tile}, {y_j}{extra})")
+        if to_right:
+            statement = f"{d_right}.addmm_({tile}.T, {x_i}{extra})"
+            lines += ["if j != i:", f"    {statement}"] if self.pass_.symmetric else [statement]
+        return lines
+
+    def _slot_products(self, left: View, right: View, tile: str, alpha: str, to_left: bool,
+                       to_right: bool) -> list[str]:
+        lines = []
+        if to_left:
+            product = f"torch.bmm({tile}.unsqueeze(1), {right.operand}_i).squeeze(1)"
+            extra = f", alpha={alpha}" if alpha else ""
+            lines.append(f"d_{left.operand}[i:i1].add_({product}{extra})")
+        if to_right:
+            extra = f", value={alpha}" if alpha else ""
+            lines.append(f"d_{right.operand}[i:i1].addcmul_({tile}.unsqueeze(2), "
+                         f"{left.operand}_i.unsqueeze(1){extra})")
+        return lines
+
+    def _alpha(self, g: GradientTile) -> str:
+        factors = []
+        if g.scale != 1:
+            text = self.printer(self.symbol).text(g.scale)
+            factors.append(f"float({text})")
+        leaf = self.plan.leaves[g.similarity]
+        operands = self._grad_operands(g.similarity)
+        if leaf.scale and any(operand_scale(self.plan, o) == "mixed" for o in operands):
+            factors.append(f"{self.symbol(leaf.scale)}.item()")
+        return " * ".join(factors)
+
+
+def symbol_table(plan: SweepPlan) -> dict[str, Leaf]:
+    """The plan's leaves, with the shifts and inverse sums of its logsumexps."""
+    table = dict(plan.leaves)
+    for node in plan.nodes:
+        if isinstance(node, Reduction) and node.monoid == "logsumexp":
+            axes = plan.leaves[node.name].axes
+            table[inverse_of(node.name).name] = Leaf(inverse_of(node.name).name, "adjoint", axes)
+            table[shift_of(node.name).name] = Leaf(shift_of(node.name).name, "adjoint", ())
+    return table
+
+
+def operand_scale(plan: SweepPlan, operand: str) -> str:
+    """The parameter that scales every similarity of an operand: applied once, at the end.
+
+    "" if none does, "mixed" if they differ (then each product carries its own).
+    """
+    scales = {
+        leaf.scale or ""
+        for name, leaf in plan.leaves.items()
+        if leaf.kind == "similarity" and any(
+            v is not None and v.operand == operand for v in (leaf.left, leaf.right)
+        ) and plan.gradient is not None and (
+            name in plan.gradient.similarities or name in plan.gradient.positives
+        )
+    }
+    return "mixed" if len(scales) > 1 else next(iter(scales), "")
+
+
+def _prefix(text: str, view: View, at: str = "") -> str:
+    """Restrict to a prefix of the columns, merging with a row slice if there is one."""
+    if view.prefix is None:
+        return text
+    if at and text.endswith("]"):
+        return f"{text[:-1]}, :{view.prefix}]"
+    return f"{text}[:, :{view.prefix}]"
+
+
+def finalise(program: Program, red: Reduction, mode: Mode, names: Names,
+             parts: dict[str, str]) -> Iterable[tuple[str, str]]:
+    """(symbol, text) of what follows from a reduction's accumulators."""
+    match red.monoid:
+        case "logsumexp" if mode == "bounded":
+            shift = names(shift_of(shift_owner(program, red)).name)
+            yield red.name, f"torch.log({parts['sum']}) + {shift}"
+            yield inverse_of(red.name).name, f"_inverse({parts['sum']})"
+        case "logsumexp":
+            yield red.name, f"_finish_logsumexp({parts['max']}, {parts['sum']})"
+        case "softmean" if mode == "bounded":
+            partner = names(f"sum_{softmean_partner(program, red)}")
+            suffix = "[i:i1]" if parts["sum"].endswith("[i:i1]") else ""
+            yield red.name, f"{parts['sum']} / {partner}{suffix}"
+        case "softmean":
+            yield red.name, f"{parts['weighted']} / {parts['sum']}"
+
+
+def shift_owner(program: Program, red: Reduction) -> str:
+    """The logsumexp that names the shift of this reduction's exponential."""
+    logits = red.operand if red.monoid == "logsumexp" else red.logits
+    return next(r.name for r in program.logsumexps if r.operand == logits)
+
+
+def softmean_partner(program: Program, red: Reduction) -> str:
+    """The logsumexp of a softmean's logits."""
+    return next(
+        r.name for r in program.logsumexps
+        if (r.operand, r.where, r.over) == (red.logits, red.where, red.over)
+    )

@@ -1,0 +1,305 @@
+"""SymPy → PyTorch text: vector expressions, and one line per tile instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import sympy as sp
+from sympy.printing.precedence import precedence
+from sympy.printing.str import StrPrinter
+
+from cl_compiler.lang.tile_ir import (
+    Accumulate,
+    Compute,
+    Diagonal,
+    Gemm,
+    Ref,
+    ScalarRef,
+    TileRef,
+    VectorRef,
+)
+
+SOFTPLUS_THRESHOLD = 40.0
+"""Above it softplus(a) equals a to the last bit of float64."""
+
+_CALLS = {
+    "exp": "torch.exp",
+    "log": "torch.log",
+    "sigmoid": "torch.sigmoid",
+    "relu": "torch.relu",
+    "absolute": "torch.abs",
+    "expm1": "torch.expm1",
+    "logsubexp": "_logsubexp",
+    "one_minus_exp": "_one_minus_exp",
+}
+
+
+class VectorPrinter(StrPrinter):
+    """Prints expressions of vectors [length] and scalars (0-d tensors), no pair among them.
+
+    ``names`` maps a symbol's name to text; ``is_vector`` tells whether an expression varies along
+    an axis; ``positives`` is the kind of positives, which decides how vectors change axes.
+    """
+
+    def __init__(
+        self,
+        names: Callable[[str], str],
+        is_vector: Callable[[sp.Expr], bool],
+        positives: str,
+        *,
+        block: bool = False,
+    ) -> None:
+        super().__init__({"order": None})
+        self.names, self.is_vector, self.positives, self.block = names, is_vector, positives, block
+
+    def text(self, expr: sp.Expr) -> str:
+        return str(self.doprint(expr))
+
+    def _print_Symbol(self, expr: sp.Symbol) -> str:
+        return self.names(expr.name)
+
+    def _print_Float(self, expr: sp.Float) -> str:
+        return repr(float(expr))
+
+    def _print_Infinity(self, expr: sp.Expr) -> str:
+        return "math.inf"
+
+    def _print_NegativeInfinity(self, expr: sp.Expr) -> str:
+        return "-math.inf"
+
+    def _print_Exp1(self, expr: sp.Expr) -> str:
+        return "math.e"
+
+    def _print_Pow(self, expr: sp.Pow, rational: bool = False) -> str:
+        base, exponent = expr.args
+        inner = self.parenthesize(base, precedence(expr))
+        if exponent == -1:
+            return f"1 / {inner}"
+        if exponent == sp.Rational(1, 2):
+            return f"torch.sqrt({self._print(base)})"
+        if exponent == 2 and self.is_vector(base):
+            return f"torch.square({self._print(base)})"
+        return f"{inner} ** {self.parenthesize(exponent, precedence(expr))}"
+
+    def _print_Function(self, expr: sp.Function) -> str:
+        name = type(expr).__name__
+        args = [self._print(a) for a in expr.args]
+        if name in _CALLS:
+            return f"{_CALLS[name]}({', '.join(args)})"
+        match name:
+            case "softplus":
+                return f"torch.nn.functional.softplus({args[0]}, threshold={SOFTPLUS_THRESHOLD})"
+            case "softmax_weight":
+                return f"torch.exp({args[0]} - {args[1]})"
+            case "stop_gradient":
+                return args[0]
+            case "greater" | "greater_equal" | "equal":
+                sign = {"greater": ">", "greater_equal": ">=", "equal": "=="}[name]
+                return f"({args[0]} {sign} {args[1]})"
+            case "mask_not":
+                return f"torch.logical_not({args[0]})"
+            case "mask_and" | "mask_or":
+                return f"({args[0]} {'&' if name == 'mask_and' else '|'} {args[1]})"
+            case "maximum":
+                return self._extreme(expr, args)
+            case "logaddexp":
+                return f"torch.logaddexp({self._tensor(expr.args[0])}, {self._tensor(expr.args[1])})"
+            case "select":
+                return self._select(*expr.args)
+            case "to_rows" | "to_cols":
+                return self._move(name, expr.args[0])
+        raise AssertionError(f"no text for {name}")
+
+    _print_exp = _print_log = _print_Function
+
+    def _extreme(self, expr: sp.Expr, args: list[str]) -> str:
+        a, b = expr.args
+        if b.is_number:
+            return f"torch.clamp({args[0]}, min={args[1]})"
+        if a.is_number:
+            return f"torch.clamp({args[1]}, min={args[0]})"
+        return f"torch.maximum({args[0]}, {args[1]})"
+
+    def _tensor(self, expr: sp.Expr) -> str:
+        text = str(self._print(expr))
+        return f"torch.tensor({text}, dtype=torch.float64)" if expr.is_number else text
+
+    def _select(self, mask: sp.Expr, a: sp.Expr, b: sp.Expr) -> str:
+        on, off = self._print(a), self._print(b)
+        if a.is_number and b.is_number:
+            dtype = "DTYPE" if self.is_vector(mask) else "torch.float64"
+            if (a, b) == (1, 0):
+                return f"{self._print(mask)}.to({dtype})"
+            on, off = (f"torch.tensor({t}, dtype={dtype})" for t in (on, off))
+        text = f"torch.where({self._print(mask)}, {on}, {off})"
+        if self.is_vector(mask) and not (self.is_vector(a) or self.is_vector(b)):
+            text += ".to(DTYPE)"  # two scalars would make an fp64 vector
+        return text
+
+    def _move(self, name: str, vector: sp.Expr) -> str:
+        text = self._print(vector)
+        varies = self.is_vector(vector)
+        if self.block:
+            assert not varies, "a row block cannot read across rows"
+            return f"torch.as_tensor({text}, dtype=DTYPE).expand(m)"
+        if not varies and (name == "to_rows" or self.positives == "views"):
+            return f"torch.as_tensor({text}, dtype=DTYPE).expand(rows)"
+        if self.positives == "views":
+            return f"torch.roll({text}, half)"
+        if name == "to_rows":
+            return f"{text}[:rows]"
+        return f"_to_columns({text}, rows, cols)"
+
+
+def number(expr: sp.Expr) -> str:
+    """A literal."""
+    if expr.is_Integer:
+        return f"{int(expr)}.0"
+    if expr == sp.oo or expr == -sp.oo:
+        return "math.inf" if expr > 0 else "-math.inf"
+    return repr(float(expr))
+
+
+class TilePrinter:
+    """Prints the instructions of a tile program.
+
+    ``scalar`` and ``vector`` give the text of a name; ``tile`` that of a buffer.
+    """
+
+    def __init__(
+        self,
+        buffers: Mapping[int, str],
+        scalar: Callable[[sp.Expr], str],
+        vector: Callable[[str, int], str],
+        rename: Mapping[str, str],
+    ) -> None:
+        self.buffers, self.scalar, self.vector, self.rename = buffers, scalar, vector, rename
+
+    def tile(self, value: int) -> str:
+        return self.rename.get(self.buffers[value], self.buffers[value])
+
+    def ref(self, ref: Ref) -> str:
+        match ref:
+            case TileRef(value=value):
+                return self.tile(value)
+            case VectorRef(name=name, dim=dim):
+                return self.vector(name, dim)
+            case ScalarRef(expr=expr):
+                return number(expr) if expr.is_number else self.scalar(expr)
+
+    def compute(self, c: Compute) -> str:
+        """One elementwise operation, in place where a buffer is taken over."""
+        out, args = self.tile(c.value), [self.ref(a) for a in c.args]
+        first_is_tensor = bool(args) and not (
+            isinstance(c.args[0], ScalarRef) and c.args[0].expr.is_number
+        )
+        match c.op:
+            case "fill" | "mask_fill":
+                if isinstance(c.args[0], ScalarRef):
+                    value = args[0] if c.op == "fill" else str(bool(c.args[0].expr))
+                    return f"{out}.fill_({value})"
+                return f"{out}.copy_({args[0]})"
+            case "from_mask":
+                return f"{out}.copy_({args[0]})"
+            case "fill_where":
+                copy = "" if args[0] == out else f"{out}.copy_({args[0]})\n"
+                return f"{copy}{out}.masked_fill_({args[1]}, {args[2]})"
+            case "where":
+                return f"torch.where({', '.join(args)}, out={out})"
+            case "positive_tile":
+                return f"torch.eq({self.vector('row_ids', 0)}, {self.vector('col_ids', 1)}, out={out})"
+            case "softplus":
+                threshold = f"threshold={SOFTPLUS_THRESHOLD}"
+                return f"torch.nn.functional.softplus({args[0]}, {threshold}, out={out})"
+            case "relu":
+                return f"torch.clamp({args[0]}, min=0.0, out={out})"
+            case "not" | "and" | "or":
+                return f"torch.logical_{c.op}({', '.join(args)}, out={out})"
+            case "gt" | "ge" | "eq":
+                op = c.op
+                if not first_is_tensor:
+                    args, op = args[::-1], {"gt": "lt", "ge": "le", "eq": "eq"}[op]
+                return f"torch.{op}({args[0]}, {args[1]}, out={out})"
+            case "maximum":
+                for a, b in (c.args, c.args[::-1]):
+                    if isinstance(b, ScalarRef) and b.expr.is_number:
+                        return f"torch.clamp({self.ref(a)}, min={self.ref(b)}, out={out})"
+                return f"torch.maximum({args[0]}, {args[1]}, out={out})"
+            case "add" | "mul":
+                if not first_is_tensor or args[1] == out:
+                    args = args[::-1]
+                if args[0] == out:
+                    return f"{out}.{c.op}_({args[1]})"
+                return f"torch.{c.op}({args[0]}, {args[1]}, out={out})"
+            case "div":
+                if args[0] == out:
+                    return f"{out}.div_({args[1]})"
+                if args[0] == "1.0":
+                    return f"torch.reciprocal({args[1]}, out={out})"
+            case "exp" | "sigmoid" | "neg" | "square" | "log" | "sqrt" | "expm1" | "abs":
+                if args[0] == out:
+                    return f"{out}.{c.op}_()"
+        tensors = [
+            f"torch.tensor({t}, dtype=DTYPE)" if _is_literal(a) else t
+            for a, t in zip(c.args, args, strict=True)
+        ]
+        return f"torch.{c.op}({', '.join(tensors)}, out={out})"
+
+    def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
+        """The similarity tile, its scale and offset in the same call."""
+        out = self.tile(g.value)
+        factors = [] if scale is None else [f"{scale}.item()"]
+        if g.alpha != 1:
+            factors.append(number(g.alpha) if g.alpha.is_number else f"{self.scalar(g.alpha)}.item()")
+        alpha = " * ".join(factors)
+        beta = "" if g.beta == 0 else (
+            f"torch.tensor({number(g.beta)}, dtype=DTYPE)" if g.beta.is_number
+            else f"{self.scalar(g.beta)}.to(DTYPE)"
+        )
+        if slots:
+            lines = [f"torch.bmm({right}, {left}.unsqueeze(2), out={out}.unsqueeze(2))"]
+            lines += [f"{out}.mul_({alpha})"] if alpha else []
+            lines += [f"{out}.add_({beta})"] if beta else []
+            return "\n".join(lines)
+        if beta:
+            extra = f", alpha={alpha}" if alpha else ""
+            return f"torch.addmm({beta}, {left}, {right}.T{extra}, out={out})"
+        if alpha:
+            return f"{out}.addmm_({left}, {right}.T, beta=0, alpha={alpha})"
+        return f"torch.mm({left}, {right}.T, out={out})"
+
+    def accumulate(self, a: Accumulate, targets: tuple[str, ...]) -> str:
+        tiles = [self.tile(v) for v in a.args]
+        match a.kind:
+            case "sum":
+                return f"{targets[0]}.add_({tiles[0]}.sum({a.dim}))"
+            case "max":
+                best = f"torch.maximum({targets[0]}, {tiles[0]}.amax({a.dim}))"
+                return f"{targets[0]}.copy_({best})"
+            case _:
+                assert a.scratch is not None
+                args = [*tiles, str(a.dim), *targets, self.tile(a.scratch)]
+                return f"_add_{a.kind}({', '.join(args)})"
+
+    def diagonal(self, d: Diagonal, text: str) -> list[str]:
+        """(copy if the base lives on), and the statement inside the loop over crossings."""
+        out, base = self.tile(d.value), self.tile(d.base)
+        lines = [] if out == base else [f"{out}.copy_({base})"]
+        match d.how:
+            case "negate":
+                statement = f"{out}.diagonal(k).neg_()"
+            case "fill":
+                value = str(bool(d.expr)) if d.is_mask else number(d.expr)
+                statement = f"{out}.diagonal(k).fill_({value})"
+            case "add":
+                statement = f"{out}.diagonal(k).add_({text})"
+            case _:
+                statement = f"{out}.diagonal(k).copy_({text})"
+        return [*lines, statement]
+
+
+def _is_literal(ref: Ref) -> bool:
+    return isinstance(ref, ScalarRef) and bool(ref.expr.is_number)
+
+
+__all__ = ["SOFTPLUS_THRESHOLD", "TilePrinter", "VectorPrinter", "number"]

@@ -1,0 +1,231 @@
+"""The vectors between passes, the prologue and the epilogue, as statements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import sympy as sp
+
+from cl_compiler.codegen.names import Names
+from cl_compiler.codegen.passes import (
+    PassPrinter,
+    PassText,
+    finalise,
+    operand_scale,
+    shift_owner,
+    symbol_table,
+)
+from cl_compiler.codegen.printers import VectorPrinter
+from cl_compiler.lang.ir import Leaf, Let, Reduction, axes_of
+from cl_compiler.lang.lower import bounded_logits, shift_of
+from cl_compiler.lang.program import Pass, Program, Stage
+from cl_compiler.lang.tile_ir import Mode
+
+
+@dataclass
+class ModeText:
+    """A pass in one mode: what is hoisted before it, the call, what is made of its results."""
+
+    text: PassText
+    hoisted: list[str]
+    finish: list[str]
+
+
+@dataclass
+class PassCall:
+    """A pass and, where there are two modes, how to choose between them."""
+
+    modes: dict[Mode, ModeText]
+    shifts: list[tuple[str, str]] = field(default_factory=list)
+    """(shift, bound) to evaluate before it, as text."""
+    condition: str = ""
+    """When the bounded mode may be tried; "" if there is one mode."""
+    guards: list[tuple[str, str, str]] = field(default_factory=list)
+    """(shift, accumulator, number of terms): sums that must be in range."""
+    reset: list[str] = field(default_factory=list)
+    """Gradients to clear before a second attempt."""
+
+
+@dataclass
+class StageText:
+    vectors: list[str]
+    calls: list[PassCall]
+
+
+class StagePrinter:
+    """Prints the statements around the passes of a program."""
+
+    def __init__(self, program: Program, names: Names, cast: bool) -> None:
+        self.program, self.plan, self.names, self.cast = program, program.plan, names, cast
+        self.leaves: dict[str, Leaf] = symbol_table(self.plan)
+        self.calls = 0
+
+    def vectors(self, lookup: Callable[[str], str] | None = None) -> VectorPrinter:
+        return VectorPrinter(
+            lookup or self.names, lambda e: bool(axes_of(e, self.leaves)), self.plan.positives
+        )
+
+    # -- vectors ---------------------------------------------------------------------------------
+
+    def node(self, name: str) -> str:
+        """The statement that evaluates one let, transport or vector reduction."""
+        node = self.plan.by_name[name]
+        printer = self.vectors()
+        target = self.names(name)
+        if isinstance(node, Let):
+            return f"{target} = {printer.text(node.expr)}"
+        if node.monoid in ("to_rows", "to_cols"):
+            move = sp.Function(node.monoid)
+            return f"{target} = {printer.text(_call(node.monoid, node.operand, move))}"
+        return f"{target} = {self._reduced(node, printer)}"
+
+    def _reduced(self, red: Reduction, printer: VectorPrinter) -> str:
+        value = printer.text(red.operand)
+        varies = bool(axes_of(red.operand, self.leaves))
+        mask = "" if red.where == 1 else printer.text(red.where)
+        match red.monoid:
+            case "sum":
+                if red.operand == 1 and mask:
+                    return f"{mask}.sum(dtype=torch.float64)"
+                masked = f"torch.where({mask}, {value}, 0.0)" if mask else f"({value})"
+                if isinstance(red.operand, sp.Symbol) and not mask:
+                    masked = value
+                return f"{masked}.sum(dtype=torch.float64)"
+            case "max":
+                masked = f"torch.where({mask}, {value}, -math.inf)" if mask else f"({value})"
+                return f"{masked}.amax().double()"
+            case "logsumexp":
+                masked = f"torch.where({mask}, {value}, -math.inf)" if mask else f"({value})"
+                return f"torch.logsumexp({masked}.double(), 0)"
+            case _:
+                assert red.logits is not None and varies
+                logits = printer.text(red.logits)
+                masked = f"torch.where({mask}, {logits}, -math.inf)" if mask else f"({logits})"
+                return f"(torch.softmax({masked}.double(), 0) * ({value})).sum()"
+
+    # -- bounds ----------------------------------------------------------------------------------
+
+    def bound(self, expr: sp.Expr) -> str:
+        """An upper bound of |expr| over all pairs, from the operands' norms."""
+        terms = []
+        for term in sp.Add.make_args(expr):
+            factors = []
+            for factor in sp.Mul.make_args(term):
+                if isinstance(factor, sp.Symbol) and self.leaves[factor.name].kind == "similarity":
+                    leaf = self.leaves[factor.name]
+                    assert leaf.left is not None and leaf.right is not None
+                    factors += [_largest_norm(v.operand, v.prefix) for v in (leaf.left, leaf.right)]
+                    if leaf.scale:
+                        factors.append(f"abs({self.names(leaf.scale)}.item())")
+                elif factor.is_number:
+                    factors.append(repr(abs(float(factor))))
+                elif axes_of(factor, self.leaves):
+                    factors.append(f"{self._method(factor)}.abs().max().item()")
+                else:
+                    factors.append(f"abs({self._method(factor)}.item())")
+            terms.append(" * ".join(factors))
+        return " + ".join(terms)
+
+    def _method(self, expr: sp.Expr) -> str:
+        text = self.vectors().text(expr)
+        return text if isinstance(expr, sp.Symbol) else f"({text})"
+
+    # -- passes ----------------------------------------------------------------------------------
+
+    def call(self, pass_: Pass, name: str, forward: bool) -> PassCall:
+        modes: dict[Mode, ModeText] = {}
+        for mode in self.program.modes:
+            suffix = "" if len(self.program.modes) == 1 else f"_{mode}"
+            printer = PassPrinter(self.program, pass_, mode, self.names, f"_{name}{suffix}",
+                                  self.cast)
+            text = printer.text()
+            hoisted = [self._hoisted(printer, *item) for item in printer.hoisted
+                       if item[2] not in printer.local]
+            modes[mode] = ModeText(text, hoisted, self._finish(pass_, mode))
+        call = PassCall(modes)
+        if len(modes) == 2:
+            self._choose(call, pass_, forward)
+        return call
+
+    def _hoisted(self, printer: PassPrinter, name: str, expr: sp.Expr, symbol: str) -> str:
+        printer.active = next(c for c in printer.codes if c.hoisted.get(symbol, (0,))[0] == expr)
+        vectors = self.vectors(lambda n: printer.hoisted_names.get(n) or self.names(n))
+        vectors.is_vector = lambda e: bool(axes_of(e, printer.all_leaves))  # type: ignore[method-assign]
+        return f"{name} = {vectors.text(expr)}"
+
+    def _finish(self, pass_: Pass, mode: Mode) -> list[str]:
+        lines = []
+        for red in pass_.reductions:
+            if any(isinstance(t, str) and t == red.name for t in ()):
+                continue
+            parts = {t: self.names(f"{t}_{red.name}") for t in ("max", "sum", "weighted")}
+            for symbol, text in finalise(self.program, red, mode, self.names, parts):
+                if symbol == red.name or not self.program.fused:
+                    lines.append(f"{self.names(symbol)} = {text}")
+        if mode == "running" and len(self.program.modes) == 2 and not self.program.fused:
+            lines += [f"{self.names(f'inv_{r.name}')} = None" for r in pass_.reductions
+                      if r.monoid == "logsumexp"]
+        return lines
+
+    def _choose(self, call: PassCall, pass_: Pass, forward: bool) -> None:
+        owners = bounded_logits(self.plan)
+        names = [r for r in self.program.logsumexps if r.name in {x.name for x in pass_.reductions}]
+        if forward:
+            for expr, owner in owners.items():
+                if owner in {r.name for r in names}:
+                    terms = self._terms(owner, pass_)
+                    shift = self.names(shift_of(owner).name)
+                    call.shifts.append((shift, f"{self.bound(expr)}, {terms}"))
+            for red in names:
+                shift = self.names(shift_of(shift_owner(self.program, red)).name)
+                accumulator = self.names(f"sum_{red.name}")
+                call.guards.append((shift, accumulator, self._terms(red.name, pass_)))
+        level = pass_.level
+        used = [o for o in owners.values() if self.plan.levels[o] <= (level if forward else 10**9)]
+        shifts = dict.fromkeys(self.names(shift_of(o).name) for o in used)
+        call.condition = " and ".join(f"{s} is not None" for s in shifts)
+        if pass_.gradients and forward:
+            outs = sorted({o for s in pass_.gradients for o in self._operands(s)})
+            call.reset = [f"d_{o}.zero_()" for o in outs]
+
+    def _operands(self, sim: str) -> list[str]:
+        leaf = self.leaves[sim]
+        views = [v for v in (leaf.left, leaf.right) if v is not None]
+        return [v.operand for v in views if v.operand in self.plan.needs and not v.stop]
+
+    def _terms(self, name: str, pass_: Pass) -> str:
+        from cl_compiler.codegen.passes import LENGTH
+
+        node = self.plan.by_name[name]
+        assert isinstance(node, Reduction)
+        return LENGTH[node.over]
+
+    def stage(self, stage: Stage, name: str, forward: bool) -> StageText:
+        calls = []
+        for index, pass_ in enumerate(stage.passes):
+            number = "" if self._is_only_pass(pass_, forward) else f"_{stage.level}"
+            more = f"_{'abcdefgh'[index]}" if len(stage.passes) > 1 else ""
+            calls.append(self.call(pass_, f"{name}_sweep{number}{more}", forward))
+        return StageText([self.node(v) for v in stage.vectors], calls)
+
+    def _is_only_pass(self, pass_: Pass, forward: bool) -> bool:
+        stages = self.program.forward if forward else self.program.backward
+        return sum(bool(s.passes) for s in stages) == 1
+
+    # -- the end of the backward -----------------------------------------------------------------
+
+    def final_scale(self, operand: str) -> str:
+        scale = operand_scale(self.plan, operand)
+        return "" if scale in ("", "mixed") else self.names(scale)
+
+
+def _call(monoid: str, operand: sp.Expr, _: object) -> sp.Expr:
+    from cl_compiler.lang import functions as fn
+
+    return fn.to_rows(operand) if monoid == "to_rows" else fn.to_cols(operand)
+
+
+def _largest_norm(operand: str, prefix: int | None) -> str:
+    text = operand if prefix is None else f"{operand}[:, :{prefix}]"
+    return f"_largest_norm({text})"
