@@ -17,6 +17,7 @@ from typing import Any
 import networkx as nx
 import sympy as sp
 
+from cl_compiler.lang.functions import ZERO
 from cl_compiler.lang.ir import (
     BANK,
     COLS,
@@ -114,8 +115,7 @@ class _Builder:
         for leaf in self.leaves.values():
             self.leaf(leaf)
         for op in self.plan.ir.operands:
-            axes = op.axes[:1] if op.axes == (ROWS, COLS) else op.axes
-            self.operand(op.name, axes, op.name)
+            self.operand(op.name, axes=self.operand_axes(op.name))
         for leaf in self.leaves.values():
             self.positive_or_norm(leaf)
         self.nodes()
@@ -136,7 +136,7 @@ class _Builder:
         text: str,
         level: int = 0,
         phase: str = "forward",
-        units: sp.Expr = sp.Integer(0),
+        units: sp.Expr = ZERO,
         stored: bool = True,
     ) -> None:
         along = ordered(axes)
@@ -151,14 +151,19 @@ class _Builder:
         shape = f"[{', '.join(str(self.length[a]) for a in axes)}]" if axes else "[]"
         self.graph.add_node(name, kind=kind, axes=axes, shape=shape, bytes=size, text=text)
 
-    def operand(self, name: str, axes: tuple[str, ...], operand: str, **more: Any) -> None:
-        """A node that is [length, D]: an operand or its gradient."""
-        kind = "gradient" if more else "operand"
-        size = sp.Mul(*(self.length[a] for a in axes)) * D * ELEMENT
-        self.attributes(name, kind, axes, str(size), more.pop("text", operand))
+    def operand(self, name: str, **more: Any) -> None:
+        """A node shaped like an operand: itself, its gradient, or a product that is added to it."""
+        self.add(name, **{"kind": "operand", "reads": (), "text": name, **more})
         node = self.graph.nodes[name]
+        count = sp.Mul(*(self.length[a] for a in node["axes"]))
         node["shape"] = f"{node['shape'][:-1]}, D]"
-        node.update({"level": 0, "phase": "forward", "units": "0", "stored": True, **more})
+        node["bytes"] = str(
+            count * D * (_STATISTIC_BYTES if node["kind"] == "product" else ELEMENT)
+        )
+
+    def operand_axes(self, name: str) -> tuple[str, ...]:
+        axes = next(op.axes for op in self.plan.ir.operands if op.name == name)
+        return axes[:1] if axes == (ROWS, COLS) else axes
 
     # ---- leaves ----------------------------------------------------------------------------------
 
@@ -206,7 +211,7 @@ class _Builder:
     def phase(self, level: int) -> str:
         return "forward" if level <= self.plan.forward_levels else "backward"
 
-    # ---- reductions and vectors --------------------------------------------------------------------
+    # ---- reductions and vectors ------------------------------------------------------------------
 
     def reads(
         self, exprs: Iterable[sp.Expr], sweep: Sweep | None = None, late: bool = False
@@ -282,19 +287,32 @@ class _Builder:
                 into.setdefault(leaf.left.operand, []).append(target)
         for op in self.plan.ir.operands:
             if op.name in self.plan.needs:
-                axes = op.axes[:1] if op.axes == (ROWS, COLS) else op.axes
-                level = self.plan.total_levels
-                self.operand(f"d {op.name}", axes, op.name, text=f"dL/d{op.name}", level=level,
-                             phase=self.last)  # fmt: skip
-                self.graph.add_edges_from((n, f"d {op.name}") for n in into.get(op.name, ()))
+                self.operand(
+                    f"d {op.name}",
+                    kind="gradient",
+                    axes=self.operand_axes(op.name),
+                    reads=into.get(op.name, ()),
+                    text=f"dL/d{op.name}",
+                    level=self.plan.total_levels,
+                    phase=self.last,
+                )
         for name in self.plan.ir.parameters:
             if name in self.plan.needs:
-                self.vector_gradient(f"d {name}", self.leaves[name], gradient.parameters.get(name))
-                for operand, weight in gradient.dots.get(name, ()):
-                    node = self.graph.nodes[f"d {name}"]
-                    node["text"] += f" + {weight} * <{operand}, d {operand}> / {name}"
-                    node["level"] = self.plan.total_levels
-                    self.graph.add_edges_from((o, f"d {name}") for o in (operand, f"d {operand}"))
+                self.parameter_gradient(name)
+
+    def parameter_gradient(self, name: str) -> None:
+        """A scalar's gradient: what is summed over pairs, and what is read off the operands'."""
+        gradient = self.plan.gradient
+        assert gradient is not None
+        self.vector_gradient(f"d {name}", self.leaves[name], gradient.parameters.get(name))
+        node = self.graph.nodes[f"d {name}"]
+        terms = [] if name not in gradient.parameters else [describe(gradient.parameters[name])]
+        for operand, weight in gradient.dots.get(name, ()):
+            factor = "" if weight == 1 else f"{weight} * "
+            terms.append(f"{factor}<{operand}, d {operand}> / {name}")
+            node["level"] = self.plan.total_levels
+            self.graph.add_edges_from((o, f"d {name}") for o in (operand, f"d {operand}"))
+        node["text"] = f"dL/d{name} = {' + '.join(terms) or '0'}"
 
     def gradient_map(self, name: str, expr: sp.Expr, into: dict[str, list[str]]) -> None:
         leaf = self.leaves[name]
@@ -313,9 +331,17 @@ class _Builder:
             if view.stop or view.operand not in self.plan.needs:
                 continue
             product = f"{node} into {view.operand}"
-            self.add(product, "product", (view.axis,), [node, other.operand], level=level,
-                     text=f"{matrix} @ {other}", phase=phase, units=self.units(leaf),
-                     stored=False)  # fmt: skip
+            self.operand(
+                product,
+                kind="product",
+                axes=self.operand_axes(view.operand),
+                reads=[node, other.operand],
+                text=f"{matrix} @ {other}",
+                level=level,
+                phase=phase,
+                units=self.units(leaf),
+                stored=False,
+            )
             into.setdefault(view.operand, []).append(product)
 
     def gradient_at_positive(self, name: str, expr: sp.Expr, into: dict[str, list[str]]) -> None:
@@ -330,7 +356,7 @@ class _Builder:
                 into.setdefault(view.operand, []).append(node)
 
     def vector_gradient(self, target: str, leaf: Leaf, expr: sp.Expr | None) -> None:
-        value = sp.Integer(0) if expr is None else expr
+        value = ZERO if expr is None else expr
         level = level_of(value, self.plan.levels)
         reads = self.reads([value], late=self.last == "backward")
         text = f"dL/d{leaf.name} = {describe(value)}"
@@ -345,7 +371,7 @@ class _Builder:
             if not nodes[name]["phase"]:
                 readers = [nodes[r]["phase"] for r in self.graph.successors(name)]
                 nodes[name]["phase"] = "forward" if "forward" in readers else "backward"
-        total = {"forward": sp.Integer(0), "backward": sp.Integer(0)}
+        total = {"forward": ZERO, "backward": ZERO}
         for name, units in self.units_of.items():
             total[nodes[name]["phase"]] += units
         self.graph.graph["units_forward"] = str(total["forward"])
