@@ -130,6 +130,9 @@ class Expr:
     def __pow__(self, other: Any) -> Expr:
         return _combine(lambda a, b: a**b, self, other)
 
+    def __rpow__(self, other: Any) -> Expr:
+        return _combine(lambda a, b: a**b, other, self)
+
     def __neg__(self) -> Expr:
         return _combine(lambda a, b: a * b, -1, self)
 
@@ -161,6 +164,12 @@ class Expr:
         raise LossDefinitionError(
             "a symbolic value has no truth value: `if`, `and`, `or`, `not` and chained "
             "comparisons cannot be traced. Use cl.where(mask, a, b), &, | and ~."
+        )
+
+    def __float__(self) -> float:
+        raise LossDefinitionError(
+            "a symbolic value is not a number: math.* and float() cannot be traced. Use cl.exp, "
+            "cl.log, cl.sqrt and the other functions of the language."
         )
 
     def __iter__(self) -> Any:
@@ -309,6 +318,11 @@ class OperandRef:
     def _view(self, axis: str) -> View:
         trace = _trace()
         known = trace.operands.setdefault(self.name, Operand(self.name, self.axes, self.stop))
+        if "z" in trace.operands and trace.operands.keys() & {"x", "y"}:
+            raise LossDefinitionError(
+                f"{trace.name} uses z beside x or y; z is the only set then. (The argument sim is "
+                "similarity(x, y): leave it out and use cl.similarity(cl.z, cl.z).)"
+            )
         if known.axes != self.axes or known.stop != self.stop:
             raise LossDefinitionError(
                 f"operand {self.name!r} is declared twice with different axes or stop; "
@@ -350,7 +364,7 @@ def similarity(a: OperandRef, b: OperandRef) -> Expr:
     (rows, cols) for z.  With an operand over (rows, slots): each row with its own K slots.
     """
     if not (isinstance(a, OperandRef) and isinstance(b, OperandRef)):
-        raise LossDefinitionError("cl.similarity takes two operands, e.g. cl.similarity(cl.x, cl.y)")
+        raise LossDefinitionError("cl.similarity takes two operands, e.g. similarity(cl.x, cl.y)")
     if a.axes == (ROWS, COLS) and b.axes == (ROWS, COLS):
         axes = (ROWS, COLS)
     elif SLOTS in b.axes:
@@ -365,6 +379,11 @@ def similarity(a: OperandRef, b: OperandRef) -> Expr:
         raise LossDefinitionError(
             f"cl.similarity({a.name}, {b.name}) runs over {axes}; possible are rows with cols, "
             "rows, bank or slots, and cols with cols. Swap the arguments if they are reversed."
+        )
+    if a.prefix != b.prefix:
+        raise LossDefinitionError(
+            f"cl.similarity of {a.prefix or 'all'} columns of {a.name} with {b.prefix or 'all'} of "
+            f"{b.name}: inner products need equally many. Take the same prefix of both."
         )
     left, right = a._view(axes[0]), b._view(axes[1])
     is_xy = (str(left), str(right)) in (("x", "y"), ("z", "z")) and not (a.stop or b.stop)
@@ -454,7 +473,7 @@ def sum(value: Any, *, over: str, where: Any = None) -> Expr:
 
 
 def logsumexp(value: Any, *, over: str, where: Any = None) -> Expr:
-    """Safe for any logits; −inf with zero gradient where the mask leaves nothing."""
+    """Safe for any logits; -inf with zero gradient where the mask leaves nothing."""
     return Expr(_reduce("logsumexp", value, over, where))
 
 
@@ -543,6 +562,8 @@ def output(name: str, value: Any) -> None:
     expr = _value(value)
     if not axes_of(expr, trace.leaves) <= {ROWS} and not axes_of(expr, trace.leaves) <= {COLS}:
         raise LossDefinitionError(f"output {name!r}: only vectors and scalars can be returned.")
+    if name in dict(trace.outputs):
+        raise LossDefinitionError(f"output {name!r} is defined twice; choose another name.")
     trace.outputs.append((name, expr))
 
 
@@ -567,7 +588,12 @@ def define_loss(
     token = _current.set(trace)
     try:
         args, parameters = {}, []
-        for name in inspect.signature(function).parameters:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise LossDefinitionError(
+                    f"{trace.name}: {parameter} cannot be traced; name each parameter, and make "
+                    "a factory for structural constants."
+                )
             if name == "sim":
                 args[name] = similarity(x, y)
             elif name in _RESERVED:
@@ -578,6 +604,11 @@ def define_loss(
                 parameters.append(name)
                 args[name] = Expr(trace.leaf(Leaf(name, "parameter", ())))
         value = _value(function(**args))
+        if any(e.has(is_self.expr) for e in (value, *(e for _, e in trace.outputs))):
+            raise LossDefinitionError(
+                f"{trace.name} uses cl.is_self outside of a reduction, where it has no axes; "
+                "use it in the value or the mask that a reduction folds."
+            )
         axes = axes_of(value, trace.leaves)
         if axes:
             raise LossDefinitionError(
@@ -587,8 +618,6 @@ def define_loss(
     finally:
         _current.reset(token)
     operands = {op for op in trace.operands}
-    if "z" in operands and operands & {"x", "y"}:
-        raise LossDefinitionError(f"{trace.name} uses z beside x or y; z is the only set then.")
     if not operands:
         raise LossDefinitionError(f"{trace.name} uses no similarity; there is nothing to tile.")
     trace.leaves.pop(_SELF, None)
