@@ -167,3 +167,7 @@ class Plan:
     template: str = "torch"
     notes: tuple[str, ...] = ()
     rejected: tuple[Candidate, ...] = ()
+    seconds_by_part: tuple[tuple[str, float], ...] = ()
+    """(what, seconds); they add up to ``seconds``."""
+    peak_phase: str = ""
+    """When the peak is reached."""

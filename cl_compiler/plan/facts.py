@@ -1,0 +1,444 @@
+"""What one schedule's program asks of a machine: tiles, operators, products, vectors.
+
+The planner's bytes and seconds are both made of these facts, so neither can count something that
+the other overlooks.  Sizes are SymPy symbols; numbers of buffers, operators and passes are counted
+on the very tile programs that the code generator prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy as sp
+
+from cl_compiler.lang.ir import BANK, COLS, COLS2, ROWS, ROWS2, SLOTS, Leaf, Operand, View
+from cl_compiler.lang.lower import inverse_of
+from cl_compiler.lang.program import Pass, Program
+from cl_compiler.lang.tile_ir import (
+    SLOW_OPS,
+    Accumulate,
+    Compute,
+    Gemm,
+    Instruction,
+    Mode,
+    TileRef,
+)
+
+
+def _size(name: str) -> sp.Symbol:
+    return sp.Symbol(name, positive=True)
+
+
+# M, N: rows and columns that this rank works on (N is all of them); M_all: rows of all ranks;
+# N_own: columns whose gradients this rank returns; K: slots per row; Q: length of the bank.
+M, N, M_ALL, N_OWN, K, Q = map(_size, ("M", "N", "M_all", "N_own", "K", "Q"))
+D = _size("D")
+TILE_ROWS, TILE_COLS = _size("m"), _size("n")
+INPUT_BYTES, COMPUTE_BYTES = _size("e_in"), _size("e_c")
+KEPT = sp.Symbol("kept", nonnegative=True)
+"""Tiles that are kept from the forward to the backward."""
+SCRATCH = sp.Symbol("scratch", nonnegative=True)
+"""1 where a tile that is not kept needs a place of its own, else 0."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Which symbol is how long; ``extra``: operands whose width is not D."""
+
+    extra: frozenset[str]
+    one_rank: bool
+
+    @property
+    def m_all(self) -> sp.Symbol:
+        return M if self.one_rank else M_ALL
+
+    @property
+    def n_own(self) -> sp.Symbol:
+        return N if self.one_rank else N_OWN
+
+    def length(self, axis: str) -> sp.Symbol:
+        """Of one axis."""
+        return {ROWS: M, COLS: N, ROWS2: self.m_all, COLS2: N, SLOTS: K, BANK: Q}[axis]
+
+    def vector(self, axes: Iterable[str]) -> sp.Expr | None:
+        """Elements of a vector; None for scalars, which nobody counts."""
+        names = tuple(axes)
+        return sp.Mul(*(self.length(a) for a in names)) if names else None
+
+    def outer(self, axis: str) -> sp.Symbol:
+        """Of a grid's outer axis, which is split over the ranks; the inner one is whole on each."""
+        return self.n_own if axis == COLS else self.length(axis)
+
+    def own_and_all(self, op: Operand) -> tuple[sp.Expr, sp.Expr]:
+        """(rows of an operand that belong to this rank, rows on all ranks)."""
+        match op.axes:
+            case ("rows",):
+                return M, self.m_all
+            case ("cols",) | ("rows", "cols"):
+                return self.n_own, N
+            case axes:
+                length = self.vector(axes)
+                assert length is not None
+                return length, length
+
+    def operand_width(self, operand: str) -> sp.Expr:
+        return _size(f"D_{operand}") if operand in self.extra else D
+
+    def width(self, view: View | None) -> sp.Expr:
+        assert view is not None
+        return self.operand_width(view.operand) if view.prefix is None else sp.Integer(view.prefix)
+
+
+def least(a: sp.Expr, b: sp.Expr) -> sp.Expr:
+    """Min(a, b), not simplified: SymPy's own evaluation takes longer than planning may."""
+    return a if a == b else sp.Min(a, b, evaluate=False)
+
+
+def largest(exprs: Iterable[sp.Expr]) -> sp.Expr:
+    """Max, not simplified either."""
+    distinct = sorted(set(exprs), key=str)
+    return distinct[0] if len(distinct) == 1 else sp.Max(*distinct, evaluate=False)
+
+
+def count_of(length: sp.Expr, step: sp.Expr) -> sp.Expr:
+    """How many tiles cover ``length``."""
+    return sp.Integer(1) if length == step else sp.ceiling(length / step, evaluate=False)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What happens to one element of a tile, and to one tile.
+
+    ``exps``, ``passes``: elementwise passes that evaluate a transcendental function, and others.
+    ``floats_moved``, ``masks_moved``: elements read or written by them and by the products.
+    ``operators``: operators launched per tile.  ``gemms``: tiles of similarities made.
+    """
+
+    exps: int = 0
+    passes: int = 0
+    floats_moved: int = 0
+    masks_moved: int = 0
+    operators: int = 0
+    gemms: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.exps + other.exps,
+            self.passes + other.passes,
+            self.floats_moved + other.floats_moved,
+            self.masks_moved + other.masks_moved,
+            self.operators + other.operators,
+            self.gemms + other.gemms,
+        )
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product per tile; ``width`` is the operands' number of columns."""
+
+    role: Literal["similarity", "left", "right"]
+    width: sp.Expr
+
+
+@dataclass(frozen=True)
+class PassFacts:
+    """One loop nest: sizes as expressions, work as counts.
+
+    ``rows`` x ``cols`` is the grid, ``m`` x ``n`` its tile, ``tiles`` their number and ``area`` the
+    elements that are made (half of the grid and its diagonal tiles where it is symmetric).
+    ``float_buffers``, ``mask_buffers``: the most that any mode allocates; ``held``: float buffers
+    in use in the expected mode, the kept one included.
+    ``remade``: what a tile that was not kept costs again.
+    """
+
+    phase: Literal["forward", "backward"]
+    grid: tuple[str, str]
+    rows: sp.Expr
+    cols: sp.Expr
+    m: sp.Expr
+    n: sp.Expr
+    tiles: sp.Expr
+    area: sp.Expr
+    float_buffers: int
+    mask_buffers: int
+    held: int
+    work: Work
+    products: tuple[Product, ...]
+    remade: Work
+    remade_products: tuple[Product, ...]
+    row_operands: tuple[sp.Expr, ...]
+    col_operands: tuple[sp.Expr, ...]
+    symmetric: bool
+    whole_rows: bool
+    keep: str
+    block_width: sp.Expr
+    """Width of the rows that a row scale is applied to, 0 without one."""
+
+    @property
+    def is_slots(self) -> bool:
+        return SLOTS in self.grid
+
+    @property
+    def has_gradients(self) -> bool:
+        return any(p.role != "similarity" for p in self.products)
+
+
+@dataclass(frozen=True)
+class Output:
+    """An operand's gradient: ``length`` rows are accumulated, ``own`` of them returned."""
+
+    operand: str
+    length: sp.Expr
+    own: sp.Expr
+    width: sp.Expr
+
+
+@dataclass(frozen=True)
+class ProgramFacts:
+    """A program as the planner sees it.
+
+    ``forward_vectors`` and ``backward_vectors``: (name, length) of what lives in either phase,
+    saved vectors in both.  ``gathered``: (operand, rows that other ranks own, width).
+    """
+
+    program: Program
+    passes: tuple[PassFacts, ...]
+    outputs: tuple[Output, ...]
+    forward_vectors: tuple[tuple[str, sp.Expr], ...]
+    backward_vectors: tuple[tuple[str, sp.Expr], ...]
+    positive_widths: tuple[sp.Expr, ...]
+    norm_casts: tuple[sp.Expr, ...]
+    gathered: tuple[tuple[str, sp.Expr, sp.Expr], ...]
+
+    @property
+    def mode(self) -> Mode:
+        """The variant that is expected to run."""
+        return self.program.modes[0]
+
+    @property
+    def kept_tile(self) -> PassFacts | None:
+        """The pass that writes the kept tiles, if the schedule keeps any."""
+        return next((p for p in self.passes if p.keep == "write"), None)
+
+    @property
+    def needs_square_tiles(self) -> bool:
+        return any(p.symmetric for p in self.passes)
+
+    @property
+    def spans_rows(self) -> bool:
+        return any(p.whole_rows for p in self.passes)
+
+
+def facts_of(
+    program: Program, extra_operands: Iterable[str] = (), *, one_rank: bool = True
+) -> ProgramFacts:
+    """Count a program.
+
+    ``extra_operands``: operands whose width is not D; theirs is the symbol ``D_<name>``.
+    ``one_rank``: rows and columns all belong to this process.
+    """
+    sizes = Sizes(frozenset(extra_operands), one_rank)
+    backward = {id(p) for s in program.backward for p in s.passes}
+    passes = tuple(
+        _pass(program, p, "backward" if id(p) in backward else "forward", sizes)
+        for p in program.passes
+    )
+    forward, late = _vectors(program, sizes)
+    return ProgramFacts(
+        program, passes, _outputs(program, sizes), forward, late,
+        _positive_widths(program, sizes), _norm_casts(program, sizes), _gathered(program, sizes),
+    )
+
+
+# ---- passes -------------------------------------------------------------------------------------
+
+
+def _pass(
+    program: Program, p: Pass, phase: Literal["forward", "backward"], sizes: Sizes
+) -> PassFacts:
+    leaves, tile = program.plan.leaves, p.programs[program.modes[0]]
+    rows, cols = sizes.outer(p.grid[0]), sizes.length(p.grid[1])
+    m = least(TILE_ROWS, rows)
+    n = cols if p.whole_rows or p.is_slots else least(TILE_COLS, cols)
+    down, across = count_of(rows, m), count_of(cols, n)
+    tiles, area = down * across, rows * cols
+    if p.symmetric:
+        tiles, area = down * (across + 1) / 2, rows * (cols + n) / 2
+    gradients = tuple(
+        Product(side, sizes.width(view))
+        for name in p.gradients
+        for side, view in (("left", leaves[name].left), ("right", leaves[name].right))
+        if side in p.sides and _is_wanted(program, view)
+    )
+    remade = p.remake[program.modes[0]].instructions if p.keep == "read" else ()
+    work = _work(tile.instructions)
+    work += Work(
+        floats_moved=len(gradients),
+        operators=len(gradients) + sum(bool(g.row_scale) for g in tile.gradients),
+    )
+    views = [v for s in p.similarities for v in (leaves[s].left,)]
+    others = [v for s in p.similarities for v in (leaves[s].right,)]
+    return PassFacts(
+        phase, p.grid, rows, cols, m, n, tiles, area,
+        max(_buffers(p, mode, "t") for mode in p.programs),
+        max(_buffers(p, mode, "m") for mode in p.programs),
+        tile.float_buffers + bool(p.keep),
+        work,
+        (*_similarities(tile.instructions, leaves, sizes), *gradients),
+        _work(remade),
+        _similarities(remade, leaves, sizes),
+        _operand_widths(views, sizes),
+        _operand_widths(others, sizes),
+        p.symmetric, p.whole_rows, p.keep,
+        D if any(g.row_scale for t in p.programs.values() for g in t.gradients) else sp.Integer(0),
+    )
+
+
+def _buffers(p: Pass, mode: Mode, kind: str) -> int:
+    """Tile buffers of one kind ("t" floats, "m" masks), those that remake a kept tile included."""
+    programs = [p.programs[mode], *([p.remake[mode]] if p.keep == "read" else [])]
+    return len({b for t in programs for b in t.buffers.values() if b.startswith(kind)})
+
+
+def _is_wanted(program: Program, view: View | None) -> bool:
+    return view is not None and view.operand in program.plan.needs and not view.stop
+
+
+def _operand_widths(views: Iterable[View | None], sizes: Sizes) -> tuple[sp.Expr, ...]:
+    names = sorted({v.operand for v in views if v is not None})
+    return tuple(sizes.operand_width(name) for name in names)
+
+
+def _similarities(
+    code: Iterable[Instruction], leaves: Mapping[str, Leaf], sizes: Sizes
+) -> tuple[Product, ...]:
+    return tuple(
+        Product("similarity", sizes.width(leaves[i.similarity].left))
+        for i in code
+        if isinstance(i, Gemm)
+    )
+
+
+# (exps, passes, floats moved, operators) of folding a tile: a running logsumexp takes a maximum,
+# subtracts it, exponentiates and sums; softmean also multiplies and sums a second time.
+_FOLDS = {
+    "sum": (0, 1, 1, 2),
+    "max": (0, 1, 1, 2),
+    "logsumexp": (1, 3, 6, 8),
+    "softmean": (1, 5, 10, 11),
+}
+
+
+def _work(code: Iterable[Instruction]) -> Work:
+    total = Work()
+    for instruction in code:
+        total += _work_of(instruction)
+    return total
+
+
+def _work_of(instruction: Instruction) -> Work:
+    match instruction:
+        case Gemm():
+            return Work(floats_moved=1, operators=1, gemms=1)
+        case Compute(op=op, args=args, is_mask=is_mask):
+            slow = op in SLOW_OPS
+            moved = 1 + sum(isinstance(a, TileRef) for a in args)
+            return Work(
+                exps=int(slow),
+                passes=int(not slow),
+                floats_moved=0 if is_mask else moved,
+                masks_moved=moved if is_mask else 0,
+                operators=1,
+            )
+        case Accumulate(kind=kind):
+            exps, passes, moved, operators = _FOLDS[kind]
+            return Work(exps, passes, moved, 0, operators)
+        case _:  # a diagonal touches few elements of few tiles, a barrier none
+            return Work()
+
+
+# ---- vectors and outputs ------------------------------------------------------------------------
+
+
+def _vectors(
+    program: Program, sizes: Sizes
+) -> tuple[tuple[tuple[str, sp.Expr], ...], tuple[tuple[str, sp.Expr], ...]]:
+    leaves = program.plan.leaves
+    saved = {n: sizes.vector(leaves[n].axes) for n in program.plan.saved}
+    if "bounded" in program.modes:  # inverse sums of exponentials, one for each logsumexp
+        for red in program.logsumexps:
+            saved[inverse_of(red.name).name] = sizes.vector(leaves[red.name].axes)
+    found = []
+    for stages in (program.forward, program.backward):
+        here: dict[str, sp.Expr | None] = dict(saved) if stages else {}
+        for stage in stages:
+            here.update({n: sizes.vector(leaves[n].axes) for n in stage.vectors})
+            for p in stage.passes:
+                for tile in p.programs.values():
+                    here.update({n: sizes.vector(axes) for n, (_, axes) in tile.hoisted.items()})
+                    for i in tile.instructions:
+                        if isinstance(i, Accumulate) and not i.mirrored:
+                            length = sizes.length(p.grid[1 - i.dim])
+                            here.update(dict.fromkeys(i.targets, length))
+        found.append(tuple((n, v) for n, v in sorted(here.items()) if v is not None))
+    return found[0], found[1]
+
+
+def _axes_spread(program: Program) -> set[str]:
+    """Operands that are read along a grid's inner axis, whole on every rank."""
+    leaves = program.plan.leaves
+    return {
+        view.operand
+        for p in program.passes
+        for s in p.similarities
+        if (view := leaves[s].right) is not None and p.grid[1] in (COLS, ROWS2, COLS2)
+    }
+
+
+def _outputs(program: Program, sizes: Sizes) -> tuple[Output, ...]:
+    spread, result = _axes_spread(program), []
+    for op in program.plan.ir.operands:
+        if op.name not in program.plan.needs or op.stop:
+            continue
+        own, whole = sizes.own_and_all(op)
+        length = whole if op.name in spread else own
+        result.append(Output(op.name, length, own, sizes.operand_width(op.name)))
+    return tuple(result)
+
+
+def _gathered(
+    program: Program, sizes: Sizes
+) -> tuple[tuple[str, sp.Expr, sp.Expr], ...]:
+    spread, result = _axes_spread(program), []
+    for op in program.plan.ir.operands:
+        own, whole = sizes.own_and_all(op)
+        if op.name in spread and own != whole:
+            result.append((op.name, whole - own, sizes.operand_width(op.name)))
+    return tuple(result)
+
+
+def _norm_casts(program: Program, sizes: Sizes) -> tuple[sp.Expr, ...]:
+    """Elements of operands whose gradient runs through the norms of their rows."""
+    gradient, result = program.plan.gradient, []
+    operands = {op.name: op for op in program.plan.ir.operands}
+    for name in gradient.vectors if gradient is not None else ():
+        leaf = program.plan.leaves[name]
+        if leaf.kind == "norm" and leaf.left is not None:
+            own, _ = sizes.own_and_all(operands[leaf.left.operand])
+            result.append(own * sizes.width(leaf.left))
+    return tuple(result)
+
+
+def _positive_widths(program: Program, sizes: Sizes) -> tuple[sp.Expr, ...]:
+    """Widths of what is computed at the positives alone, or row by row beside the sweeps."""
+    plan = program.plan
+    leaves = [leaf for leaf in plan.leaves.values() if leaf.kind == "similarity_at_positive"]
+    if plan.gradient is not None:
+        leaves += [plan.leaves[name] for name in plan.late_positives]
+    widths = [sizes.width(leaf.left) for leaf in leaves]
+    if plan.gradient is not None:  # <operand, its gradient>, for the gradient of a scale
+        dots = plan.gradient.dots.values()
+        widths += [sizes.operand_width(operand) for pairs in dots for operand, _ in pairs]
+    return tuple(widths)

@@ -1,0 +1,101 @@
+"""What fits: the smallest budget for a problem, the largest problem for a budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import networkx as nx
+
+from cl_compiler.errors import BudgetError
+from cl_compiler.lang.program import Schedule
+from cl_compiler.lang.sweeps import SweepPlan
+from cl_compiler.plan.space import Option, Point, Space, at, sizes_of, space_of
+from cl_compiler.plan.types import Problem, Request
+from cl_compiler.units import format_bytes
+
+CEILING = 1 << 40
+"""Rows beyond which ``max_batch`` does not look."""
+
+
+def max_batch(
+    request: Request,
+    sweep_plan: SweepPlan | None = None,
+    hardware_graph: nx.DiGraph | None = None,
+) -> int:
+    """The largest M (over all ranks) whose plan fits the budget; D and M : N stay as they are.
+
+    Returns:
+        rows, 0 where not even one fits.
+
+    Raises:
+        ScheduleError: the requested schedule is unknown, or the loss cannot use it.
+    """
+    return largest_batch(space_of(request, sweep_plan, hardware_graph))
+
+
+def largest_batch(space: Space) -> int:
+    """``max_batch`` of a prepared request."""
+    options = [space.option(s) for s in space.schedules()]
+
+    def fits(rows: int) -> bool:
+        return any(_least_bytes(space, o, rows) <= space.limit_bytes for o in options)
+
+    low, high = 0, 1
+    while high < CEILING and fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def scaled(problem: Problem, rows: int) -> Problem:
+    """The problem with so many rows, and columns in proportion."""
+    return replace(problem, M=rows, N=max(1, math.ceil(problem.N * rows / problem.M)))
+
+
+def _least_bytes(space: Space, option: Option, rows: int) -> int:
+    """Bytes of a schedule with its smallest tile."""
+    sizes = sizes_of(space.request, scaled(space.request.problem, rows), space.machine)
+    tile = option.smallest_tile(sizes)
+    writer = option.facts.kept_tile
+    if writer is None:
+        return option.memory.peak_bytes(at(sizes, tile, 0))
+    if option.schedule == "dense":
+        return option.memory.peak_bytes(at(sizes, tile, 1))
+    # Of several tiles at least one must be kept; one tile alone is the ``dense`` schedule.
+    return option.memory.peak_bytes(at(sizes, tile, 1, 2))
+
+
+def smallest(space: Space, schedule: Schedule) -> Point:
+    """The point of a schedule with the fewest bytes."""
+    option = space.option(schedule)
+    tile = option.smallest_tile(space.sizes)
+    kept = 0 if option.facts.kept_tile is None else 1
+    return space.point(schedule, tile, kept)
+
+
+def budget_error(space: Space) -> BudgetError:
+    """Say what was asked for, what it needs and what would fit."""
+    request, problem = space.request, space.request.problem
+    points = [smallest(space, s) for s in space.schedules()]
+    least = min(p.peak_bytes for p in points)
+    size = f"M=N={problem.M}" if problem.M == problem.N else f"M={problem.M}, N={problem.N}"
+    ranks = space.machine.ranks
+    where = "" if ranks == 1 else f" on each of {ranks} devices"
+    limit = space.limit_bytes
+    obstacle = f"budget {format_bytes(limit)}"
+    if limit < request.budget.device_bytes:
+        obstacle = f"the device has {format_bytes(limit)}"
+    schedule = "" if request.schedule == "auto" else f" with schedule {request.schedule!r}"
+    batch = largest_batch(space)
+    fitting = f"the largest batch that fits is M={batch:,}" if batch else "no batch fits"
+    return BudgetError(
+        f"{request.loss.name} at {size}, D={problem.D}, {problem.dtype}{schedule} needs at least "
+        f"{format_bytes(least)} ({least} bytes){where}; {obstacle}. Give at least "
+        f"memory_budget={least}, or a smaller batch: {fitting}."
+    )
+
+
+__all__ = ["budget_error", "largest_batch", "max_batch", "scaled", "smallest"]

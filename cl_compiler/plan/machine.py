@@ -1,0 +1,219 @@
+"""The hardware graph as the cost model reads it: one device's rates, the memories inside it, and
+the links around it.
+
+Everything here is found by walking the graph from its outermost to its innermost level, however
+many there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import networkx as nx
+
+from cl_compiler.hardware.graph import device_node, path, spec_of
+from cl_compiler.hardware.spec import HardwareSpec
+from cl_compiler.plan.types import Tile
+
+SLICE = 64
+"""Columns of the contracted dimension that a level holds of each operand of a product."""
+GRAIN = 16
+"""Sub-tiles of a level are multiples of this many rows and columns."""
+RATED_TILE = Tile(512, 1024)
+"""The tile with which calibration and presets measure a CPU's rates."""
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A level inside the device.
+
+    ``memory_bytes``: of one instance; ``share``: instances in one instance of the level around it;
+    ``total_bytes``, ``bytes_per_s``: of all instances in the device together.
+    """
+
+    name: str
+    kind: str
+    share: int
+    memory_bytes: int
+    total_bytes: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A level around the device: ``instances`` of the next level in one of it.
+
+    ``ranks_inside``: devices in one instance of the next level.  ``link_bytes_per_s``: what one
+    device reaches in one direction; 0 where nothing is moved.
+    """
+
+    name: str
+    kind: str
+    instances: int
+    ranks_inside: int
+    link_kind: str
+    link_bytes_per_s: float
+    link_latency_s: float
+
+    @property
+    def is_linked(self) -> bool:
+        return self.instances > 1 and self.link_bytes_per_s > 0
+
+    def share(self, ranks: int) -> float:
+        """Of the shards that a rank gathers, those that cross this level's links."""
+        return (self.instances - 1) * self.ranks_inside / (ranks - 1)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device and what surrounds it."""
+
+    spec: HardwareSpec
+    device: str
+    device_memory_bytes: int
+    device_bytes_per_s: float
+    outer: tuple[Outer, ...]
+    inner: tuple[Inner, ...]
+    exp_per_s: float
+    pass_per_s: float
+    op_overhead_s: float
+
+    @property
+    def ranks(self) -> int:
+        """Devices in the whole machine."""
+        return self.outer[0].instances * self.outer[0].ranks_inside if self.outer else 1
+
+    def gemm_rate(self, dtype: str, precision: str, inner: float) -> float:
+        """FLOP/s of products with ``inner`` contracted columns."""
+        name, cost = gemm_type(dtype, precision, self.spec)
+        return self.spec.gemm_rate(name, max(1, round(inner))) / cost
+
+    def exchange_seconds_per_byte(self) -> float:
+        """Of every byte that is gathered from the other ranks, over the links that it crosses."""
+        return sum(o.share(self.ranks) / o.link_bytes_per_s for o in self.outer if o.is_linked)
+
+    def exchange_latency_s(self) -> float:
+        """Of the messages in which one operand's shards arrive."""
+        return sum((o.instances - 1) * o.link_latency_s for o in self.outer if o.is_linked)
+
+    def seconds_per_byte(self, held_bytes: float) -> float:
+        """Of streaming data that lives in the innermost memory with room for it."""
+        for level in reversed(self.inner):
+            if level.total_bytes >= held_bytes:
+                return 1 / level.bytes_per_s
+        return 1 / self.device_bytes_per_s
+
+    def rated_seconds_per_byte(self) -> float:
+        """What elementwise rates already include.
+
+        A CPU's are measured on a tile in cache and include that cache's traffic; a GPU's are those
+        of registers and include none.
+        """
+        if self.spec.kind != "cpu":
+            return 0.0
+        return self.seconds_per_byte(RATED_TILE.rows * RATED_TILE.cols * 4)
+
+    def sub_tiles(self, tile: Tile, element_bytes: int) -> tuple[Tile, ...]:
+        """The block that one instance of each inner level works on, from the outside in.
+
+        The largest square that fits beside slices of its operands, and that leaves every instance
+        a block; the levels above bound it.
+        """
+        result, around = [], tile
+        for level in self.inner:
+            around = _block(level, around, element_bytes)
+            result.append(around)
+        return tuple(result)
+
+
+def _block(level: Inner, around: Tile, element_bytes: int) -> Tile:
+    elements = level.memory_bytes // element_bytes
+    if elements == 0:
+        return around
+    # side² + 2·side·SLICE = elements
+    side = _grain((SLICE**2 + elements) ** 0.5 - SLICE)
+    rows = min(side, around.rows)
+    cols = min(_grain((elements - rows * SLICE) / (rows + SLICE)), around.cols)
+    while -(-around.rows // rows) * -(-around.cols // cols) < level.share:
+        if max(rows, cols) <= GRAIN:
+            break
+        if cols >= rows:
+            cols = _grain(cols / 2)
+        else:
+            rows = _grain(rows / 2)
+    return Tile(rows, cols)
+
+
+def _grain(value: float) -> int:
+    return max(GRAIN, int(value) // GRAIN * GRAIN)
+
+
+def machine_of(graph: nx.DiGraph) -> Machine:
+    """Walk a hardware graph.
+
+    Raises:
+        HardwareError: the graph has no device or carries no spec.
+    """
+    spec, device, names = spec_of(graph), device_node(graph), path(graph)
+    at = names.index(device)
+    node = graph.nodes[device]
+    outer = []
+    for name, inside in pairwise(names[: at + 1]):
+        edge = graph.edges[name, inside]
+        linked = edge["kind"] not in ("memory", "contains")
+        outer.append(
+            Outer(
+                name,
+                graph.nodes[name]["kind"],
+                graph.nodes[inside]["count"],
+                graph.nodes[device]["total"] // graph.nodes[inside]["total"],
+                edge["kind"],
+                edge["bandwidth_bytes_per_s"] if linked else 0.0,
+                edge["latency_s"] if linked else 0.0,
+            )
+        )
+    inner = []
+    for name in names[at + 1 :]:
+        level = graph.nodes[name]
+        instances = level["total"] // node["total"]
+        if level["memory_bytes"]:
+            inner.append(
+                Inner(
+                    name,
+                    level["kind"],
+                    level["count"],
+                    level["memory_bytes"],
+                    level["memory_bytes"] * instances,
+                    level["bandwidth_bytes_per_s"] * instances,
+                )
+            )
+    return Machine(
+        spec, device, node["memory_bytes"], node["bandwidth_bytes_per_s"], tuple(outer),
+        tuple(inner), node["exp_per_s"], node["pass_per_s"], node["op_overhead_s"],
+    )
+
+
+def gemm_type(dtype: str, precision: str, spec: HardwareSpec) -> tuple[str, int]:
+    """(entry of the machine's GEMM rates, products that stand for one)."""
+    if dtype == "float64":
+        return "float64", 1
+    rates = dict(spec.gemm_flops_per_s)
+    match precision:
+        case "tf32" if "tf32" in rates:
+            return "tf32", 1
+        case "bf16x3":
+            return "bfloat16", 3
+        case "bf16":
+            return "bfloat16", 1
+        case "fp16":
+            return "float16", 1
+        case "fp8":
+            return "fp8", 1
+        case "auto" if dtype == "float32" and spec.kind != "cpu":
+            return "bfloat16", 3
+        case _:
+            return ("float32" if dtype == "float32" else dtype), 1
+
+
+__all__ = ["RATED_TILE", "Inner", "Machine", "Outer", "gemm_type", "machine_of"]

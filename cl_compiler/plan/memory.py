@@ -1,0 +1,179 @@
+"""Bytes that a schedule allocates, as SymPy expressions in sizes, element bytes and tile sizes.
+
+Every item is a thing that the emitted file allocates, so a wrong prediction has one line to mend.
+Items are listed per phase (a sweep, the values at positives, the return of the gradients); the
+peak is the phase with the largest sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy as sp
+
+from cl_compiler.plan.facts import (
+    COMPUTE_BYTES,
+    INPUT_BYTES,
+    KEPT,
+    SCRATCH,
+    TILE_ROWS,
+    M,
+    PassFacts,
+    ProgramFacts,
+    largest,
+    least,
+)
+from cl_compiler.plan.tape import Tape, tape_of
+
+COPIES = sp.Symbol("copies", nonnegative=True)
+"""Bytes of contiguous copies that the caller's strided inputs force."""
+
+GRADIENTS = "gradient accumulators"
+RETURNED = "returned gradients"
+GATHERED = "other ranks' shards"
+
+Item = tuple[str, sp.Expr]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is allocated at one time: (what, bytes) of each item."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def total(self) -> sp.Expr:
+        return sp.Add(*(bytes_ for _, bytes_ in self.items))
+
+
+def phases_of(facts: ProgramFacts, *, casts: bool) -> tuple[Phase, ...]:
+    """The phases of a program in the order in which they run.
+
+    ``casts``: inputs are 16-bit, so tiles of operands are widened and gradients narrowed.
+    """
+    fused = facts.program.fused
+    always = [("contiguous copies of inputs", COPIES), *_shards(facts)]
+    forward = [*always, _vectors(facts.forward_vectors)]
+    backward = [*always, _vectors(facts.backward_vectors)]
+    if fused:
+        forward += _accumulators(facts)
+    else:
+        backward += _accumulators(facts)
+    if facts.kept_tile is not None:
+        backward.append(_store(facts.kept_tile))
+    phases = []
+    beside = _row_block(facts, casts)
+    for index, p in enumerate(facts.passes):
+        common = forward if p.phase == "forward" else backward
+        store = [_store(p)] if p.keep == "write" else []
+        phases.append(_phase(f"{p.phase} sweep {index + 1}", [*common, *store, *_tiles(p, casts)]))
+    phases.append(_phase("rows and their positives, forward", [*forward, *beside]))
+    if facts.outputs:
+        last = forward if fused else backward
+        phases.append(_phase("rows and their positives", [*last, *beside]))
+        phases += _returns(facts, [i for i in last if i[0] != GRADIENTS], casts)
+    return tuple(phases)
+
+
+def _phase(name: str, items: Sequence[Item]) -> Phase:
+    return Phase(name, tuple((what, bytes_) for what, bytes_ in items if bytes_ != 0))
+
+
+def _vectors(vectors: Sequence[Item]) -> Item:
+    return "statistics (vectors)", COMPUTE_BYTES * sp.Add(*(length for _, length in vectors))
+
+
+def _accumulators(facts: ProgramFacts) -> list[Item]:
+    elements = sp.Add(*(o.length * o.width for o in facts.outputs))
+    return [(GRADIENTS, COMPUTE_BYTES * elements)] if facts.outputs else []
+
+
+def _shards(facts: ProgramFacts) -> list[Item]:
+    elements = sp.Add(*(rows * width for _, rows, width in facts.gathered))
+    return [(GATHERED, INPUT_BYTES * elements)] if facts.gathered else []
+
+
+def _store(p: PassFacts) -> Item:
+    return "kept tiles", KEPT * p.m * p.n * COMPUTE_BYTES
+
+
+def _tiles(p: PassFacts, casts: bool) -> list[Item]:
+    """What a sweep allocates for one tile, and frees when it returns."""
+    tile = p.m * p.n
+    items: list[Item] = [("tile buffers", p.float_buffers * tile * COMPUTE_BYTES)]
+    items.append(("tile masks", p.mask_buffers * tile))
+    if p.keep:
+        items.append(("a tile that is not kept", SCRATCH * tile * COMPUTE_BYTES))
+    if p.block_width != 0:
+        items.append(("a scaled block of rows", p.m * p.block_width * COMPUTE_BYTES))
+    if casts:
+        items.append(("operand tiles in fp32", COMPUTE_BYTES * _operand_elements(p)))
+    if p.is_slots and p.has_gradients:
+        width = largest(q.width for q in p.products)
+        items.append(("products with slots", p.m * width * COMPUTE_BYTES))
+    return items
+
+
+def _operand_elements(p: PassFacts) -> sp.Expr:
+    rows = p.m * sp.Add(*p.row_operands)
+    per_col = p.m * p.n if p.is_slots else p.n
+    return rows + per_col * sp.Add(*p.col_operands)
+
+
+def _row_block(facts: ProgramFacts, casts: bool) -> list[Item]:
+    """Products of rows and their positives, a block of rows at a time."""
+    if not facts.positive_widths:
+        return []
+    width = largest(facts.positive_widths)
+    factors = 3 if casts else 1  # both factors are widened before they are multiplied
+    return [("products at positives", factors * least(TILE_ROWS, M) * width * COMPUTE_BYTES)]
+
+
+def _returns(facts: ProgramFacts, rest: Sequence[Item], casts: bool) -> list[Phase]:
+    """Gradients that are not returned as they were accumulated are made one after the other."""
+    phases = []
+    for index, _ in enumerate(facts.outputs):
+        waiting, made = facts.outputs[index:], facts.outputs[: index + 1]
+        held = sp.Add(*(o.length * o.width for o in waiting)) * COMPUTE_BYTES
+        new = sp.Add(*(o.own * o.width for o in made if casts or o.own != o.length)) * INPUT_BYTES
+        same = sp.Add(*(o.own * o.width for o in facts.outputs[:index]
+                        if not casts and o.own == o.length)) * INPUT_BYTES
+        items = [*rest, (GRADIENTS, held), (RETURNED, new + same)]
+        phases.append(_phase(f"return of the gradient of {facts.outputs[index].operand}", items))
+    if casts and facts.norm_casts:
+        whole = largest(facts.norm_casts) * COMPUTE_BYTES
+        items = [*rest, *_accumulators(facts), ("an operand in fp32", whole)]
+        phases.append(_phase("gradients through norms", items))
+    return phases
+
+
+@dataclass(frozen=True)
+class CompiledMemory:
+    """The phases of a program, ready to be evaluated."""
+
+    phases: tuple[Phase, ...]
+    totals: Tape
+
+    def peak_bytes(self, values: Mapping[str, float]) -> int:
+        """The largest total, bytes."""
+        return round(max(self.totals(values)))
+
+    def breakdown(self, values: Mapping[str, float]) -> tuple[str, tuple[tuple[str, int], ...]]:
+        """(name of the peak's phase, (what, bytes) of each of its items)."""
+        totals = self.totals(values)
+        phase = self.phases[totals.index(max(totals))]
+        numbers = tape_of([bytes_ for _, bytes_ in phase.items])(values)
+        items = zip((what for what, _ in phase.items), map(round, numbers), strict=True)
+        return phase.name, tuple(item for item in items if item[1])
+
+
+def compile_memory(facts: ProgramFacts, *, casts: bool) -> CompiledMemory:
+    """The phases of a program as functions of numbers."""
+    phases = phases_of(facts, casts=casts)
+    return CompiledMemory(phases, tape_of([p.total for p in phases]))
+
+
+__all__ = ["GATHERED", "GRADIENTS", "RETURNED", "CompiledMemory", "Phase", "compile_memory",
+           "phases_of"]

@@ -1,0 +1,269 @@
+"""The space that the search runs through: schedules, tiles and kept tiles of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import networkx as nx
+
+from cl_compiler.errors import ArgumentError, ScheduleError
+from cl_compiler.hardware.graph import hardware_graph as graph_of
+from cl_compiler.lang.program import SCHEDULES, Schedule, build_program, valid_schedules
+from cl_compiler.lang.sweeps import SweepPlan, plan_sweeps
+from cl_compiler.plan.cost import CompiledCost, compile_cost
+from cl_compiler.plan.facts import ProgramFacts, facts_of
+from cl_compiler.plan.machine import Machine, machine_of
+from cl_compiler.plan.memory import CompiledMemory, compile_memory
+from cl_compiler.plan.types import Problem, Request, Tile
+
+STEP = 64
+"""Tiles are multiples of this, or a whole axis."""
+FINE = 1024
+"""Up to this length every multiple of ``STEP`` is tried, beyond it two per octave."""
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to run the loss: what it needs and how long it takes."""
+
+    schedule: Schedule
+    tile: Tile
+    kept_tiles: int
+    peak_bytes: int
+    parts: tuple[float, ...]
+
+    @cached_property
+    def seconds(self) -> float:
+        return sum(self.parts)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A schedule's bytes and seconds as functions of sizes and tiles."""
+
+    schedule: Schedule
+    facts: ProgramFacts
+    memory: CompiledMemory
+    cost: CompiledCost
+
+    def extent(self, sizes: Values) -> Tile:
+        """Rows and columns of the largest grid."""
+        passes = self.facts.passes
+        rows = max((sizes[p.rows.name] for p in passes), default=1)
+        cols = max((sizes[p.cols.name] for p in passes if not p.is_slots), default=1)
+        return Tile(int(rows), int(cols))
+
+    def tiles(self, sizes: Values) -> Iterator[Tile]:
+        """Every tile that the emitted loops may step by."""
+        extent = self.extent(sizes)
+        if self.schedule == "dense":
+            yield extent
+        elif self.facts.needs_square_tiles:
+            for side in axis_steps(max(extent.rows, extent.cols)):
+                yield Tile(side, side)
+        else:
+            across = [extent.cols] if self.facts.spans_rows else axis_steps(extent.cols)
+            for rows in axis_steps(extent.rows):
+                for cols in across:
+                    yield Tile(rows, cols)
+
+    def smallest_tile(self, sizes: Values) -> Tile:
+        return next(self.tiles(sizes))
+
+    def kept_counts(
+        self, sizes: Values, tile: Tile, limit_bytes: float, caches: tuple[int, ...] = ()
+    ) -> tuple[int, ...]:
+        """How many tiles may be kept: as many as fit, and as many as each cache holds.
+
+        Empty where the schedule keeps tiles and not one fits.
+        """
+        writer = self.facts.kept_tile
+        if writer is None:
+            return (0,)
+        rows, cols = int(sizes[writer.rows.name]), int(sizes[writer.cols.name])
+        m, n = min(tile.rows, rows), min(tile.cols, cols)
+        down, across = -(-rows // m), -(-cols // n)
+        count = down * (across + 1) // 2 if writer.symmetric else down * across
+        if self.schedule == "dense":
+            return (count,)
+        if count == 1:
+            return ()  # all in one tile is what ``dense`` does
+        if self.memory.peak_bytes(at(sizes, tile, count, count)) <= limit_bytes:
+            most = count
+        else:
+            none = self.memory.totals(at(sizes, tile, 0, count))
+            one = self.memory.totals(at(sizes, tile, 1, count))
+            room = min(
+                (limit_bytes - a) / (b - a) if b > a else (count - 1 if a <= limit_bytes else -1)
+                for a, b in zip(none, one, strict=True)
+            )
+            most = min(int(room), count - 1) if room >= 0 else 0
+        tile_bytes = m * n * int(sizes["e_c"])
+        counts = {most, *(c // tile_bytes for c in caches if c // tile_bytes < most)}
+        return tuple(sorted(k for k in counts if k >= 1))
+
+
+def at(sizes: Values, tile: Tile, kept: int, count: int | None = None) -> dict[str, float]:
+    """Values of every symbol of a memory expression; ``count``: tiles of the pass that keeps."""
+    scratch = float(count is not None and kept < count)
+    return {**sizes, "m": tile.rows, "n": tile.cols, "kept": kept, "scratch": scratch}
+
+
+def axis_steps(length: int) -> list[int]:
+    """Tile sizes along an axis, ascending; the last one is the whole axis."""
+    if length <= FINE:
+        steps = list(range(STEP, length, STEP))
+    else:
+        steps, size = [], STEP
+        while size < length:
+            steps.append(size)
+            if size > STEP and size * 3 // 2 < length:
+                steps.append(size * 3 // 2)
+            size *= 2
+    return [*steps, length]
+
+
+@dataclass(frozen=True)
+class Space:
+    """A request, its loss in sweeps, and the machine, with what was computed of them so far."""
+
+    request: Request
+    sweep_plan: SweepPlan
+    machine: Machine
+    options: dict[Schedule, Option]
+    """Filled when a schedule is first asked for: lowering a loss takes milliseconds."""
+
+    @property
+    def limit_bytes(self) -> int:
+        """The budget, or the device's memory where that is less."""
+        return min(self.request.budget.device_bytes, self.machine.device_memory_bytes)
+
+    @cached_property
+    def sizes(self) -> Values:
+        return sizes_of(self.request, self.request.problem, self.machine)
+
+    @cached_property
+    def reasons(self) -> dict[Schedule, str]:
+        """Each schedule → "" or why the loss cannot use it."""
+        return valid_schedules(self.sweep_plan)
+
+    def schedules(self) -> tuple[Schedule, ...]:
+        """Those that the request allows and the loss can use."""
+        wanted = self.request.schedule
+        if wanted == "auto":
+            return tuple(s for s in SCHEDULES if not self.reasons[s])
+        if wanted not in SCHEDULES:
+            raise ScheduleError(
+                f"schedule {wanted!r} is unknown: use 'auto' or one of {', '.join(SCHEDULES)}."
+            )
+        return (cast(Schedule, wanted),)  # building it says why it is impossible
+
+    def option(self, schedule: Schedule) -> Option:
+        """A schedule's expressions.
+
+        Raises:
+            ScheduleError: the loss cannot use the schedule.
+            HardwareError: the machine has no rate for the way in which products are computed.
+        """
+        if schedule not in self.options:
+            problem = self.request.problem
+            program = build_program(self.sweep_plan, schedule)
+            facts = facts_of(program, problem.operands, one_rank=self.machine.ranks == 1)
+            casts = problem.input_bytes < problem.compute_bytes
+            cost = compile_cost(facts, self.machine, problem, self.request.precision)
+            memory = compile_memory(facts, casts=casts)
+            self.options[schedule] = Option(schedule, facts, memory, cost)
+        return self.options[schedule]
+
+    def points(self, schedule: Schedule) -> Iterator[Point]:
+        """Every tile of a schedule that fits, with the seconds that it takes."""
+        option, sizes = self.option(schedule), self.sizes
+        caches = tuple(level.total_bytes for level in self.machine.inner)
+        for tile in option.tiles(sizes):
+            for kept in option.kept_counts(sizes, tile, self.limit_bytes, caches):
+                peak = option.memory.peak_bytes(self.values(option, tile, kept))
+                if peak <= self.limit_bytes:
+                    yield self.point(schedule, tile, kept)
+
+    def point(self, schedule: Schedule, tile: Tile, kept: int) -> Point:
+        """Evaluate one point, whether or not it fits."""
+        option = self.option(schedule)
+        values = self.values(option, tile, kept)
+        return Point(
+            schedule, tile, kept, option.memory.peak_bytes(values),
+            option.cost.seconds_by_part(values),
+        )
+
+    def values(self, option: Option, tile: Tile, kept: int) -> dict[str, float]:
+        """Values of every symbol of a schedule's expressions."""
+        writer = option.facts.kept_tile
+        count = None
+        if writer is not None:
+            count = kept + 1 if kept < self.count(option, tile) else kept
+        result = at(self.sizes, tile, kept, count)
+        blocks = self.machine.sub_tiles(tile, self.request.problem.compute_bytes)
+        for index, (block, level) in enumerate(zip(blocks, self.machine.inner, strict=True), 1):
+            result[f"m_{index}"], result[f"n_{index}"] = block.rows, block.cols
+            result[f"B_{index}"] = level.bytes_per_s
+        return result
+
+    def count(self, option: Option, tile: Tile) -> int:
+        """Tiles of the pass that keeps them."""
+        writer = option.facts.kept_tile
+        if writer is None:
+            return 0
+        rows, cols = int(self.sizes[writer.rows.name]), int(self.sizes[writer.cols.name])
+        down, across = -(-rows // min(tile.rows, rows)), -(-cols // min(tile.cols, cols))
+        return down * (across + 1) // 2 if writer.symmetric else down * across
+
+
+def space_of(
+    request: Request, sweep_plan: SweepPlan | None, graph: nx.DiGraph | None
+) -> Space:
+    """Prepare a request."""
+    if sweep_plan is None:
+        sweep_plan = plan_sweeps(request.loss, request.positives, request.needs)
+    graph = graph_of(request.hardware) if graph is None else graph
+    return Space(request, sweep_plan, machine_of(graph), {})
+
+
+def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, float]:
+    """Numbers that do not depend on the schedule: lengths, widths, element bytes, rates.
+
+    Raises:
+        ArgumentError: the loss reads slots or a bank whose length the problem does not give.
+    """
+    axes = {axis for leaf in request.loss.leaves.values() for axis in leaf.axes}
+    for axis, field in (("slots", problem.slots), ("bank", problem.bank)):
+        if axis in axes and field < 1:
+            raise ArgumentError(
+                f"{request.loss.name} reads {axis}: give their number as Problem({axis}=…)."
+            )
+    ranks = machine.ranks
+    return {
+        "M": -(-problem.M // ranks),
+        "M_all": problem.M,
+        "N": problem.N,
+        "N_own": -(-problem.N // ranks),
+        "D": problem.D,
+        **{f"D_{name}": width for name, width in problem.operands.items()},
+        "K": problem.slots,
+        "Q": problem.bank,
+        "e_in": problem.input_bytes,
+        "e_c": problem.compute_bytes,
+        "copies": request.contiguous_copies,
+        "exp_per_s": machine.exp_per_s,
+        "pass_per_s": machine.pass_per_s,
+        "op_overhead_s": machine.op_overhead_s,
+        "B_0": machine.device_bytes_per_s,
+        "exchange_s_per_byte": machine.exchange_seconds_per_byte(),
+        "exchange_latency_s": machine.exchange_latency_s(),
+    }
+
+
+__all__ = ["STEP", "Option", "Point", "Space", "at", "axis_steps", "sizes_of", "space_of"]
