@@ -280,6 +280,8 @@ def _helpers(stages: list[StageText], printer: StagePrinter, value: str,
             for mode in call.modes.values():
                 lines += [*mode.hoisted, *mode.finish, *mode.text.body, *mode.text.remake]
     lines += [text.coefficient for text in _late(printer)]
+    for op in printer.plan.ir.operands:
+        lines += [c for c, _, _ in _operand(printer, op.name, False).norms]
     everything = "\n".join(lines)
     known = ("_crossings", "_largest_norm", "_inverse", "_finish_logsumexp", "_add_logsumexp",
              "_add_softmean", "_to_columns", "_logsubexp", "_one_minus_exp")

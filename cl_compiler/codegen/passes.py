@@ -350,6 +350,10 @@ class PassPrinter:
             for symbol, text in finalise(self.program, red, self.mode, self.names, block):
                 if symbol in needed:
                     lines.append(f"{self.symbol(symbol)} = {text}")
+                    if red.monoid == "logsumexp" and self.mode == "bounded" and symbol == red.name:
+                        self.params.setdefault(
+                            self.names(shift_of(shift_owner(self.program, red)).name)
+                        )
             if red.monoid in ("sum", "max") and red.name in needed:
                 lines.append(f"{self.symbol(red.name)} = {self.names(red.name)}[i:i1]")
         printer = self.printer(self._in_block, block=True)

@@ -18,9 +18,9 @@ from cl_compiler.codegen.passes import (
 )
 from cl_compiler.codegen.printers import VectorPrinter
 from cl_compiler.lang.ir import Leaf, Let, Reduction, axes_of
-from cl_compiler.lang.lower import bounded_logits, shift_of
+from cl_compiler.lang.lower import bounded_logits, inverse_of, shift_of
 from cl_compiler.lang.program import Pass, Program, Stage
-from cl_compiler.lang.tile_ir import Mode
+from cl_compiler.lang.tile_ir import Compute, Gemm, Mode, ScalarRef, VectorRef
 
 
 @dataclass
@@ -157,13 +157,11 @@ class StagePrinter:
     def _finish(self, pass_: Pass, mode: Mode) -> list[str]:
         lines = []
         for red in pass_.reductions:
-            if any(isinstance(t, str) and t == red.name for t in ()):
-                continue
             parts = {t: self.names(f"{t}_{red.name}") for t in ("max", "sum", "weighted")}
             for symbol, text in finalise(self.program, red, mode, self.names, parts):
-                if symbol == red.name or not self.program.fused:
+                if symbol == red.name or not pass_.has_barrier:
                     lines.append(f"{self.names(symbol)} = {text}")
-        if mode == "running" and len(self.program.modes) == 2 and not self.program.fused:
+        if mode == "running" and len(self.program.modes) == 2 and not pass_.has_barrier:
             lines += [f"{self.names(f'inv_{r.name}')} = None" for r in pass_.reductions
                       if r.monoid == "logsumexp"]
         return lines
@@ -181,9 +179,8 @@ class StagePrinter:
                 shift = self.names(shift_of(shift_owner(self.program, red)).name)
                 accumulator = self.names(f"sum_{red.name}")
                 call.guards.append((shift, accumulator, self._terms(red.name, pass_)))
-        level = pass_.level
-        used = [o for o in owners.values() if self.plan.levels[o] <= (level if forward else 10**9)]
-        shifts = dict.fromkeys(self.names(shift_of(o).name) for o in used)
+        used = _shifts_read(self.program, pass_) if forward else set(owners.values())
+        shifts = dict.fromkeys(self.names(shift_of(o).name) for o in sorted(used))
         call.condition = " and ".join(f"{s} is not None" for s in shifts)
         if pass_.gradients and forward:
             outs = sorted({o for s in pass_.gradients for o in self._operands(s)})
@@ -218,6 +215,27 @@ class StagePrinter:
     def final_scale(self, operand: str) -> str:
         scale = operand_scale(self.plan, operand)
         return "" if scale in ("", "mixed") else self.names(scale)
+
+
+def _shifts_read(program: Program, pass_: Pass) -> set[str]:
+    """Owners of the shifts that a pass depends on in bounded mode."""
+    names: set[str] = set()
+    for code in (pass_.programs["bounded"], *([pass_.remake["bounded"]] if pass_.remake else [])):
+        for expr, _ in code.hoisted.values():
+            names |= {s.name for s in expr.free_symbols}
+        for i in code.instructions:
+            if isinstance(i, Compute):
+                names |= {a.name for a in i.args if isinstance(a, VectorRef)}
+                names |= {str(a.expr) for a in i.args if isinstance(a, ScalarRef)}
+            if isinstance(i, Gemm):
+                names |= {str(i.alpha), str(i.beta)}
+    found = set()
+    for red in program.logsumexps:
+        owner = shift_owner(program, red)
+        here = red.name in {r.name for r in pass_.reductions}
+        if here or {inverse_of(red.name).name, shift_of(owner).name} & names:
+            found.add(owner)
+    return found
 
 
 def _call(monoid: str, operand: sp.Expr, _: object) -> sp.Expr:

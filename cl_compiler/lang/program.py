@@ -17,7 +17,7 @@ from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.ir import SLOTS, Let, Reduction
 from cl_compiler.lang.lower import bounded_logits, kept_expression, lower_pass
 from cl_compiler.lang.sweeps import SweepPlan, level_of
-from cl_compiler.lang.tile_ir import Mode, TileProgram
+from cl_compiler.lang.tile_ir import Barrier, Mode, TileProgram
 
 Schedule = Literal["recompute", "spill", "panel", "retain", "dense"]
 SCHEDULES: tuple[Schedule, ...] = ("recompute", "spill", "panel", "retain", "dense")
@@ -44,6 +44,12 @@ class Pass:
     programs: Mapping[Mode, TileProgram]
     remake: Mapping[Mode, TileProgram] = field(default_factory=dict)
     """Of a pass that reads kept tiles: how to make one that was not kept."""
+
+    @property
+    def has_barrier(self) -> bool:
+        """Row statistics are completed, and read, inside the pass."""
+        code = next(iter(self.programs.values()))
+        return any(isinstance(i, Barrier) for i in code.instructions)
 
     @property
     def is_slots(self) -> bool:
@@ -176,7 +182,7 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
                           sweep.gradients, sides=(side,))
                 )
         target = forward if level <= plan.forward_levels else backward
-        target.append((level, tuple(passes)))
+        target.append((plan.total_levels if panel else level, tuple(passes)))
     return Program(
         plan, schedule, modes,
         _stages(plan, 0, forward, _forward_names(plan, fused)),

@@ -219,6 +219,9 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
     g_level = {
         s: 1 + level_of(e, levels) for s, e in (gradient.similarities if gradient else {}).items()
     }
+    if any(level > forward for level in g_level.values()):
+        # one tile needs the whole value: then all gradients wait for the backward
+        g_level = {s: max(level, forward + 1) for s, level in g_level.items()}
     sweeps = []
     reductions = [n for n in nodes if isinstance(n, Reduction) and is_full(n, leaves)]
     top = max([0, *g_level.values(), *(levels[r.name] for r in reductions)])

@@ -1,0 +1,316 @@
+"""``compile_loss``: the whole pipeline, readable in one screen.
+
+request → key → (cached, or: sweeps → plan → program → text) → verified entry → loaded module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cl_compiler.cache import Variant, cache_key, fetch
+from cl_compiler.codegen.templates import template_root
+from cl_compiler.errors import ArgumentError, LossDefinitionError
+from cl_compiler.hardware import HardwareSpec, load_hardware
+from cl_compiler.lang.ir import LossIR
+from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Request
+from cl_compiler.runtime.function import CallSignature, CompiledLoss, LoadedVariant, LossSignature
+from cl_compiler.runtime.loader import load_source
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+BUDGET_SHARE = 0.25
+"""Of the free memory, where no budget is given."""
+
+PRECISIONS = ("auto", "ieee", "bf16")
+
+
+def compile_loss(
+    hardware_spec: str | Path | HardwareSpec,
+    memory_budget: int | str | Mapping[str, int | str] | MemoryBudget | None,
+    *,
+    loss: str | LossIR = "clip",
+    problem: Problem | None = None,
+    precision: str = "auto",
+    schedule: str = "auto",
+    deterministic: bool = False,
+    nonfinite: Literal["propagate", "error"] = "propagate",
+    verify: bool = False,
+) -> CompiledLoss:
+    """Compile a loss for a machine and a memory budget.
+
+    Args:
+        hardware_spec: "auto" (detect), a preset's name, a path to a ``.toml`` or a spec.
+        memory_budget: bytes, "512MiB", {"device": …, "host": …}, a ``MemoryBudget``, or None for a
+            quarter of the free memory.  It bounds every byte that the loss allocates or keeps,
+            returned gradients included, the caller's inputs not.
+        loss: a name in ``cl_compiler.losses``, or what ``@cl.define_loss`` returned.
+        problem: the largest sizes, to compile ahead of time; without it the loss specialises at its
+            first call, and again for a new dtype, width or size class.
+        precision: how similarities are multiplied: "ieee", "bf16" (bf16 products of fp32 or bf16
+            inputs with fp32 accumulation, on CPUs that have them), or "auto": bf16 for bf16 inputs,
+            ieee otherwise.
+        schedule: "auto", or one of recompute, spill, panel, retain, dense.
+        deterministic: bitwise repeatable on the same machine with the same number of threads (the
+            emitted CPU code always is).
+        nonfinite: propagate NaN and infinities as the reference does, or raise.
+        verify: check the first call on a small sample against the dense float64 reference.
+
+    Returns:
+        A ``CompiledLoss``: ``value = loss_fn(x, y, logit_scale=scale)``.
+
+    Raises:
+        HardwareError, BudgetError, ScheduleError, LossDefinitionError, ArgumentError: what was asked
+            for, why it cannot be, and what can.
+    """
+    if precision not in PRECISIONS:
+        raise ArgumentError(
+            f"precision {precision!r}: the CPU templates multiply in {', '.join(PRECISIONS)}."
+        )
+    if nonfinite not in ("propagate", "error"):
+        raise ArgumentError(f"nonfinite={nonfinite!r}: use 'propagate' or 'error'.")
+    if deterministic not in (False, True):
+        raise ArgumentError(
+            f"deterministic={deterministic!r}: use True or False; modes across ranks need a group."
+        )
+    hardware = load_hardware(hardware_spec)
+    budget = _budget(memory_budget)
+    ir = find_loss(loss)
+    specialise = Specialiser(ir, hardware, budget, precision, schedule)
+    planned = None if problem is None else specialise.signature_of(problem)
+    return CompiledLoss(
+        loss_signature(ir),
+        specialise,
+        planned=planned,
+        nonfinite=nonfinite,
+        verify=Verifier(ir) if verify else None,
+    )
+
+
+def find_loss(loss: str | LossIR) -> LossIR:
+    """A shipped loss by its name, or the loss itself.
+
+    Raises:
+        LossDefinitionError: no such loss.
+    """
+    if isinstance(loss, LossIR):
+        return loss
+    from cl_compiler.losses import find
+
+    if not isinstance(loss, str):
+        raise LossDefinitionError(
+            f"loss={loss!r}: give a name or what @cl.define_loss returned."
+        )
+    return find(loss)
+
+
+def loss_signature(ir: LossIR) -> LossSignature:
+    """What a loss is called with."""
+    return LossSignature(
+        name=ir.name,
+        operands=tuple((op.name, op.axes) for op in ir.operands),
+        inputs=tuple(
+            (n, leaf.axes[0]) for n, leaf in ir.leaves.items() if leaf.kind == "input"
+        ),
+        parameters=ir.parameters,
+        uses_positives=ir.uses_positives,
+        stops=frozenset(op.name for op in ir.operands if op.stop),
+    )
+
+
+def _budget(budget: int | str | Mapping[str, int | str] | MemoryBudget | None) -> MemoryBudget:
+    if budget is not None:
+        return MemoryBudget.parse(budget)
+    from cl_compiler.hardware.cpu import free_memory_bytes
+
+    return MemoryBudget(max(1, int(free_memory_bytes() * BUDGET_SHARE)))
+
+
+@dataclass(frozen=True)
+class Specialiser:
+    """Turns a call's signature into loaded code.  A value: picklable and comparable."""
+
+    ir: LossIR
+    hardware: HardwareSpec
+    budget: MemoryBudget
+    precision: str
+    schedule: str
+
+    def signature_of(self, problem: Problem) -> CallSignature:
+        """The signature of a call at a problem's size, all gradients required."""
+        names = {op.name for op in self.ir.operands if not op.stop} | set(self.ir.parameters)
+        return CallSignature(
+            M=problem.M,
+            N=problem.N,
+            D=problem.D,
+            dtype=problem.dtype,
+            widths=tuple(sorted(problem.operands.items())),
+            slots=problem.slots,
+            bank=problem.bank,
+            positives="views" if self.ir.is_single_set else "diagonal",
+            needs=frozenset(names),
+        )
+
+    def request(self, call: CallSignature) -> Request:
+        """Everything that the plan depends on."""
+        precision = self.precision
+        if precision == "auto":
+            precision = "bf16" if call.dtype == "bfloat16" else "ieee"
+        problem = Problem(
+            call.M, call.N, call.D, call.dtype,  # type: ignore[arg-type]
+            operands=dict(call.widths), slots=call.slots, bank=call.bank,
+        )
+        return Request(
+            self.ir, self.hardware, self.budget, problem, call.positives,  # type: ignore[arg-type]
+            call.needs, precision, self.schedule, call.contiguous_copies,
+        )
+
+    def __call__(self, call: CallSignature) -> LoadedVariant:
+        request = self.request(call)
+        described = request_to_json(request)
+        key = cache_key(
+            described,
+            loss=self.ir.name,
+            hardware=self.hardware.canonical_json(),
+            templates=template_root(),
+        )
+        entry = fetch(key, lambda: build_variant(request, described, key.variant))
+        from cl_compiler.plan.report import plan_from_json
+
+        module = load_source(entry.source, entry.name, entry.path)
+        path = None if entry.path is None else str(entry.path)
+        return LoadedVariant(call, module, plan_from_json(entry.plan), entry.source, path, entry.hit)
+
+    def explain(self, plan: Plan) -> str:
+        """The plan as text."""
+        from cl_compiler.plan.report import explain
+
+        return explain(plan)
+
+    def graph(self, call: CallSignature | None) -> nx.DiGraph:
+        """The loss graph for a call's gradients."""
+        from cl_compiler.lang.graph import loss_graph
+        from cl_compiler.lang.sweeps import plan_sweeps
+
+        call = self.signature_of(Problem(1, 1, 1)) if call is None else call
+        return loss_graph(plan_sweeps(self.ir, call.positives, call.needs))  # type: ignore[arg-type]
+
+
+def build_variant(request: Request, described: Mapping[str, Any], name: str) -> Variant:
+    """Plan, lower and render: what a cache miss costs.
+
+    Raises:
+        BudgetError, ScheduleError, LossDefinitionError: no plan exists; the message says why.
+    """
+    from cl_compiler.codegen.render import render
+    from cl_compiler.lang.program import build_program
+    from cl_compiler.lang.sweeps import plan_sweeps
+    from cl_compiler.plan.report import plan_to_json
+    from cl_compiler.plan.search import choose_plan
+
+    sweeps = plan_sweeps(request.loss, request.positives, request.needs)
+    plan = choose_plan(request, sweeps)
+    source = render(plan, build_program(sweeps, plan.schedule), name)
+    return Variant(name, source, dict(described), plan_to_json(plan))
+
+
+def request_to_json(request: Request) -> dict[str, Any]:
+    """A request's canonical content: no line numbers, no paths, no order of sets."""
+    problem = request.problem
+    return {
+        "loss": loss_to_json(request.loss),
+        "hardware": request.hardware.to_dict(),
+        "budget": {
+            "device_bytes": request.budget.device_bytes,
+            "host_bytes": request.budget.host_bytes,
+        },
+        "problem": {
+            "M": problem.M,
+            "N": problem.N,
+            "D": problem.D,
+            "dtype": problem.dtype,
+            "operands": dict(sorted(problem.operands.items())),
+            "slots": problem.slots,
+            "bank": problem.bank,
+        },
+        "positives": request.positives,
+        "needs": sorted(request.needs),
+        "precision": request.precision,
+        "schedule": request.schedule,
+        "contiguous_copies": request.contiguous_copies,
+    }
+
+
+def loss_to_json(ir: LossIR) -> dict[str, Any]:
+    """What a loss computes, as text."""
+    return {
+        "name": ir.name,
+        "doc": ir.doc,
+        "operands": [[op.name, list(op.axes), op.stop] for op in ir.operands],
+        "parameters": list(ir.parameters),
+        "leaves": [
+            [leaf.name, leaf.kind, list(leaf.axes), repr(leaf.left), repr(leaf.right)]
+            for leaf in ir.leaves.values()
+        ],
+        "reductions": [
+            [r.name, r.monoid, r.over, *(str(e) for e in r.expressions)] for r in ir.reductions
+        ],
+        "value": str(ir.value),
+        "outputs": [[n, str(e)] for n, e in ir.outputs],
+        "required": [[n, str(e)] for n, e in ir.required],
+        "constants": [[n, repr(v)] for n, v in ir.constants],
+    }
+
+
+SAMPLE_ROWS = 64
+"""Rows that ``verify=True`` compares with the reference."""
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """Compares a compiled loss with the dense float64 reference on the first rows of a call."""
+
+    ir: LossIR
+
+    def __call__(self, loss_fn: CompiledLoss, values: Mapping[str, Any]) -> None:
+        """Raise if the value on a sample differs from the reference by more than rounding.
+
+        Raises:
+            ArithmeticError: the compiled value is wrong; please report it.
+        """
+        import torch
+
+        from cl_compiler.lang.reference import evaluate
+
+        def cut(axes: tuple[str, ...], tensor: torch.Tensor) -> torch.Tensor:
+            if axes == ("rows", "cols"):  # two views: the first rows of each half
+                half = tensor.shape[0] // 2
+                step = min(SAMPLE_ROWS, half)
+                return torch.cat([tensor[:step], tensor[half : half + step]]).detach()
+            return tensor[:SAMPLE_ROWS].detach()
+
+        axes = {op.name: op.axes for op in self.ir.operands}
+        axes |= {n: leaf.axes for n, leaf in self.ir.leaves.items() if leaf.kind == "input"}
+        single = ("rows", "cols") if self.ir.is_single_set else ("rows",)
+        axes |= {"ids": single, "row_ids": ("rows",), "col_ids": ("cols",)}
+        sample = {n: cut(a, values[n]) for n, a in axes.items() if n in values}
+        ids = {n: sample.pop(n) for n in ("ids", "row_ids", "col_ids") if n in sample}
+        parameters = {n: values[n].item() for n in self.ir.parameters}
+        with torch.no_grad():
+            got = loss_fn(**sample, **parameters, **ids)
+            got = got[0] if isinstance(got, tuple) else got
+            want = evaluate(self.ir, sample, parameters, **ids)
+        tolerance = 1e-9 if values["dtype"] == torch.float64 else 1e-3
+        error = abs(float(got) - float(want)) / max(1.0, abs(float(want)))
+        if not error <= tolerance and torch.isfinite(want):
+            raise ArithmeticError(
+                f"{self.ir.name}: compiled value {float(got)!r}, reference {float(want)!r} on "
+                f"{SAMPLE_ROWS} rows: relative error {error:.1e} above {tolerance:.0e}. Do not use "
+                "this variant; please report it with loss_fn.source."
+            )
+
+
+__all__ = ["Plan", "Specialiser", "compile_loss", "find_loss", "request_to_json"]

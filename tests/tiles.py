@@ -1,0 +1,97 @@
+"""Run a loss through the emitted tiles with a given schedule and tile size, without the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cl_compiler.codegen.render import render
+from cl_compiler.lang.program import Schedule, build_program, valid_schedules
+from cl_compiler.lang.sweeps import plan_sweeps
+from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
+from cl_compiler.runtime.loader import load_source
+from tests.zoo_case import Case, Sample
+
+ROW_TILE, COL_TILE = 3, 4
+"""Small enough that samples of a few rows have interior, edge and ragged tiles."""
+
+
+def emit(
+    case: Case,
+    schedule: Schedule = "spill",
+    *,
+    dtype: str = "float64",
+    tile: Tile | None = None,
+    kept_tiles: int = 2,
+    needs: frozenset[str] | None = None,
+    width: int = 6,
+    precision: str = "ieee",
+) -> str:
+    """The text of the file for one case."""
+    needs = case.needs if needs is None else needs
+    sweeps = plan_sweeps(case.loss, case.positives, needs)
+    program = build_program(sweeps, schedule)
+    tile = Tile(ROW_TILE, COL_TILE) if tile is None else tile
+    if any(p.symmetric for p in program.passes):
+        tile = Tile(tile.rows, tile.rows)
+    if schedule == "dense":
+        tile, kept_tiles = Tile(1024, 1024), 1
+    plan = Plan(
+        case.loss.name, "test", Problem(64, 64, width, dtype), case.positives, needs, precision,  # type: ignore[arg-type]
+        MemoryBudget(1 << 30), schedule, tile, kept_tiles, (), (), 0, 0.0, 4.0,
+    )
+    return render(plan, program, "test")
+
+
+def schedules_of(case: Case) -> list[Schedule]:
+    """The schedules that a case can use."""
+    plan = plan_sweeps(case.loss, case.positives, case.needs)
+    return [s for s, reason in valid_schedules(plan).items() if not reason]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run through the tiles gave: value, and gradients by name."""
+
+    value: Tensor
+    gradients: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def run(source: str, sample: Sample, grad_output: float = 1.0) -> Result:
+    """Load a file, call its Function on a sample and differentiate."""
+    module = load(source)
+    leaves = sample.leaves
+    values = {**sample.tensors, **sample.parameters, **sample.ids}
+    results = module.Loss.apply(*(values[name] for name in module.ARGUMENTS))
+    value = results[0]
+    names = list(module.GRADIENTS)
+    grads = torch.autograd.grad(value * grad_output, [leaves[n] for n in names])
+    outputs = dict(zip(module.OUTPUTS, results[1:], strict=True))
+    return Result(value.detach(), dict(zip(names, grads, strict=True)), outputs)
+
+
+def load(source: str) -> ModuleType:
+    """The module of a generated text."""
+    return load_source(source, "test")
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of the reference (absolute where that vanishes)."""
+    return float((got.double() - want).norm() / want.norm().clamp(min=1e-3))
+
+
+def errors(result: Result, sample: Sample) -> Mapping[str, float]:
+    """Relative errors against the float64 reference: "value" and each gradient."""
+    reference = sample.reference()
+    wanted = sample.gradients(reference)
+    value = abs(float(result.value) - float(reference)) / max(1.0, abs(float(reference)))
+    found = {"value": value}
+    for name, want in wanted.items():
+        got = result.gradients.get(name, torch.zeros_like(want))
+        found[name] = relative_error(got, want)
+    return found
