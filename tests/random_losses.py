@@ -232,6 +232,8 @@ class _Grower:
             lambda: Bounded(cl.exp(self.tame(value, 2.0).expr), 8.0),
             lambda: Bounded(0.3 * a**2, 0.3 * bound**2),
             lambda: Bounded(a + shift * cl.stop_gradient(a), 2 * bound),
+            # NaN where the branch is not taken
+            lambda: Bounded(cl.where(a > shift, cl.log(a - shift + 0.2), -shift), bound + 2),
         ]
         return self.rng.choice(choices)()
 
@@ -265,7 +267,8 @@ class _Grower:
 
     def compared(self, grid: Grid) -> cl.Expr:
         left, right = self.rng.choice(self.grids[grid]).expr, self.tame(self.term(grid), 1.0).expr
-        return left > right - self.constant() if self.rng.random() < 0.7 else left <= right
+        shift = self.constant()
+        return left > right - shift if self.rng.random() < 0.7 else left <= right + shift / 3
 
     def tame(self, value: Bounded, limit: float = 8.0) -> Bounded:
         """The same, squashed where it could be large."""
