@@ -6,6 +6,8 @@ says what fits, ``report`` explains.
 """
 
 from cl_compiler.plan.limits import max_batch
+from cl_compiler.plan.record import plan_from_json, plan_to_json
+from cl_compiler.plan.report import explain
 from cl_compiler.plan.search import choose_plan, plan_candidates
 from cl_compiler.plan.types import (
     Candidate,
@@ -26,6 +28,9 @@ __all__ = [
     "Request",
     "Tile",
     "choose_plan",
+    "explain",
     "max_batch",
     "plan_candidates",
+    "plan_from_json",
+    "plan_to_json",
 ]

@@ -59,13 +59,11 @@ def _least_bytes(space: Space, option: Option, rows: int) -> int:
     """Bytes of a schedule with its smallest tile."""
     sizes = sizes_of(space.request, scaled(space.request.problem, rows), space.machine)
     tile = option.smallest_tile(sizes)
-    writer = option.facts.kept_tile
-    if writer is None:
-        return option.memory.peak_bytes(at(sizes, tile, 0))
-    if option.schedule == "dense":
-        return option.memory.peak_bytes(at(sizes, tile, 1))
-    # Of several tiles at least one must be kept; one tile alone is the ``dense`` schedule.
-    return option.memory.peak_bytes(at(sizes, tile, 1, 2))
+    if option.facts.kept_tile is None:
+        return option.memory.peak_bytes({**sizes, **at(tile, 0)})
+    # Where a schedule keeps some of several tiles, it keeps at least one; ``dense`` has but one.
+    several = int(option.schedule != "dense")
+    return option.memory.peak_bytes({**sizes, **at(tile, 1, scratch=several)})
 
 
 def smallest(space: Space, schedule: Schedule) -> Point:

@@ -126,8 +126,8 @@ def _neighbours(space: Space, chosen: Point) -> list[Candidate]:
         whole = chosen.schedule == "dense" or option.facts.spans_rows
         if other == tile or not allowed or (whole and other.cols != tile.cols):
             continue
-        counts = option.kept_counts(space.sizes, other, space.limit_bytes) or (1,)
-        point = space.point(chosen.schedule, other, counts[-1])
+        counts = option.kept_counts(space.sizes, option.bytes_by_phase, other, space.limit_bytes)
+        point = space.point(chosen.schedule, other, counts[-1] if counts else 1)
         fits = point.peak_bytes <= space.limit_bytes
         reason = _slower(point, chosen) if fits else _too_big(space, point)
         result.append(_candidate(point, reason))

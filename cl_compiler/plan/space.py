@@ -17,12 +17,14 @@ from cl_compiler.plan.cost import CompiledCost, compile_cost
 from cl_compiler.plan.facts import ProgramFacts, facts_of
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.memory import CompiledMemory, compile_memory
+from cl_compiler.plan.tape import Tape
 from cl_compiler.plan.types import Problem, Request, Tile
 
 STEP = 64
 """Tiles are multiples of this, or a whole axis."""
 FINE = 1024
-"""Up to this length every multiple of ``STEP`` is tried, beyond it two per octave."""
+"""Axes up to this length try every multiple of ``STEP``; longer ones two per octave up to it, one
+per octave beyond."""
 
 Values = Mapping[str, float]
 
@@ -50,6 +52,9 @@ class Option:
     facts: ProgramFacts
     memory: CompiledMemory
     cost: CompiledCost
+    bytes_by_phase: Tape
+    seconds_by_part: Tape
+    """Both of the request's sizes: what is left open is the tile."""
 
     def extent(self, sizes: Values) -> Tile:
         """Rows and columns of the largest grid."""
@@ -75,43 +80,44 @@ class Option:
     def smallest_tile(self, sizes: Values) -> Tile:
         return next(self.tiles(sizes))
 
-    def kept_counts(
-        self, sizes: Values, tile: Tile, limit_bytes: float, caches: tuple[int, ...] = ()
-    ) -> tuple[int, ...]:
-        """How many tiles may be kept: as many as fit, and as many as each cache holds.
-
-        Empty where the schedule keeps tiles and not one fits.
-        """
+    def tile_count(self, sizes: Values, tile: Tile) -> int:
+        """Tiles of the pass that keeps them, 0 if none does."""
         writer = self.facts.kept_tile
         if writer is None:
-            return (0,)
+            return 0
         rows, cols = int(sizes[writer.rows.name]), int(sizes[writer.cols.name])
-        m, n = min(tile.rows, rows), min(tile.cols, cols)
-        down, across = -(-rows // m), -(-cols // n)
-        count = down * (across + 1) // 2 if writer.symmetric else down * across
+        down, across = -(-rows // min(tile.rows, rows)), -(-cols // min(tile.cols, cols))
+        return down * (across + 1) // 2 if writer.symmetric else down * across
+
+    def kept_counts(
+        self, sizes: Values, totals: Tape, tile: Tile, limit_bytes: float
+    ) -> tuple[int, ...]:
+        """How many tiles to keep, 0 where nothing is kept; empty where not one fits.
+
+        As many as fit: each saves the same work, and where keeping does not pay, ``spill`` wins.
+        """
+        writer, count = self.facts.kept_tile, self.tile_count(sizes, tile)
+        if writer is None:
+            return (0,)
         if self.schedule == "dense":
             return (count,)
         if count == 1:
             return ()  # all in one tile is what ``dense`` does
-        if self.memory.peak_bytes(at(sizes, tile, count, count)) <= limit_bytes:
-            most = count
-        else:
-            none = self.memory.totals(at(sizes, tile, 0, count))
-            one = self.memory.totals(at(sizes, tile, 1, count))
-            room = min(
-                (limit_bytes - a) / (b - a) if b > a else (count - 1 if a <= limit_bytes else -1)
-                for a, b in zip(none, one, strict=True)
-            )
-            most = min(int(room), count - 1) if room >= 0 else 0
-        tile_bytes = m * n * int(sizes["e_c"])
-        counts = {most, *(c // tile_bytes for c in caches if c // tile_bytes < most)}
-        return tuple(sorted(k for k in counts if k >= 1))
+        if max(totals(at(tile, count))) <= limit_bytes:
+            return (count,)
+        none, one = totals(at(tile, 0, scratch=1)), totals(at(tile, 1, scratch=1))
+        room = count - 1
+        for a, b in zip(none, one, strict=True):
+            if b > a:
+                room = min(room, int((limit_bytes - a) // (b - a)))
+            elif a > limit_bytes:
+                room = 0
+        return (room,) if room >= 1 else ()
 
 
-def at(sizes: Values, tile: Tile, kept: int, count: int | None = None) -> dict[str, float]:
-    """Values of every symbol of a memory expression; ``count``: tiles of the pass that keeps."""
-    scratch = float(count is not None and kept < count)
-    return {**sizes, "m": tile.rows, "n": tile.cols, "kept": kept, "scratch": scratch}
+def at(tile: Tile, kept: int, *, scratch: int = 0) -> dict[str, float]:
+    """Values of the symbols of a memory expression that depend on the tile."""
+    return {"m": tile.rows, "n": tile.cols, "kept": kept, "scratch": scratch}
 
 
 def axis_steps(length: int) -> list[int]:
@@ -122,7 +128,7 @@ def axis_steps(length: int) -> list[int]:
         steps, size = [], STEP
         while size < length:
             steps.append(size)
-            if size > STEP and size * 3 // 2 < length:
+            if STEP < size < FINE and size * 3 // 2 < length:
                 steps.append(size * 3 // 2)
             size *= 2
     return [*steps, length]
@@ -136,7 +142,8 @@ class Space:
     sweep_plan: SweepPlan
     machine: Machine
     options: dict[Schedule, Option]
-    """Filled when a schedule is first asked for: lowering a loss takes milliseconds."""
+    blocks: dict[Tile, dict[str, float]]
+    """Both are filled when they are first asked for: lowering a loss takes milliseconds."""
 
     @property
     def limit_bytes(self) -> int:
@@ -177,49 +184,45 @@ class Space:
             casts = problem.input_bytes < problem.compute_bytes
             cost = compile_cost(facts, self.machine, problem, self.request.precision)
             memory = compile_memory(facts, casts=casts)
-            self.options[schedule] = Option(schedule, facts, memory, cost)
+            self.options[schedule] = Option(
+                schedule, facts, memory, cost,
+                memory.totals.bind(self.sizes), cost.seconds_by_part.bind(self.sizes),
+            )
         return self.options[schedule]
 
     def points(self, schedule: Schedule) -> Iterator[Point]:
         """Every tile of a schedule that fits, with the seconds that it takes."""
-        option, sizes = self.option(schedule), self.sizes
-        caches = tuple(level.total_bytes for level in self.machine.inner)
-        for tile in option.tiles(sizes):
-            for kept in option.kept_counts(sizes, tile, self.limit_bytes, caches):
-                peak = option.memory.peak_bytes(self.values(option, tile, kept))
-                if peak <= self.limit_bytes:
-                    yield self.point(schedule, tile, kept)
+        option, limit = self.option(schedule), self.limit_bytes
+        for tile in option.tiles(self.sizes):
+            for kept in option.kept_counts(self.sizes, option.bytes_by_phase, tile, limit):
+                values = self.tile_values(option, tile, kept)
+                peak = round(max(option.bytes_by_phase(values)))
+                if peak <= limit:
+                    yield Point(schedule, tile, kept, peak, option.seconds_by_part(values))
 
     def point(self, schedule: Schedule, tile: Tile, kept: int) -> Point:
         """Evaluate one point, whether or not it fits."""
         option = self.option(schedule)
-        values = self.values(option, tile, kept)
-        return Point(
-            schedule, tile, kept, option.memory.peak_bytes(values),
-            option.cost.seconds_by_part(values),
-        )
+        values = self.tile_values(option, tile, kept)
+        peak = round(max(option.bytes_by_phase(values)))
+        return Point(schedule, tile, kept, peak, option.seconds_by_part(values))
+
+    def tile_values(self, option: Option, tile: Tile, kept: int) -> dict[str, float]:
+        """Values of the symbols that depend on the tile."""
+        scratch = int(kept < option.tile_count(self.sizes, tile))
+        result = at(tile, kept, scratch=scratch)
+        if tile not in self.blocks:
+            blocks = self.machine.sub_tiles(tile, self.request.problem.compute_bytes)
+            self.blocks[tile] = {
+                f"{name}_{index}": float(size)
+                for index, block in enumerate(blocks, 1)
+                for name, size in (("m", block.rows), ("n", block.cols))
+            }
+        return result | self.blocks[tile]
 
     def values(self, option: Option, tile: Tile, kept: int) -> dict[str, float]:
         """Values of every symbol of a schedule's expressions."""
-        writer = option.facts.kept_tile
-        count = None
-        if writer is not None:
-            count = kept + 1 if kept < self.count(option, tile) else kept
-        result = at(self.sizes, tile, kept, count)
-        blocks = self.machine.sub_tiles(tile, self.request.problem.compute_bytes)
-        for index, (block, level) in enumerate(zip(blocks, self.machine.inner, strict=True), 1):
-            result[f"m_{index}"], result[f"n_{index}"] = block.rows, block.cols
-            result[f"B_{index}"] = level.bytes_per_s
-        return result
-
-    def count(self, option: Option, tile: Tile) -> int:
-        """Tiles of the pass that keeps them."""
-        writer = option.facts.kept_tile
-        if writer is None:
-            return 0
-        rows, cols = int(self.sizes[writer.rows.name]), int(self.sizes[writer.cols.name])
-        down, across = -(-rows // min(tile.rows, rows)), -(-cols // min(tile.cols, cols))
-        return down * (across + 1) // 2 if writer.symmetric else down * across
+        return {**self.sizes, **self.tile_values(option, tile, kept)}
 
 
 def space_of(
@@ -229,7 +232,7 @@ def space_of(
     if sweep_plan is None:
         sweep_plan = plan_sweeps(request.loss, request.positives, request.needs)
     graph = graph_of(request.hardware) if graph is None else graph
-    return Space(request, sweep_plan, machine_of(graph), {})
+    return Space(request, sweep_plan, machine_of(graph), {}, {})
 
 
 def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, float]:
@@ -263,6 +266,7 @@ def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, 
         "B_0": machine.device_bytes_per_s,
         "exchange_s_per_byte": machine.exchange_seconds_per_byte(),
         "exchange_latency_s": machine.exchange_latency_s(),
+        **{f"B_{i}": level.bytes_per_s for i, level in enumerate(machine.inner, 1)},
     }
 
 

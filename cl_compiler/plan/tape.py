@@ -41,6 +41,29 @@ class Tape:
             at.append(function(*[at[a] for a in args]))
         return tuple([at[r] for r in self.results])
 
+    def bind(self, values: Mapping[str, float]) -> Tape:
+        """The same expressions with some symbols given: what depends on them alone is evaluated."""
+        symbols = tuple(name for name in self.symbols if name not in values)
+        known = {i: values[name] for i, name in enumerate(self.symbols) if name in values}
+        known |= dict(enumerate(self.constants, len(self.symbols)))
+        place = {self.symbols.index(name): index for index, name in enumerate(symbols)}
+        start, rest = len(self.symbols) + len(self.constants), []
+        for index, (function, args) in enumerate(self.steps, start):
+            if all(a in known for a in args):
+                known[index] = function(*(known[a] for a in args))
+            else:
+                rest.append((index, function, args))
+        used = {a for _, _, args in rest for a in args} | set(self.results)
+        constants = [i for i in known if i in used]
+        place |= {old: len(symbols) + new for new, old in enumerate(constants)}
+        place |= {old: len(place) + new for new, (old, _, _) in enumerate(rest)}
+        return Tape(
+            symbols,
+            tuple(known[i] for i in constants),
+            tuple((function, tuple(place[a] for a in args)) for _, function, args in rest),
+            tuple(place[r] for r in self.results),
+        )
+
 
 def tape_of(
     expressions: Sequence[sp.Expr], functions: Mapping[str, Callable[[float], float]] | None = None

@@ -1,0 +1,106 @@
+"""explain(plan): why this plan, where bytes and seconds go, what was rejected.
+
+Plain text, aligned in columns: a terminal, a log and a pull request show it alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cl_compiler.plan.types import Candidate, Plan
+from cl_compiler.units import format_bytes, format_seconds
+
+
+def explain(plan: Plan) -> str:
+    """The plan in words and tables; lines end without spaces, the text with a newline."""
+    sections = [
+        _summary(plan),
+        _section("levels", _levels(plan)),
+        _section(f"memory at the peak ({plan.peak_phase})", _memory(plan)),
+        _section("time", _time(plan)),
+        _section("rejected", _rejected(plan)),
+        _section("notes", [f"- {note}" for note in plan.notes]),
+    ]
+    lines = [line.rstrip() for section in sections if section for line in (*section, "")]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _summary(plan: Plan) -> list[str]:
+    p = plan.problem
+    kept = f", {plan.kept_tiles} kept for the backward" if plan.kept_tiles else ""
+    needs = ", ".join(sorted(plan.needs)) or "none"
+    share = plan.peak_bytes / plan.budget.device_bytes
+    rows = [
+        ("problem", f"M={p.M} N={p.N} D={p.D} {p.dtype}, positives: {plan.positives}"),
+        ("gradients", needs),
+        ("schedule", f"{plan.schedule}: tiles of {plan.tile}{kept}; products in {plan.precision}"),
+        ("time", f"{format_seconds(plan.seconds)} predicted for {plan.units:.2f} units of "
+                 "2*M*N*D FLOP"),
+        ("memory", f"{format_bytes(plan.peak_bytes)} predicted, {share:.0%} of "
+                   f"{format_bytes(plan.budget.device_bytes)}"),
+    ]
+    return [f"{plan.loss_name} on {plan.hardware_name}", *table(rows, indent=2)]
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return [title, *lines] if lines else []
+
+
+def _levels(plan: Plan) -> list[str]:
+    rows = [("level", "kind", "tile", "holds", "moves", "taking", "bound by")]
+    for level in plan.levels:
+        rows.append(
+            (
+                level.level, level.kind, str(level.tile),
+                format_bytes(level.resident_bytes),
+                format_bytes(level.traffic_bytes) if level.traffic_bytes else "-",
+                format_seconds(level.seconds) if level.seconds else "-",
+                level.bound_by,
+            )
+        )
+    return table(rows, indent=2, right=(2, 3, 4, 5))
+
+
+def _memory(plan: Plan) -> list[str]:
+    items = sorted(plan.memory, key=lambda item: -item[1])
+    rows = [(what, format_bytes(count), f"{count / plan.peak_bytes:.0%}") for what, count in items]
+    return table(rows, indent=2, right=(1, 2))
+
+
+def _time(plan: Plan) -> list[str]:
+    parts = sorted(plan.seconds_by_part, key=lambda part: -part[1])
+    rows = [(what, format_seconds(s), f"{s / plan.seconds:.0%}") for what, s in parts]
+    return table(rows, indent=2, right=(1, 2))
+
+
+def _rejected(plan: Plan) -> list[str]:
+    if not plan.rejected:
+        return []
+    rows = [("schedule", "tile", "kept", "memory", "time", "reason")]
+    return table([*rows, *map(_candidate, plan.rejected)], indent=2, right=(1, 2, 3, 4))
+
+
+def _candidate(c: Candidate) -> tuple[str, ...]:
+    if not c.peak_bytes:  # never evaluated
+        return (c.schedule, "-", "-", "-", "-", c.reason)
+    kept = str(c.kept_tiles) if c.kept_tiles else "-"
+    return (c.schedule, str(c.tile), kept, format_bytes(c.peak_bytes), format_seconds(c.seconds),
+            c.reason)
+
+
+def table(
+    rows: Sequence[Sequence[str]], *, indent: int = 0, right: Sequence[int] = ()
+) -> list[str]:
+    """Rows with aligned columns, two spaces apart; columns in ``right`` align to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append((" " * indent + "  ".join(cells)).rstrip())
+    return lines
+
+
+__all__ = ["explain", "table"]
