@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cl_compiler.plan.record import plan_from_json, plan_to_json
 from cl_compiler.plan.types import Candidate, Plan
 from cl_compiler.units import format_bytes, format_seconds
 
@@ -103,4 +104,4 @@ def table(
     return lines
 
 
-__all__ = ["explain", "table"]
+__all__ = ["explain", "plan_from_json", "plan_to_json", "table"]
