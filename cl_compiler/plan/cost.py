@@ -14,7 +14,7 @@ There are no fitted constants: rates and bandwidths are the hardware graph's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -22,21 +22,17 @@ from typing import cast
 import sympy as sp
 
 from cl_compiler.lang.ir import Let
-from cl_compiler.plan.facts import (
+from cl_compiler.plan.facts import PassFacts, Product, ProgramFacts, Work
+from cl_compiler.plan.machine import RATED_TILE, Machine
+from cl_compiler.plan.sizes import (
     COMPUTE_BYTES,
     INPUT_BYTES,
     KEPT,
-    TILE_COLS,
     TILE_ROWS,
     M,
-    PassFacts,
-    Product,
-    ProgramFacts,
-    Work,
     count_of,
     least,
 )
-from cl_compiler.plan.machine import RATED_TILE, Machine
 from cl_compiler.plan.tape import Tape, tape_of
 from cl_compiler.plan.types import Problem
 
@@ -256,7 +252,7 @@ def compile_cost(facts: ProgramFacts, machine: Machine, problem: Problem, precis
         return max(0.0, machine.seconds_per_byte(held_bytes) - rated)
 
     cost = cost_of(facts, len(machine.inner), casts=problem.input_bytes < problem.compute_bytes)
-    functions = {
+    functions: dict[str, Callable[[float], float]] = {
         "gemm_rate": rate,
         "seconds_per_byte": machine.seconds_per_byte,
         "extra_seconds_per_byte": extra,

@@ -13,7 +13,7 @@ from typing import Literal
 
 import sympy as sp
 
-from cl_compiler.lang.ir import BANK, COLS, COLS2, ROWS, ROWS2, SLOTS, Leaf, Operand, View
+from cl_compiler.lang.ir import COLS, COLS2, ROWS2, SLOTS, Leaf, View
 from cl_compiler.lang.lower import inverse_of
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import (
@@ -25,86 +25,7 @@ from cl_compiler.lang.tile_ir import (
     Mode,
     TileRef,
 )
-
-
-def _size(name: str) -> sp.Symbol:
-    return sp.Symbol(name, positive=True)
-
-
-# M, N: rows and columns that this rank works on (N is all of them); M_all: rows of all ranks;
-# N_own: columns whose gradients this rank returns; K: slots per row; Q: length of the bank.
-M, N, M_ALL, N_OWN, K, Q = map(_size, ("M", "N", "M_all", "N_own", "K", "Q"))
-D = _size("D")
-TILE_ROWS, TILE_COLS = _size("m"), _size("n")
-INPUT_BYTES, COMPUTE_BYTES = _size("e_in"), _size("e_c")
-KEPT = sp.Symbol("kept", nonnegative=True)
-"""Tiles that are kept from the forward to the backward."""
-SCRATCH = sp.Symbol("scratch", nonnegative=True)
-"""1 where a tile that is not kept needs a place of its own, else 0."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Which symbol is how long; ``extra``: operands whose width is not D."""
-
-    extra: frozenset[str]
-    one_rank: bool
-
-    @property
-    def m_all(self) -> sp.Symbol:
-        return M if self.one_rank else M_ALL
-
-    @property
-    def n_own(self) -> sp.Symbol:
-        return N if self.one_rank else N_OWN
-
-    def length(self, axis: str) -> sp.Symbol:
-        """Of one axis."""
-        return {ROWS: M, COLS: N, ROWS2: self.m_all, COLS2: N, SLOTS: K, BANK: Q}[axis]
-
-    def vector(self, axes: Iterable[str]) -> sp.Expr | None:
-        """Elements of a vector; None for scalars, which nobody counts."""
-        names = tuple(axes)
-        return sp.Mul(*(self.length(a) for a in names)) if names else None
-
-    def outer(self, axis: str) -> sp.Symbol:
-        """Of a grid's outer axis, which is split over the ranks; the inner one is whole on each."""
-        return self.n_own if axis == COLS else self.length(axis)
-
-    def own_and_all(self, op: Operand) -> tuple[sp.Expr, sp.Expr]:
-        """(rows of an operand that belong to this rank, rows on all ranks)."""
-        match op.axes:
-            case ("rows",):
-                return M, self.m_all
-            case ("cols",) | ("rows", "cols"):
-                return self.n_own, N
-            case axes:
-                length = self.vector(axes)
-                assert length is not None
-                return length, length
-
-    def operand_width(self, operand: str) -> sp.Expr:
-        return _size(f"D_{operand}") if operand in self.extra else D
-
-    def width(self, view: View | None) -> sp.Expr:
-        assert view is not None
-        return self.operand_width(view.operand) if view.prefix is None else sp.Integer(view.prefix)
-
-
-def least(a: sp.Expr, b: sp.Expr) -> sp.Expr:
-    """Min(a, b), not simplified: SymPy's own evaluation takes longer than planning may."""
-    return a if a == b else sp.Min(a, b, evaluate=False)
-
-
-def largest(exprs: Iterable[sp.Expr]) -> sp.Expr:
-    """Max, not simplified either."""
-    distinct = sorted(set(exprs), key=str)
-    return distinct[0] if len(distinct) == 1 else sp.Max(*distinct, evaluate=False)
-
-
-def count_of(length: sp.Expr, step: sp.Expr) -> sp.Expr:
-    """How many tiles cover ``length``."""
-    return sp.Integer(1) if length == step else sp.ceiling(length / step, evaluate=False)
+from cl_compiler.plan.sizes import TILE_COLS, TILE_ROWS, D, Sizes, count_of, least
 
 
 @dataclass(frozen=True)

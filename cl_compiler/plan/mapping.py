@@ -49,7 +49,7 @@ def _messages(space: Space, point: Point) -> int:
     facts = space.option(point.schedule).facts
     if not facts.gathered:
         return 0
-    return len(facts.gathered) + sum(o.own != o.length for o in facts.outputs)
+    return len(facts.gathered) + len([o for o in facts.outputs if o.own != o.length])
 
 
 def _inner(space: Space, point: Point) -> list[LevelPlan]:

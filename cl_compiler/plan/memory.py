@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 import sympy as sp
 
-from cl_compiler.plan.facts import (
+from cl_compiler.plan.facts import PassFacts, ProgramFacts
+from cl_compiler.plan.sizes import (
     COMPUTE_BYTES,
     INPUT_BYTES,
     KEPT,
     SCRATCH,
     TILE_ROWS,
     M,
-    PassFacts,
-    ProgramFacts,
     largest,
     least,
 )

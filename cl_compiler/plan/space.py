@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 import networkx as nx
 
@@ -25,6 +24,9 @@ STEP = 64
 FINE = 1024
 """Axes up to this length try every multiple of ``STEP``; longer ones two per octave up to it, one
 per octave beyond."""
+
+SPARE = 1 / 64
+"""Of the budget, what tiles that are kept for speed alone leave free: allocators round up."""
 
 Values = Mapping[str, float]
 
@@ -106,13 +108,13 @@ class Option:
         if max(totals(at(tile, count))) <= limit_bytes:
             return (count,)
         none, one = totals(at(tile, 0, scratch=1)), totals(at(tile, 1, scratch=1))
-        room = count - 1
+        if max(one) > limit_bytes:
+            return ()
+        room, goal = count - 1, limit_bytes * (1 - SPARE)
         for a, b in zip(none, one, strict=True):
             if b > a:
-                room = min(room, int((limit_bytes - a) // (b - a)))
-            elif a > limit_bytes:
-                room = 0
-        return (room,) if room >= 1 else ()
+                room = min(room, int((goal - a) // (b - a)))
+        return (max(room, 1),)
 
 
 def at(tile: Tile, kept: int, *, scratch: int = 0) -> dict[str, float]:
@@ -168,7 +170,7 @@ class Space:
             raise ScheduleError(
                 f"schedule {wanted!r} is unknown: use 'auto' or one of {', '.join(SCHEDULES)}."
             )
-        return (cast(Schedule, wanted),)  # building it says why it is impossible
+        return (wanted,)  # building it says why it is impossible
 
     def option(self, schedule: Schedule) -> Option:
         """A schedule's expressions.

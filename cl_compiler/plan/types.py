@@ -68,7 +68,9 @@ class MemoryBudget:
 
     def __post_init__(self) -> None:
         if self.device_bytes < 1:
-            raise BudgetError(f"a memory budget of {self.device_bytes} bytes: give at least 1 byte.")
+            raise BudgetError(
+                f"a memory budget of {self.device_bytes} bytes: give at least 1 byte."
+            )
 
     @classmethod
     def parse(cls, budget: int | str | Mapping[str, int | str] | MemoryBudget) -> MemoryBudget:
@@ -79,7 +81,7 @@ class MemoryBudget:
             unknown = set(budget) - {"device", "host"}
             if unknown or "device" not in budget:
                 raise BudgetError(
-                    f"memory budget {dict(budget)!r}: the keys are 'device' and, optionally, 'host'."
+                    f"memory budget {dict(budget)!r}: the keys are 'device' and, if wanted, 'host'."
                 )
             host = budget.get("host")
             return cls(parse_bytes(budget["device"]), None if host is None else parse_bytes(host))
