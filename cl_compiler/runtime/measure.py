@@ -1,0 +1,293 @@
+"""Measure calls on a machine that others may use too: time, live tensor bytes, process growth.
+
+Alternatives are interleaved, one repetition of each per round, so that a slow minute slows all of
+them.  One thread is timed in CPU time of the process, which waiting does not lengthen; several
+threads in wall time, where a repetition during which other processes ran is marked ``dirty`` and
+left out of the median as long as clean ones remain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cl_compiler.errors import ArgumentError
+from cl_compiler.runtime.live_bytes import LiveBytes
+
+__all__ = [
+    "Call",
+    "Memory",
+    "Sample",
+    "Timing",
+    "interleave",
+    "measure_memory",
+    "planted_pairs",
+    "quiet_shares",
+    "thread_limit",
+]
+
+Call = Callable[[], object]
+
+FOREIGN_LIMIT = 0.08
+"""CPU seconds of other processes per second of wall time above which a repetition is dirty."""
+SHORTEST_S = 0.2
+"""A repetition repeats its call until it has lasted this long: /proc/stat counts 10 ms ticks."""
+
+_STAT = Path("/proc/stat")
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One repetition.
+
+    Attributes:
+        seconds: per call, of the clock that was asked for.
+        wall_s: per call.
+        foreign: cores that other processes kept busy meanwhile; None where nobody knows.
+    """
+
+    seconds: float
+    wall_s: float
+    foreign: float | None
+
+    @property
+    def dirty(self) -> bool:
+        return self.foreign is not None and self.foreign > FOREIGN_LIMIT
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Every repetition of one alternative, or the error that stopped it."""
+
+    samples: tuple[Sample, ...] = ()
+    error: str = ""
+
+    @property
+    def clean(self) -> tuple[Sample, ...]:
+        """The repetitions that count: the undisturbed ones, or all if fewer than half are."""
+        undisturbed = tuple(s for s in self.samples if not s.dirty)
+        return undisturbed if 2 * len(undisturbed) >= len(self.samples) else self.samples
+
+    @property
+    def median_s(self) -> float | None:
+        """Median seconds per call; None if nothing was measured."""
+        return statistics.median(s.seconds for s in self.clean) if self.samples else None
+
+    @property
+    def dirty_count(self) -> int:
+        return sum(s.dirty for s in self.samples)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one call took beyond what existed before it.
+
+    Attributes:
+        live_bytes: peak of live tensor storages; None if the call hides its tensors from PyTorch's
+            dispatcher (compiled graphs do) or failed.
+        process_bytes: growth of the process's resident high-water mark, which includes scratch
+            memory of libraries; None where the system cannot reset that mark.
+    """
+
+    live_bytes: int | None
+    process_bytes: int | None
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    repeats: int,
+    *,
+    clock: str,
+    warm: bool = True,
+    advance: Callable[[str], None] = lambda name: None,
+) -> dict[str, Timing]:
+    """Time alternatives in turns.
+
+    Args:
+        calls: name → what to time.
+        repeats: repetitions of each.
+        clock: "cpu" (process CPU time: for one thread) or "wall".
+        warm: call each once before anything is timed.
+        advance: told the name after every repetition and warm-up.
+
+    Returns:
+        name → its repetitions; a call that raises has an ``error`` and takes no further part.
+
+    Raises:
+        ArgumentError: no such clock, or ``repeats`` below 1.
+    """
+    if clock not in ("cpu", "wall"):
+        raise ArgumentError(f"clock={clock!r}: use 'cpu' or 'wall'.")
+    if repeats < 1:
+        raise ArgumentError(f"repeats={repeats}: measure at least once.")
+    timings = {name: Timing() for name in calls}
+    counts = dict.fromkeys(calls, 1)
+    if warm:
+        for name, call in calls.items():
+            timings[name], counts[name] = _first(call)
+            advance(name)
+    for _ in range(repeats):
+        for name, call in calls.items():
+            before = timings[name]
+            if before.error:
+                continue
+            try:
+                sample = _repetition(call, counts[name], clock)
+            except Exception as error:
+                timings[name] = replace(before, error=describe(error))
+            else:
+                timings[name] = replace(before, samples=(*before.samples, sample))
+            advance(name)
+    return timings
+
+
+def _first(call: Call) -> tuple[Timing, int]:
+    """(what went wrong if anything, calls per repetition)."""
+    start = time.perf_counter()
+    try:
+        call()
+    except Exception as error:
+        return Timing(error=describe(error)), 1
+    seconds = time.perf_counter() - start
+    if seconds < SHORTEST_S:  # the first call also loads and compiles; the second says more
+        start = time.perf_counter()
+        call()
+        seconds = max(time.perf_counter() - start, 1e-6)
+    return Timing(), max(1, round(SHORTEST_S / seconds))
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line of a table."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def _repetition(call: Call, count: int, clock: str) -> Sample:
+    gc.collect()
+    busy, own = _busy_seconds(), _own_seconds()
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(count):
+        call()
+    wall = time.perf_counter() - wall
+    cpu = time.process_time() - cpu
+    own = _own_seconds() - own
+    after = _busy_seconds()
+    # A tick of 10 ms on each side is the counters' own uncertainty, not somebody else's work.
+    foreign = None if busy is None or after is None else max(0.0, after - busy - own - 0.02) / wall
+    return Sample((cpu if clock == "cpu" else wall) / count, wall / count, foreign)
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds that the whole machine has spent since it started, stolen ones included."""
+    try:
+        fields = _STAT.read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def quiet_shares(timings: Mapping[str, Timing]) -> str:
+    """How much of a measurement was disturbed, in words."""
+    samples = [s for t in timings.values() for s in t.samples]
+    dirty = sum(s.dirty for s in samples)
+    if not dirty:
+        return f"{len(samples)} repetitions, none disturbed"
+    return f"{dirty} of {len(samples)} repetitions ran beside other processes"
+
+
+def measure_memory(call: Call, *, visible: bool = True) -> Memory:
+    """Run a call once and see how much memory it takes.
+
+    Args:
+        call: allocates its results itself; what it returns is dropped afterwards.
+        visible: its tensors pass PyTorch's dispatcher, so that they can be counted.
+    """
+    gc.collect()
+    before = _reset_high_water()
+    if visible:
+        with LiveBytes() as live:
+            call()
+        counted: int | None = live.peak_bytes
+    else:
+        call()
+        counted = None
+    after = _status_bytes("VmHWM")
+    grown = None if before is None or after is None else max(0, after - before)
+    return Memory(counted, grown)
+
+
+def _reset_high_water() -> int | None:
+    """Return freed memory to the system and set the high-water mark to what is resident, bytes."""
+    with suppress(AttributeError, OSError):  # not glibc: freed memory may hide some growth
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return None
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")]
+    return found[0] if found else None
+
+
+@contextmanager
+def thread_limit(threads: int) -> Iterator[None]:
+    """Let PyTorch use so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def planted_pairs(
+    rows: int, cols: int, width: int, dtype: torch.dtype = torch.float32, *, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit-length features as in training: each row resembles the column with its number.
+
+    The cosine of a positive pair is about 0.7, that of any other pair about 0 ± 1/√width.
+
+    Returns:
+        x [rows, width] and y [cols, width].
+    """
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=source)
+    y = torch.randn(cols, width, generator=source)
+    shared = min(rows, cols)
+    y[:shared].add_(x[:shared])
+    for features in (x, y):
+        features.div_(torch.linalg.vector_norm(features, dim=1, keepdim=True))
+    return x.to(dtype), y.to(dtype)
+
+
+def relative_error(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
+    """The largest difference of any tensor from its reference, relative to the latter's largest."""
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        scale = b.abs().max().item() or 1.0
+        worst = max(worst, (a.to(b.dtype) - b).abs().max().item() / scale)
+    return worst
