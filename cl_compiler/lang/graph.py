@@ -317,8 +317,8 @@ class _Builder:
     def gradient_map(self, name: str, expr: sp.Expr, into: dict[str, list[str]]) -> None:
         leaf = self.leaves[name]
         left, right = _views(leaf)
-        level = 1 + level_of(expr, self.plan.levels)
-        sweep = self.sweep_of(frozenset(leaf.axes), level)
+        sweep = next(s for s in self.plan.sweeps if name in s.gradients)
+        level = sweep.level
         node = f"G:{name}"
         phase = self.phase(level)
         reads = self.reads([expr], sweep, late=phase == "backward")
