@@ -1,0 +1,88 @@
+"""What the user sees while the demonstration runs, and how Ctrl-C is answered.
+
+Into a pipe or a file nothing is animated: only finished lines are printed.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+__all__ = ["Interrupt", "Screen", "interruptible"]
+
+Advance = Callable[[str, float, float], None]
+"""(what is being done, done so far, in all)."""
+
+
+class Interrupt:
+    """``requested`` once Ctrl-C was pressed."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+class Screen:
+    """Lines and progress bars on ``console``."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def say(self, line: str) -> None:
+        self._console.print(Text(line))
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Advance]:
+        """A bar for one part of the run; in a pipe, a line when it begins."""
+        if not self._console.is_terminal:
+            self.say(f"{what} ...")
+            yield lambda what, done, total: None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda what, done, total: progress.update(
+                task, description=what, completed=done, total=total
+            )
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Inside the block the first Ctrl-C only sets ``requested``; a second one raises at once.
+
+    Outside the main thread signals cannot be handled: there the flag is never set.
+    """
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        interrupt.requested = True
+
+    before = signal.signal(signal.SIGINT, answer)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
