@@ -1,0 +1,96 @@
+"""The options that ``plan``, ``compile`` and ``inspect`` share, as types that typer reads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "DEFAULT_PROBLEM",
+    "Bank",
+    "Budget",
+    "Cols",
+    "DType",
+    "Features",
+    "Gradients",
+    "Hardware",
+    "Json",
+    "Loss",
+    "Positives",
+    "Precision",
+    "ProblemText",
+    "Rows",
+    "Schedule",
+    "Slots",
+    "Widths",
+]
+
+DEFAULT_PROBLEM = "16384x16384x512"
+
+Hardware = Annotated[
+    str,
+    typer.Option(
+        "--hardware", "-w", help="auto (this machine), a preset's name, or the path of a .toml."
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        help="Memory that the loss may use: 512MiB, 2GiB, or device=2GiB,host=64GiB. "
+        "[default: a quarter of the free memory, of a preset's memory]",
+        show_default=False,
+    ),
+]
+Loss = Annotated[
+    str,
+    typer.Option(
+        "--loss", "-l", help="A shipped loss, or your own: path/to/file.py:name or module:name."
+    ),
+]
+ProblemText = Annotated[
+    str,
+    typer.Option("--problem", "-p", help="Largest sizes MxNxD, or MxD where N = M."),
+]
+Rows = Annotated[
+    int | None, typer.Option("--M", help="Rows, instead of the problem's.", show_default=False)
+]
+Cols = Annotated[
+    int | None, typer.Option("--N", help="Columns, instead of the problem's.", show_default=False)
+]
+Features = Annotated[
+    int | None, typer.Option("--D", help="Features, instead of the problem's.", show_default=False)
+]
+DType = Annotated[
+    str, typer.Option("--dtype", help="Of the inputs: float64, float32, bfloat16 or float16.")
+]
+Precision = Annotated[
+    str, typer.Option("--precision", help="How similarities are multiplied: auto, ieee or bf16.")
+]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        "--schedule", "-s", help="auto, or one of recompute, spill, panel, retain, dense."
+    ),
+]
+Positives = Annotated[
+    str,
+    typer.Option(
+        "--positives", help="auto (as without ids), or ids: pairs with equal ids are positive."
+    ),
+]
+Gradients = Annotated[
+    str,
+    typer.Option(
+        "--gradients", help="auto (of everything), none, or names: x,logit_scale for a locked y."
+    ),
+]
+Slots = Annotated[int, typer.Option("--slots", help="Items per row, for losses with slots.")]
+Bank = Annotated[int, typer.Option("--bank", help="Length of the queue, for losses with a bank.")]
+Widths = Annotated[
+    list[str] | None,
+    typer.Option("--operand", help="Features of a further operand: guide_x=384. May be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
