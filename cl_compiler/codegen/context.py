@@ -168,18 +168,17 @@ def _late(printer: StagePrinter) -> list[LateText]:
     for sim in plan.late_positives:
         leaf = plan.leaves[sim]
         assert plan.gradient is not None and leaf.left is not None and leaf.right is not None
-        coefficient = printer.vectors().text(plan.gradient.positives[sim])
-        mixed = leaf.scale and any(
-            operand_scale(plan, v.operand) == "mixed" for v in (leaf.left, leaf.right)
-            if v.operand in plan.needs
-        )
-        if mixed:
-            coefficient = f"({coefficient}) * {printer.names(leaf.scale or '')}"
-        d = [
-            f"d_{_view(v)}" if v.operand in plan.needs and not v.stop else ""
-            for v in (leaf.left, leaf.right)
-        ]
-        result.append(LateText(coefficient, _view(leaf.left), _view(leaf.right), d[0], d[1]))
+        text = printer.vectors().text(plan.gradient.positives[sim])
+        for side, view in (("left", leaf.left), ("right", leaf.right)):
+            if view.operand not in plan.needs or view.stop:
+                continue
+            own = leaf.scale and operand_scale(plan, view.operand) == "mixed"
+            scaled = f"({text}) * {printer.names(leaf.scale or '')}" if own else text
+            target = f"d_{_view(view)}"
+            result.append(
+                LateText(scaled, _view(leaf.left), _view(leaf.right),
+                         target if side == "left" else "", target if side == "right" else "")
+            )
     return result
 
 
@@ -283,9 +282,10 @@ def _helpers(stages: list[StageText], printer: StagePrinter, value: str,
     for op in printer.plan.ir.operands:
         lines += [c for c, _, _ in _operand(printer, op.name, False).norms]
     everything = "\n".join(lines)
-    known = ("_crossings", "_largest_norm", "_inverse", "_finish_logsumexp", "_add_logsumexp",
+    known = ("_crossings", "_largest_norm", "_inverse", "_ratio", "_finish_logsumexp", "_add_logsumexp",
              "_add_softmean", "_to_columns", "_logsubexp", "_one_minus_exp")
     found = {k for k in known if f"{k}(" in everything}
+    found |= {"TIE_TOLERANCE"} if "TIE_TOLERANCE" in everything else set()
     if "_logsubexp" in found:
         found.add("_one_minus_exp")
     return found

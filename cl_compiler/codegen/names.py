@@ -12,7 +12,7 @@ _AXIS = {"rows": "row", "cols": "col", "rows2": "row2", "cols2": "col2", "slots"
 _MONOID = {"logsumexp": "lse", "sum": "sum", "max": "max", "softmean": "mean"}
 RESERVED = frozenset(
     "i i1 j j1 k m n t r0 r1 q0 q1 rows cols slots bank half torch math kept spare block saved "
-    "value store grad_output offsets step DTYPE D TILE_M TILE_N KEPT_TILES forward backward Loss "
+    "value store grad_output offsets step DTYPE D TILE_M TILE_N KEPT_TILES forward backward Loss TIE_TOLERANCE "
     "x y z ids row_ids col_ids".split()
 )
 
@@ -22,6 +22,7 @@ class Names:
 
     def __init__(self, plan: SweepPlan) -> None:
         self.table: dict[str, str] = {}
+        self.table["TIE_TOLERANCE"] = "TIE_TOLERANCE"
         self.taken: set[str] = set(RESERVED)
         for name, leaf in plan.leaves.items():
             if leaf.kind in ("parameter", "input", "similarity_at_positive", "norm", "count"):

@@ -10,7 +10,7 @@ import sympy as sp
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import TilePrinter, VectorPrinter, number
 from cl_compiler.lang.ir import Leaf, Let, Reduction, View, axes_of
-from cl_compiler.lang.lower import inverse_of, shift_of
+from cl_compiler.lang.lower import TIE_TOLERANCE, inverse_of, shift_of
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
@@ -294,7 +294,10 @@ class PassPrinter:
                 text = f"{self.symbol(name)}[r0:r1]"
         else:
             marks = {s.name: r for s, r in d.reads}
-            text = self.printer(lambda n: self._on_diagonal(printer, marks, n)).text(d.expr)
+            vectors = self.printer(lambda n: self._on_diagonal(printer, marks, n))
+            table = self.all_leaves | {m: Leaf(m, "adjoint", ("rows",)) for m in marks}
+            vectors.is_vector = lambda e: bool(axes_of(e, table))  # type: ignore[method-assign]
+            text = vectors.text(d.expr)
             if not d.reads and d.how == "set":
                 text = f"torch.as_tensor({text})"
         *copy, statement = printer.diagonal(d, text)
@@ -388,63 +391,61 @@ class PassPrinter:
         """Multiply a gradient tile into its operands' gradients."""
         left, right = self.views(g.similarity)
         tile = self.code.buffers[g.value]
-        alpha = self._alpha(g)
         outs = self._grad_operands(g.similarity)
         to_left = left.operand in outs and "left" in self.pass_.sides
         to_right = right.operand in outs and "right" in self.pass_.sides
         d_left = _prefix(f"d_{left.operand}[i:i1]", left, at="[i:i1")
         if self.pass_.is_slots:
-            return self._slot_products(left, right, tile, alpha, to_left, to_right)
+            return self._slot_products(g, left, right, tile, to_left, to_right)
         whole = self.pass_.whole_rows
         at = f"d_{right.operand}" if whole else f"d_{right.operand}[j:j1]"
         d_right = _prefix(at, right, at="[j:j1" if not whole else "")
         x_i, y_j = self.row(left), self.col(right)
-        extra = f", alpha={alpha}" if alpha else ""
+        extra_left = self._alpha(g, left)
+        extra_right = self._alpha(g, right)
         lines = []
         if g.row_scale:
             scale = f"{self.symbol(g.row_scale)}[:, None]"
             if to_left:
                 lines += [f"torch.mm({tile}, {y_j}, out=block[:m])", f"block[:m].mul_({scale})",
-                          f"{d_left}.add_(block[:m]{extra})"]
+                          f"{d_left}.add_(block[:m]{extra_left})"]
             if to_right:
                 lines += [f"torch.mul({x_i}, {scale}, out=block[:m])",
-                          f"{d_right}.addmm_({tile}.T, block[:m]{extra})"]
+                          f"{d_right}.addmm_({tile}.T, block[:m]{extra_right})"]
             return lines
         if to_left:
-            lines.append(f"{d_left}.addmm_({tile}, {y_j}{extra})")
+            lines.append(f"{d_left}.addmm_({tile}, {y_j}{extra_left})")
         if to_right:
-            statement = f"{d_right}.addmm_({tile}.T, {x_i}{extra})"
+            statement = f"{d_right}.addmm_({tile}.T, {x_i}{extra_right})"
             lines += ["if j != i:", f"    {statement}"] if self.pass_.symmetric else [statement]
         return lines
 
-    def _slot_products(self, left: View, right: View, tile: str, alpha: str, to_left: bool,
+    def _slot_products(self, g: GradientTile, left: View, right: View, tile: str, to_left: bool,
                        to_right: bool) -> list[str]:
         lines = []
         if to_left:
             product = f"torch.bmm({tile}.unsqueeze(1), {right.operand}_i).squeeze(1)"
-            extra = f", alpha={alpha}" if alpha else ""
-            lines.append(f"d_{left.operand}[i:i1].add_({product}{extra})")
+            lines.append(f"d_{left.operand}[i:i1].add_({product}{self._alpha(g, left)})")
         if to_right:
-            extra = f", value={alpha}" if alpha else ""
             lines.append(f"d_{right.operand}[i:i1].addcmul_({tile}.unsqueeze(2), "
-                         f"{left.operand}_i.unsqueeze(1){extra})")
+                         f"{left.operand}_i.unsqueeze(1){self._alpha(g, right, 'value')})")
         return lines
 
-    def _alpha(self, g: GradientTile) -> str:
+    def _alpha(self, g: GradientTile, view: View, keyword: str = "alpha") -> str:
+        """The scalars that a product with the gradient tile carries, as a keyword argument."""
         factors = []
         if g.scale != 1:
-            text = self.printer(self.symbol).text(g.scale)
-            factors.append(f"float({text})")
+            factors.append(f"float({self.printer(self.symbol).text(g.scale)})")
         leaf = self.plan.leaves[g.similarity]
-        operands = self._grad_operands(g.similarity)
-        if leaf.scale and any(operand_scale(self.plan, o) == "mixed" for o in operands):
+        if leaf.scale and operand_scale(self.plan, view.operand) == "mixed":
             factors.append(f"{self.symbol(leaf.scale)}.item()")
-        return " * ".join(factors)
+        return f", {keyword}={' * '.join(factors)}" if factors else ""
 
 
 def symbol_table(plan: SweepPlan) -> dict[str, Leaf]:
     """The plan's leaves, with the shifts and inverse sums of its logsumexps."""
     table = dict(plan.leaves)
+    table[TIE_TOLERANCE.name] = Leaf(TIE_TOLERANCE.name, "count", ())
     for node in plan.nodes:
         if isinstance(node, Reduction) and node.monoid == "logsumexp":
             axes = plan.leaves[node.name].axes
@@ -492,9 +493,9 @@ def finalise(program: Program, red: Reduction, mode: Mode, names: Names,
         case "softmean" if mode == "bounded":
             partner = names(f"sum_{softmean_partner(program, red)}")
             suffix = "[i:i1]" if parts["sum"].endswith("[i:i1]") else ""
-            yield red.name, f"{parts['sum']} / {partner}{suffix}"
+            yield red.name, f"_ratio({parts['sum']}, {partner}{suffix})"
         case "softmean":
-            yield red.name, f"{parts['weighted']} / {parts['sum']}"
+            yield red.name, f"_ratio({parts['weighted']}, {parts['sum']})"
 
 
 def shift_owner(program: Program, red: Reduction) -> str:

@@ -71,6 +71,8 @@ class VectorPrinter(StrPrinter):
         return "math.e"
 
     def _print_Pow(self, expr: sp.Pow, rational: bool = False) -> str:
+        if expr.is_number and not expr.is_Rational:
+            return repr(float(expr))
         base, exponent = expr.args
         inner = self.parenthesize(base, precedence(expr))
         if exponent == -1:
@@ -82,6 +84,8 @@ class VectorPrinter(StrPrinter):
         return f"{inner} ** {self.parenthesize(exponent, precedence(expr))}"
 
     def _print_Function(self, expr: sp.Function) -> str:
+        if expr.is_number:
+            return repr(float(expr))
         name = type(expr).__name__
         args = [self._print(a) for a in expr.args]
         if name in _CALLS:
@@ -89,7 +93,7 @@ class VectorPrinter(StrPrinter):
         match name:
             case "softplus":
                 return f"torch.nn.functional.softplus({args[0]}, threshold={SOFTPLUS_THRESHOLD})"
-            case "softmax_weight":
+            case "softmax_weight" | "shared_exp":
                 return f"torch.exp({args[0]} - {args[1]})"
             case "stop_gradient":
                 return args[0]
@@ -199,7 +203,7 @@ class TilePrinter:
                     value = args[0] if c.op == "fill" else str(bool(c.args[0].expr))
                     return f"{out}.fill_({value})"
                 return f"{out}.copy_({args[0]})"
-            case "from_mask":
+            case "from_mask" | "mask_copy":
                 return f"{out}.copy_({args[0]})"
             case "fill_where":
                 copy = "" if args[0] == out else f"{out}.copy_({args[0]})\n"

@@ -90,6 +90,8 @@ def assign_buffers(
             reusable = [v for v in dying if buffers[v][0] == kind]
             if isinstance(instruction, Diagonal):
                 reusable = [v for v in reusable if v == instruction.base]
+            if isinstance(instruction, Accumulate):  # its exponentials replace the logits only
+                reusable = [v for v in reusable if v == instruction.args[0]]
             if isinstance(instruction, Compute) and instruction.op == "fill_where":
                 first = instruction.args[0]
                 reusable = [v for v in reusable if first == TileRef(v)]

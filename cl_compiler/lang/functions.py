@@ -7,6 +7,7 @@ selecting turns an excluded infinity into NaN.  Masks are 0/1 valued; their deri
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy as sp
@@ -117,55 +118,94 @@ class stop_gradient(sp.Function):
         return ZERO
 
 
-class sigmoid(sp.Function):
-    nargs = 1
+class _Evaluated(sp.Function):
+    """Base of functions that turn into a number where all arguments are numbers."""
+
     is_real = True
+
+    @classmethod
+    def eval(cls, *args: sp.Expr) -> sp.Expr | None:
+        if all(a.is_number for a in args):
+            return sp.Float(cls.number(*(float(a) for a in args)), 17)
+        return None
+
+    @staticmethod
+    def number(*args: float) -> float:
+        raise NotImplementedError
+
+
+def _softplus(a: float) -> float:
+    return max(a, 0.0) + math.log1p(math.exp(-abs(a)))
+
+
+class sigmoid(_Evaluated):
+    nargs = 1
+
+    @staticmethod
+    def number(*args: float) -> float:
+        return math.exp(-_softplus(-args[0]))
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         return sigmoid(self.args[0]) * sigmoid(-self.args[0])
 
 
-class softplus(sp.Function):
+class softplus(_Evaluated):
     nargs = 1
-    is_real = True
+
+    @staticmethod
+    def number(*args: float) -> float:
+        return _softplus(args[0])
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         return sigmoid(self.args[0])
 
 
-class relu(sp.Function):
+class relu(_Evaluated):
     """``max(a, 0)``; its derivative at 0 is 0."""
 
     nargs = 1
-    is_real = True
+
+    @staticmethod
+    def number(*args: float) -> float:
+        return max(args[0], 0.0)
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
-        return greater(self.args[0], ZERO)
+        return select(greater(self.args[0], ZERO), ONE, ZERO)
 
 
-class maximum(sp.Function):
+class maximum(_Evaluated):
     """``max(a, b)``; at a tie the derivative goes to ``b``."""
 
     nargs = 2
-    is_real = True
+
+    @staticmethod
+    def number(*args: float) -> float:
+        return max(args)
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         a, b = self.args
-        return greater(a, b) if argindex == 1 else mask_not(greater(a, b))
+        on, off = (ONE, ZERO) if argindex == 1 else (ZERO, ONE)
+        return select(greater(a, b), on, off)
 
 
-class absolute(sp.Function):
+class absolute(_Evaluated):
     nargs = 1
-    is_real = True
+
+    @staticmethod
+    def number(*args: float) -> float:
+        return abs(args[0])
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         a = self.args[0]
         return select(greater(a, ZERO), ONE, select(greater(ZERO, a), -ONE, ZERO))
 
 
-class logaddexp(sp.Function):
+class logaddexp(_Evaluated):
     nargs = 2
-    is_real = True
+
+    @staticmethod
+    def number(*args: float) -> float:
+        return args[1] + _softplus(args[0] - args[1])
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         a, b = self.args
@@ -187,16 +227,22 @@ class logsubexp(sp.Function):
         return select(above, share if argindex == 1 else -sp.exp(b - a) * share, ZERO)
 
 
-class expm1(sp.Function):
+class expm1(_Evaluated):
     nargs = 1
-    is_real = True
+
+    @staticmethod
+    def number(*args: float) -> float:
+        return math.expm1(args[0])
 
 
-class one_minus_exp(sp.Function):
+class one_minus_exp(_Evaluated):
     """``1 - e^d`` for d < 0, and 1 elsewhere (only ever read where d < 0)."""
 
     nargs = 1
-    is_real = True
+
+    @staticmethod
+    def number(*args: float) -> float:
+        return -math.expm1(args[0]) if args[0] < 0 else 1.0
 
 
 class softmax_weight(sp.Function):
@@ -217,6 +263,7 @@ class to_rows(sp.Function):
 
     nargs = 1
     is_real = True
+    is_number = False  # a vector, even of a constant
 
 
 class to_cols(sp.Function):
@@ -224,6 +271,7 @@ class to_cols(sp.Function):
 
     nargs = 1
     is_real = True
+    is_number = False  # a vector, even of a constant
 
 
 MASK_FUNCTIONS: tuple[Any, ...] = (greater, greater_equal, equal, mask_not, mask_and, mask_or)

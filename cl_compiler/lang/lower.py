@@ -55,7 +55,9 @@ _BINARY = {
     fn.mask_and: "and",
     fn.mask_or: "or",
 }
-_MASK_OPS = frozenset({"gt", "ge", "eq", "and", "or", "not", "positive_tile"})
+TIE_TOLERANCE = sp.Symbol("TIE_TOLERANCE", real=True)
+"""Relative: elements this close to the maximum attain it.  A constant of the emitted file."""
+_MASK_OPS = frozenset({"gt", "ge", "eq", "and", "or", "not", "positive_tile", "mask_copy", "mask_fill"})
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Lowering:
 
     def declare_shared(self) -> None:
         """Enter shifts and inverse sums of the logsumexps into the symbol table."""
+        self.leaves[TIE_TOLERANCE.name] = Leaf(TIE_TOLERANCE.name, "count", ())
         for node in self.plan.nodes:
             if isinstance(node, Reduction) and node.monoid == "logsumexp":
                 axes = self.plan.leaves[node.name].axes
@@ -317,10 +320,17 @@ class Lowering:
             refs += [self.lower(r) for r in rest]
         else:
             refs += [self.outer(r) for r in rest]
+        # torch adds masks with "or" and multiplies them with numbers in fp32: start from a value
+        refs.sort(key=self.is_mask_tile)
         total = refs[0]
+        if self.is_mask_tile(total):
+            total = self.compute("from_mask", total)
         for ref in refs[1:]:
             total = self.compute(op, total, ref)
         return total
+
+    def is_mask_tile(self, ref: Ref) -> bool:
+        return isinstance(ref, TileRef) and ref.value in self.masks
 
     def product(self, expr: sp.Mul) -> Ref:
         below = [1 / a for a in expr.args if isinstance(a, sp.Pow) and self.is_pair(a)
@@ -364,7 +374,8 @@ class Lowering:
         ref = self.compute("mask_fill", ScalarRef(inside)) if inside.is_number else (
             self.lower(inside)
         )
-        assert isinstance(ref, TileRef)
+        if not isinstance(ref, TileRef):
+            ref = self.compute("mask_copy", ref)
         for special in self.specials:
             value = expr.xreplace(dict(special.values))
             if value == inside:
@@ -397,6 +408,8 @@ class Lowering:
 
     def to_tile(self, expr: sp.Expr) -> Ref:
         ref = self.lower(expr)
+        if self.is_mask_tile(ref):
+            return self.compute("from_mask", ref)
         return self.compute("fill", ref) if isinstance(ref, ScalarRef) else ref
 
     def structural_select(self, mask: sp.Expr, a: sp.Expr, b: sp.Expr) -> Ref:
@@ -593,7 +606,11 @@ def _weights(expr: sp.Expr, owners: Mapping[sp.Expr, str]) -> sp.Expr:
             return shared_exp(u, shift_of(owners[u])) * inverse_of(str(lse))
         return sp.exp(u - lse)
 
-    return expr.replace(fn.softmax_weight, rewrite)
+    def tie(a: sp.Expr, largest: sp.Expr) -> sp.Expr:
+        # a tile made twice may differ in its last bits, so equality would find no maximum
+        return fn.greater_equal(a, largest - TIE_TOLERANCE * fn.absolute(largest))
+
+    return expr.replace(fn.softmax_weight, rewrite).replace(fn.equal, tie)
 
 
 Job = tuple[Literal["sum", "max", "logsumexp", "softmean"], Reduction, tuple[sp.Expr, ...],

@@ -163,6 +163,7 @@ def _drop_unused(ir: LossIR) -> LossIR:
                     f"{red.name}_lse" in ir.leaves
                 ) else None
     names = {s.name for s in needed} | set(ir.parameters) | {"is_positive"}
+    names |= {n.removesuffix("_pos") for n in names}  # the matrix of a value at the positives
     leaves = {n: leaf for n, leaf in ir.leaves.items() if n in names or leaf.kind == "count"}
     return replace(ir, reductions=tuple(reversed(kept)), leaves=MappingProxyType(leaves))
 

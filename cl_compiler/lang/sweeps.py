@@ -102,6 +102,7 @@ class SweepPlan:
         if self.gradient is None or self.is_fused:
             return ()
         needed = self.closure(self._gradient_roots())
+        needed |= {n for n in self.gradient.vectors if self.leaves[n].kind == "norm"}
         kept = [
             n
             for n in sorted(needed)
@@ -219,11 +220,11 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
     g_level = {
         s: 1 + level_of(e, levels) for s, e in (gradient.similarities if gradient else {}).items()
     }
-    if any(level > forward for level in g_level.values()):
-        # one tile needs the whole value: then all gradients wait for the backward
+    reductions = [n for n in nodes if isinstance(n, Reduction) and is_full(n, leaves)]
+    if any(k > forward for k in (*g_level.values(), *(levels[r.name] for r in reductions))):
+        # there is a backward sweep anyway: then all gradient tiles wait for it
         g_level = {s: max(level, forward + 1) for s, level in g_level.items()}
     sweeps = []
-    reductions = [n for n in nodes if isinstance(n, Reduction) and is_full(n, leaves)]
     top = max([0, *g_level.values(), *(levels[r.name] for r in reductions)])
     for level in range(1, top + 1):
         here = [r for r in reductions if levels[r.name] == level]
