@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import statistics
 import time
@@ -28,10 +29,12 @@ __all__ = [
     "Memory",
     "Sample",
     "Timing",
+    "describe",
     "interleave",
     "measure_memory",
     "planted_pairs",
     "quiet_shares",
+    "relative_error",
     "thread_limit",
 ]
 
@@ -94,12 +97,14 @@ class Memory:
     """What one call took beyond what existed before it.
 
     Attributes:
+        seconds: wall time of the call, counting included.
         live_bytes: peak of live tensor storages; None if the call hides its tensors from PyTorch's
             dispatcher (compiled graphs do) or failed.
         process_bytes: growth of the process's resident high-water mark, which includes scratch
             memory of libraries; None where the system cannot reset that mark.
     """
 
+    seconds: float
     live_bytes: int | None
     process_bytes: int | None
 
@@ -109,7 +114,7 @@ def interleave(
     repeats: int,
     *,
     clock: str,
-    warm: bool = True,
+    known_s: Mapping[str, float] | None = None,
     advance: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
     """Time alternatives in turns.
@@ -118,7 +123,8 @@ def interleave(
         calls: name → what to time.
         repeats: repetitions of each.
         clock: "cpu" (process CPU time: for one thread) or "wall".
-        warm: call each once before anything is timed.
+        known_s: wall seconds per call where an earlier call has told them; the others are called
+            once before anything is timed.
         advance: told the name after every repetition and warm-up.
 
     Returns:
@@ -132,9 +138,9 @@ def interleave(
     if repeats < 1:
         raise ArgumentError(f"repeats={repeats}: measure at least once.")
     timings = {name: Timing() for name in calls}
-    counts = dict.fromkeys(calls, 1)
-    if warm:
-        for name, call in calls.items():
+    counts = {name: _count(seconds) for name, seconds in (known_s or {}).items()}
+    for name, call in calls.items():
+        if name not in counts:
             timings[name], counts[name] = _first(call)
             advance(name)
     for _ in range(repeats):
@@ -163,8 +169,12 @@ def _first(call: Call) -> tuple[Timing, int]:
     if seconds < SHORTEST_S:  # the first call also loads and compiles; the second says more
         start = time.perf_counter()
         call()
-        seconds = max(time.perf_counter() - start, 1e-6)
-    return Timing(), max(1, round(SHORTEST_S / seconds))
+        seconds = time.perf_counter() - start
+    return Timing(), _count(seconds)
+
+
+def _count(seconds: float) -> int:
+    return max(1, math.ceil(SHORTEST_S / max(seconds, 1e-6)))
 
 
 def describe(error: BaseException) -> str:
@@ -221,6 +231,7 @@ def measure_memory(call: Call, *, visible: bool = True) -> Memory:
     """
     gc.collect()
     before = _reset_high_water()
+    start = time.perf_counter()
     if visible:
         with LiveBytes() as live:
             call()
@@ -228,9 +239,10 @@ def measure_memory(call: Call, *, visible: bool = True) -> Memory:
     else:
         call()
         counted = None
+    seconds = time.perf_counter() - start
     after = _status_bytes("VmHWM")
     grown = None if before is None or after is None else max(0, after - before)
-    return Memory(counted, grown)
+    return Memory(seconds, counted, grown)
 
 
 def _reset_high_water() -> int | None:
