@@ -242,20 +242,15 @@ def compile_cost(facts: ProgramFacts, machine: Machine, problem: Problem, precis
     Raises:
         HardwareError: the machine has no rate for the way in which products are computed.
     """
-    rated = machine.rated_seconds_per_byte()
-
     @cache
     def rate(inner: float) -> float:
         return machine.gemm_rate(problem.dtype, precision, inner)
-
-    def extra(held_bytes: float) -> float:
-        return max(0.0, machine.seconds_per_byte(held_bytes) - rated)
 
     cost = cost_of(facts, len(machine.inner), casts=problem.input_bytes < problem.compute_bytes)
     functions: dict[str, Callable[[float], float]] = {
         "gemm_rate": rate,
         "seconds_per_byte": machine.seconds_per_byte,
-        "extra_seconds_per_byte": extra,
+        "extra_seconds_per_byte": machine.extra_seconds_per_byte,
     }
     return CompiledCost(cost, tape_of(cost.parts, functions))
 

@@ -21,7 +21,9 @@ SLICE = 64
 GRAIN = 16
 """Sub-tiles of a level are multiples of this many rows and columns."""
 RATED_TILE = Tile(512, 1024)
-"""The tile with which calibration and presets measure a CPU's rates."""
+"""The tile with which calibration and presets measure GEMM rates."""
+PASS_BYTES = 12
+"""Bytes that an elementwise pass moves per element while its rate is measured."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,13 @@ class Machine:
                 return 1 / level.bytes_per_s
         return 1 / self.device_bytes_per_s
 
-    def rated_seconds_per_byte(self) -> float:
-        """What elementwise rates already include.
+    def extra_seconds_per_byte(self, held_bytes: float) -> float:
+        """Of elementwise passes over such data, beyond what their rate includes.
 
-        A CPU's are measured on a tile in cache and include that cache's traffic; a GPU's are those
-        of registers and include none.
+        A pass at its rate moves three fp32 numbers per element, two in and one out; memory that
+        is as fast as that costs nothing more.
         """
-        if self.spec.kind != "cpu":
-            return 0.0
-        return self.seconds_per_byte(RATED_TILE.rows * RATED_TILE.cols * 4)
+        return max(0.0, self.seconds_per_byte(held_bytes) - 1 / (PASS_BYTES * self.pass_per_s))
 
     def sub_tiles(self, tile: Tile, element_bytes: int) -> tuple[Tile, ...]:
         """The block that one instance of each inner level works on, from the outside in.
