@@ -11,6 +11,24 @@ from cl_compiler.plan import MemoryBudget, Problem, Request
 
 XEON = "xeon-amx-2c"
 
+EPYC = HardwareSpec(
+    name="one core of an AMD EPYC 7003 under KVM, with the rates that detection assumes",
+    kind="cpu",
+    arch="x86-avx2",
+    levels=(
+        Level("device", "device", 1, 24 << 30, 12.0e9, "nominal"),
+        Level("l3", "cache", 1, 32 << 20, 25.0e9, "nominal"),
+        Level("l2", "cache", 1, 512 << 10, 78.3e9, "nominal"),
+        Level("core", "core", 1, 32 << 10, 156.5e9, "nominal"),
+    ),
+    links=(),
+    host=None,
+    gemm_flops_per_s=(("float32", 70.4e9),),
+    exp_per_s=0.86e9,
+    pass_per_s=3.42e9,
+    op_overhead_s=2e-6,
+)
+
 
 def request(
     loss: LossIR = clip,

@@ -14,7 +14,7 @@ from cl_compiler.plan import Plan, Request, choose_plan
 from cl_compiler.plan.cost import PARTS
 from cl_compiler.plan.space import Point, space_of
 from cl_compiler.plan.types import Tile
-from tests.plan.requests import XEON, request, with_gemm
+from tests.plan.requests import EPYC, XEON, request, with_gemm
 
 
 def plan_of(r: Request) -> Plan:
@@ -72,6 +72,36 @@ def test_the_time_of_tiles_is_what_was_measured(
     r = request(clip, dtype=dtype, precision=precision, schedule="spill")
     found = plan_of(r).seconds / 16384**2 * 1e9
     assert 0.9 * low <= found <= 1.1 * high
+
+
+# The emitted file, fp32, M = N = 4096, D = 512, one thread, CPU time of the best of three runs,
+# PyTorch 2.13; ns per pair, forward and backward.
+MEASURED_EPYC = [
+    ("spill", Tile(128, 128), 73.0),
+    ("spill", Tile(256, 256), 67.2),
+    ("spill", Tile(512, 512), 63.9),
+    ("spill", Tile(512, 1024), 59.1),
+    ("spill", Tile(128, 4096), 65.5),
+    ("spill", Tile(2048, 2048), 57.1),
+    ("retain", Tile(512, 1024), 45.7),
+    ("dense", Tile(4096, 4096), 48.6),
+    ("recompute", Tile(512, 1024), 79.1),
+]
+
+
+def test_another_machine_takes_as_long_as_its_nominal_rates_say() -> None:
+    space = space_of(request(clip, EPYC, rows=4096, budget="2GiB"), None, None)
+    found = [
+        space.point(s, tile, 32 if s == "retain" else int(s == "dense")).seconds / 4096**2 * 1e9  # type: ignore[arg-type]
+        for s, tile, _ in MEASURED_EPYC
+    ]
+    measured = [ns for *_, ns in MEASURED_EPYC]
+    for predicted, truth in zip(found, measured, strict=True):
+        assert predicted == pytest.approx(truth, rel=0.15)
+    # Whatever differs by more than a tenth is put in the right order.
+    for a, x in zip(found, measured, strict=True):
+        for b, y in zip(found, measured, strict=True):
+            assert a > b or x <= 1.1 * y
 
 
 def test_the_parts_add_up_and_each_follows_its_own_rate() -> None:

@@ -37,7 +37,9 @@ def test_gathered_shards_cross_each_link_of_a_cluster_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["xeon-amx-2c", "h100x1", "mi300x1"])
-@pytest.mark.parametrize("tile", [Tile(512, 1024), Tile(64, 64), Tile(4096, 4096), Tile(128, 16384)])
+@pytest.mark.parametrize(
+    "tile", [Tile(512, 1024), Tile(64, 64), Tile(4096, 4096), Tile(128, 16384)]
+)
 def test_blocks_nest_fit_their_memory_and_leave_no_instance_idle(name: str, tile: Tile) -> None:
     machine = machine_of(hardware_graph(load_hardware(name)))
     around = tile

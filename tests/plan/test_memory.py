@@ -52,7 +52,7 @@ def test_sixteen_bit_inputs_add_widened_tiles_and_a_narrowed_result() -> None:
     _, items = point(request(clip, rows=n, dtype="bfloat16"), "spill", tile)
     assert items["gradient accumulators"] == 2 * n * d * 4
     assert items["returned gradients"] == n * d * 2  # one operand while both accumulators live
-    small, items = point(request(clip, rows=1024, dtype="bfloat16"), "spill", tile)
+    _, items = point(request(clip, rows=1024, dtype="bfloat16"), "spill", tile)
     assert items["operand tiles in fp32"] == (512 + 1024) * d * 4
 
 

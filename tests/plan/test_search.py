@@ -1,10 +1,11 @@
-"""What is chosen: the fastest that fits, found on any machine, explained by the machine's numbers."""
+"""What is chosen: the fastest that fits, on any machine, for reasons that lie in its numbers."""
 
 from __future__ import annotations
 
 import re
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_fused_losses_need_no_tile_kept() -> None:
 
 
 def brute_force(loss: LossIR, rows: int, budget: str, step: int = 64) -> float:
-    """The least seconds over all schedules, tiles in steps of ``step`` and numbers of kept tiles."""
+    """The least seconds over all schedules, tiles in steps of ``step`` and counts of kept tiles."""
     space = space_of(request(loss, rows=rows, width=64, budget=budget), None, None)
     sides = sorted({*range(step, rows, step), rows})
     best = float("inf")
@@ -191,7 +192,7 @@ def test_a_quarter_of_the_budget_keeps_fewer_tiles_and_takes_longer() -> None:
 def test_less_memory_is_never_faster() -> None:
     budgets = ["66MiB", "70MiB", "80MiB", "128MiB", "256MiB", "1GiB", "2GiB"]
     seconds = [choose_plan(request(clip, budget=b)).seconds for b in budgets]
-    assert all(a >= b * (1 - RESOLUTION) for a, b in zip(seconds, seconds[1:], strict=False))
+    assert all(a >= b * (1 - RESOLUTION) for a, b in pairwise(seconds))
 
 
 def test_the_number_of_levels_is_not_hard_coded() -> None:
