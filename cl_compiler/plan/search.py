@@ -14,7 +14,7 @@ from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan.cost import PARTS
 from cl_compiler.plan.limits import budget_error, smallest
 from cl_compiler.plan.mapping import map_levels, notes_of
-from cl_compiler.plan.space import Point, Space, space_of
+from cl_compiler.plan.space import STEP, Point, Space, space_of
 from cl_compiler.plan.types import Candidate, Plan, Request, Tile
 from cl_compiler.units import format_bytes
 
@@ -118,13 +118,14 @@ def _neighbours(space: Space, chosen: Point) -> list[Candidate]:
               Tile(tile.rows, tile.cols // 2), Tile(tile.rows, tile.cols * 2)]
     if option.facts.needs_square_tiles:
         around = [Tile(tile.rows // 2, tile.cols // 2), Tile(tile.rows * 2, tile.cols * 2)]
+    if chosen.schedule == "dense":  # one tile, whatever its shape
+        around = []
     result = []
     for other in around:
         other = Tile(min(other.rows, extent.rows), min(other.cols, extent.cols))
-        allowed = other.rows % 64 == 0 or other.rows == extent.rows
-        allowed = allowed and (other.cols % 64 == 0 or other.cols == extent.cols)
-        whole = chosen.schedule == "dense" or option.facts.spans_rows
-        if other == tile or not allowed or (whole and other.cols != tile.cols):
+        if other == tile or (option.facts.spans_rows and other.cols != tile.cols):
+            continue
+        if not (_is_allowed(other.rows, extent.rows) and _is_allowed(other.cols, extent.cols)):
             continue
         counts = option.kept_counts(space.sizes, option.bytes_by_phase, other, space.limit_bytes)
         point = space.point(chosen.schedule, other, counts[-1] if counts else 1)
@@ -132,6 +133,10 @@ def _neighbours(space: Space, chosen: Point) -> list[Candidate]:
         reason = _slower(point, chosen) if fits else _too_big(space, point)
         result.append(_candidate(point, reason))
     return result
+
+
+def _is_allowed(side: int, length: int) -> bool:
+    return side == length or (side > 0 and side % STEP == 0)
 
 
 def _slower(point: Point, chosen: Point) -> str:

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 
+from cl_compiler import lang as cl
 from cl_compiler.codegen.render import render
 from cl_compiler.errors import ScheduleError
 from cl_compiler.hardware import Level, load_hardware, preset_names
@@ -19,7 +20,7 @@ from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses.clip import clip, infonce
 from cl_compiler.losses.self_supervised import nt_xent
 from cl_compiler.losses.siglip import siglip
-from cl_compiler.plan import Plan, choose_plan, plan_candidates
+from cl_compiler.plan import Plan, choose_plan, explain, plan_candidates
 from cl_compiler.plan.search import RESOLUTION
 from cl_compiler.plan.space import axis_steps, space_of
 from cl_compiler.plan.types import Tile
@@ -130,6 +131,29 @@ def test_every_loss_plans_within_its_budget(case: Case) -> None:
         assert 0 < plan.peak_bytes <= 24 << 20
         assert sum(count for _, count in plan.memory) == pytest.approx(plan.peak_bytes, abs=16)
         assert sum(s for _, s in plan.seconds_by_part) == pytest.approx(plan.seconds)
+
+
+@cl.define_loss
+def alignment(sim):  # type: ignore[no-untyped-def]
+    """Reads the positives only, so there is nothing to sweep."""
+    return cl.mean(1 - cl.at_positive(sim, on=cl.rows), over=cl.rows)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rows", "cols", "width"),
+    [(clip, 1, 1, 1), (clip, 63, 63, 512), (clip, 65, 70, 3), (infonce, 1, 1, 1),
+     (infonce, 10, 100_000, 64), (clip, 10, 100_000, 64), (nt_xent, 2, 2, 5),
+     (siglip, 1000, 1030, 7), (alignment, 16384, 16384, 512)],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_small_thin_and_ragged_problems_plan(
+    loss: LossIR, rows: int, cols: int, width: int
+) -> None:
+    plan = choose_plan(request(loss, rows=rows, cols=cols, width=width))
+    assert plan.seconds > 0 and plan.peak_bytes >= rows * width * 4
+    assert plan.tile.rows <= rows and plan.tile.cols <= cols
+    text = explain(plan)
+    assert text.startswith(f"{loss.name} on {XEON}\n")
 
 
 # ---- the machine decides ------------------------------------------------------------------------
