@@ -31,6 +31,7 @@ _CALLS = {
     "expm1": "torch.expm1",
     "logsubexp": "_logsubexp",
     "one_minus_exp": "_one_minus_exp",
+    "present": "_present",
 }
 
 

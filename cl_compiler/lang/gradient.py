@@ -23,6 +23,7 @@ from cl_compiler.lang.ir import (
     Reduction,
     axes_of,
     check_pair,
+    may_be_infinite,
     ordered,
     reduction_axes,
 )
@@ -69,10 +70,13 @@ class _Reverse:
         order += [a for a in ordered(missing) if a != red.over]
         body = adjoint * local
         for axis in order:
-            varying, fixed = [], []
-            for factor in sp.Mul.make_args(body):
-                (varying if axis in axes_of(factor, self.leaves) else fixed).append(factor)
             masked = axis in axes_of(where, self.leaves)
+            varying: list[sp.Expr] = []
+            fixed: list[sp.Expr] = []
+            for factor in sp.Mul.make_args(body):
+                stays = masked and may_be_infinite(factor, self.leaves)
+                stays = stays or axis in axes_of(factor, self.leaves)
+                (varying if stays else fixed).append(factor)
             if not varying and not masked:
                 total: sp.Expr = self.count(axis)
             else:

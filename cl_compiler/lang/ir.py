@@ -16,7 +16,7 @@ from typing import Literal
 import sympy as sp
 
 from cl_compiler.errors import LossDefinitionError
-from cl_compiler.lang.functions import to_cols, to_rows
+from cl_compiler.lang.functions import maximum, to_cols, to_rows
 
 Axis = Literal["rows", "cols", "rows2", "cols2", "slots", "bank"]
 ROWS, COLS, ROWS2, COLS2, SLOTS, BANK = AXES = ("rows", "cols", "rows2", "cols2", "slots", "bank")
@@ -182,6 +182,22 @@ def axes_of(expr: sp.Expr, leaves: Mapping[str, Leaf]) -> frozenset[str]:
     for arg in expr.args:
         result |= axes_of(arg, leaves)
     return result
+
+
+def may_be_infinite(expr: sp.Expr, leaves: Mapping[str, Leaf]) -> bool:
+    """Whether a vector may be infinite where a mask leaves nothing: a statistic, 1/count, log.
+
+    Such a factor must stay under its mask.  Adjoints and inputs are finite where the value is.
+    """
+    if not axes_of(expr, leaves):
+        return False
+    if isinstance(expr, sp.Symbol):
+        return leaves[expr.name].kind == "reduction"
+    if isinstance(expr, sp.Pow) and isinstance(expr.base, maximum):
+        return expr.base.args[1].is_positive is not True  # 1 / max(count, 1)
+    if isinstance(expr, sp.log) or (isinstance(expr, sp.Pow) and expr.exp.is_positive is not True):
+        return True
+    return any(may_be_infinite(part, leaves) for part in expr.args)
 
 
 def ordered(axes: Iterable[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import sympy as sp
 from cl_compiler.lang import functions as fn
 from cl_compiler.lang.ir import COLS, ROWS, Leaf, Let, Reduction, axes_of, ordered
 from cl_compiler.lang.buffers import assign_buffers
-from cl_compiler.lang.rewrite import expand_function, shared_exp, split_gradient, tidy
+from cl_compiler.lang.rewrite import expand_function, present, shared_exp, split_gradient, tidy
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
     Accumulate,
@@ -604,7 +604,7 @@ def _weights(expr: sp.Expr, owners: Mapping[sp.Expr, str]) -> sp.Expr:
     def rewrite(u: sp.Expr, lse: sp.Expr) -> sp.Expr:
         if u in owners:
             return shared_exp(u, shift_of(owners[u])) * inverse_of(str(lse))
-        return sp.exp(u - lse)
+        return sp.exp(u - present(lse))
 
     def tie(a: sp.Expr, largest: sp.Expr) -> sp.Expr:
         # a tile made twice may differ in its last bits, so equality would find no maximum

@@ -13,6 +13,7 @@ from typing import Protocol
 import sympy as sp
 
 from cl_compiler.lang import functions as fn
+from cl_compiler.lang.ir import Leaf, may_be_infinite
 
 Axes = Callable[[sp.Expr], frozenset[str]]
 
@@ -21,6 +22,13 @@ class shared_exp(sp.Function):
     """``exp(u - shift)`` with a scalar shift: one exponential for all logsumexps of u."""
 
     nargs = 2
+    is_real = True
+
+
+class present(sp.Function):
+    """A logsumexp, or +inf where it is -inf: an empty one gives its elements no weight."""
+
+    nargs = 1
     is_real = True
 
 
@@ -78,6 +86,7 @@ class Hoister(Protocol):
     """What ``split_gradient`` needs of a lowering."""
 
     grid: tuple[str, str]
+    leaves: dict[str, Leaf]
 
     def axes(self, expr: sp.Expr) -> frozenset[str]: ...
     def hoist(self, expr: sp.Expr) -> sp.Symbol: ...
@@ -95,18 +104,22 @@ class GradientPart:
     row_scale: str = ""
 
 
-def _peel(term: sp.Expr, axes: Axes) -> tuple[sp.Expr, sp.Expr]:
-    """(pair factor, coefficient) of a product; coefficients leave selections with zero."""
-    pairs, coefficients = [], []
+def _peel(term: sp.Expr, low: Hoister) -> tuple[sp.Expr, sp.Expr]:
+    """(pair factor, coefficient) of a product; finite coefficients leave selections with zero."""
+    pairs, coefficients, axes = [], [], low.axes
     for factor in sp.Mul.make_args(term):
         if len(axes(factor)) < 2:
             coefficients.append(factor)
             continue
         if isinstance(factor, fn.select) and fn.ZERO in factor.args[1:]:
             mask, a, b = factor.args
-            body, coefficient = _peel(b if a == 0 else a, axes)
+            body, coefficient = _peel(b if a == 0 else a, low)
             if len(axes(body)) > 1:
-                coefficients.append(coefficient)
+                for part in sp.Mul.make_args(coefficient):  # outside, 0 * inf would be NaN
+                    if may_be_infinite(part, low.leaves):
+                        body = body * part
+                    else:
+                        coefficients.append(part)
                 zero = fn.ZERO
                 factor = fn.select(mask, zero, body) if a == 0 else fn.select(mask, body, zero)
         pairs.append(factor)
@@ -130,7 +143,7 @@ def split_gradient(
     masked: dict[sp.Expr, list[sp.Expr]] = {}
 
     def add(term: sp.Expr) -> None:
-        pair, coefficient = _peel(term, low.axes)
+        pair, coefficient = _peel(term, low)
         if isinstance(pair, fn.select) and pair.args[2] == 0 and (
             len(low.axes(pair.args[1])) < 2 and low.axes(pair.args[0])
         ):
@@ -143,7 +156,7 @@ def split_gradient(
         add(term)
     if symmetric:
         for term in terms:
-            pair, coefficient = _peel(term, low.axes)
+            pair, coefficient = _peel(term, low)
             add(low.mirrored(pair) * _mirror_product(low, coefficient))
         if positive is not None:
             flipped = fn.to_rows(positive) if low.axes(positive) else positive
