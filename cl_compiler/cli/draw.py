@@ -19,7 +19,7 @@ from cl_compiler.cli.layout import Box, Layout, layered
 if TYPE_CHECKING:
     from cl_compiler.plan.types import Problem
 
-__all__ = ["FONT_SIZE", "character_width", "draw_loss_graph", "new_figure"]
+__all__ = ["FONT_SIZE", "character_width", "draw_loss_graph", "new_figure", "save_figure"]
 
 FONT_SIZE = 8.0
 LINE = FONT_SIZE * 1.3 / 72
@@ -51,6 +51,14 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure; text stays text where the format allows, to be searched and copied."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cl_compiler"}):
+        figure.savefig(path, dpi=150, facecolor="white")
+
+
 def draw_loss_graph(graph: nx.DiGraph, problem: Problem, path: Path) -> None:
     """Draw a loss graph to a file whose suffix says how: .png, .svg or .pdf.
 
@@ -77,7 +85,7 @@ def draw_loss_graph(graph: nx.DiGraph, problem: Problem, path: Path) -> None:
         if name in stubs:
             _stub(axes, _moved(box, shift), ", ".join(stubs[name]))
     _legend(axes, width, layout.height + head + _MARGIN + 0.5 * LINE)
-    figure.savefig(path, dpi=150, facecolor="white")
+    save_figure(figure, path)
 
 
 # ---- what goes where ---------------------------------------------------------------------------

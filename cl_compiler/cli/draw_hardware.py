@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
-from cl_compiler.cli.draw import FONT_SIZE, character_width, new_figure
+from cl_compiler.cli.draw import FONT_SIZE, character_width, new_figure, save_figure
 from cl_compiler.hardware.graph import HOST, path
 from cl_compiler.units import format_bytes, format_flops, format_rate, format_seconds
 
@@ -46,7 +46,7 @@ def draw_hardware_graph(graph: nx.DiGraph, plan: Plan, path_out: Path) -> None:
     has_host = HOST in graph
     left = _MARGIN + (width + 1.9 if has_host else 0.0)
     height = sum(heights[n] for n in names) + _GAP * (len(names) - 1) + 1.0 + _MARGIN
-    figure, axes = new_figure(max(left + width + 0.3 + beside + _MARGIN, 6.0), height)
+    figure, axes = new_figure(max(left + width + 0.45 + beside + _MARGIN, 6.0), height)
     axes.text(_MARGIN, _MARGIN, graph.graph["name"], size=FONT_SIZE + 4, weight="bold", color=_INK,
               va="center")  # fmt: skip
     axes.text(
@@ -60,7 +60,7 @@ def draw_hardware_graph(graph: nx.DiGraph, plan: Plan, path_out: Path) -> None:
         tops[name] = y
         _box(axes, graph.nodes[name], (left, y, width, heights[name]), labels[name])
         for index, line in enumerate(placed.get(name, ())):
-            axes.text(left + width + 0.25, y + _PAD + (index + 0.5) * _LINE, line, va="center",
+            axes.text(left + width + 0.4, y + _PAD + (index + 0.5) * _LINE, line, va="center",
                       family="monospace", size=FONT_SIZE, color=_PLAN)  # fmt: skip
         y += heights[name] + _GAP
     middle = left + width / 2
@@ -69,7 +69,7 @@ def draw_hardware_graph(graph: nx.DiGraph, plan: Plan, path_out: Path) -> None:
         _arrow(axes, (middle, bottom), (middle, tops[inner]), _edge(graph.edges[outer, inner]))
     if has_host:
         _host(axes, graph, (left, width), tops, heights, labels[HOST])
-    figure.savefig(path_out, dpi=150, facecolor="white")
+    save_figure(figure, path_out)
 
 
 def _host(

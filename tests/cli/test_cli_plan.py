@@ -1,0 +1,96 @@
+"""``plan``, ``compile`` and ``inspect`` show and keep one and the same thing."""
+
+from __future__ import annotations
+
+import pytest
+
+from cl_compiler.cli.diff import difference_table, source_diff
+from cl_compiler.cli.requests import Question, request_of
+from cl_compiler.plan.record import plan_from_json
+from cl_compiler.plan.report import explain
+from cl_compiler.plan.search import choose_plan
+from tests.cli.conftest import SMALL
+
+QUESTION = Question(hardware="xeon-amx-2c", budget="64MiB", problem="2048x2048x64")
+
+
+def test_plan_prints_the_explanation_and_its_json_is_the_plan(cli, cli_json):
+    chosen = choose_plan(request_of(QUESTION))
+    assert cli("plan", *SMALL).stdout == explain(chosen)
+    assert plan_from_json(cli_json("plan", *SMALL)) == chosen
+
+
+def test_json_is_the_same_every_time(cli):
+    assert cli("plan", *SMALL, "--json").stdout == cli("plan", *SMALL, "--json").stdout
+
+
+def test_max_batch_is_the_largest_that_can_be_planned(cli, cli_json):
+    largest = cli_json("plan", *SMALL, "--max-batch")["max_batch"]
+    size = ["--problem", f"{largest}x64"]
+    assert cli("plan", *SMALL[:4], *size).exit_code == 0
+    assert cli("plan", *SMALL[:4], "--problem", f"{largest + 1}x64").exit_code == 1
+    assert f"M = {largest:,}" in cli("plan", *SMALL, "--max-batch").stdout
+
+
+@pytest.mark.parametrize("preset", ["h100x8", "mi300x1", "rtx4090x2"])
+def test_any_machine_can_be_planned_and_inspected(cli, cli_json, preset):
+    machine = ["--hardware", preset, "--problem", "4096x128", "--budget", "256MiB"]
+    assert cli_json("plan", *machine)["hardware_name"] == preset
+    source = cli("inspect", *machine).stdout
+    assert f"# hardware  {preset} " in source
+    compile(source, preset, "exec")
+
+
+def test_compile_keeps_what_inspect_shows(cli, cli_json, tmp_path):
+    shown = cli_json("inspect", *SMALL)
+    out = tmp_path / "clip.py"
+    made = cli("compile", *SMALL, "--out", str(out))
+    assert made.exit_code == 0 and made.stdout.startswith("compiled: ")
+    again = cli_json("compile", *SMALL)
+    assert again["cached"] is True
+    assert again["plan"] == shown["plan"]
+    assert again["path"].endswith(f"/{shown['name']}/kernels.py")
+    assert out.read_text() == shown["source"] == cli("inspect", *SMALL).stdout
+    # and by its name, from the cache
+    assert cli("inspect", shown["name"]).stdout == shown["source"]
+    assert cli_json("inspect", shown["name"]) == shown
+
+
+def test_inspecting_keeps_nothing(cli, cli_json):
+    cli("inspect", *SMALL)
+    assert cli_json("cache", "list")["entries"] == []
+
+
+def test_compile_is_what_compile_loss_finds(cli):
+    from cl_compiler import Problem, compile_loss
+
+    made = cli("compile", *SMALL).stdout
+    loss_fn = compile_loss("xeon-amx-2c", "64MiB", problem=Problem(2048, 2048, 64))
+    assert made == f"compiled: {loss_fn.source_path}\n"
+    assert loss_fn.variants[-1].cached
+
+
+def test_what_cannot_be_written_is_a_usage_error(cli, tmp_path):
+    result = cli("compile", *SMALL, "--out", str(tmp_path / "nowhere" / "clip.py"))
+    assert result.exit_code == 2
+    assert "cannot write" in result.stderr
+
+
+def test_diff_of_two_plans(cli, cli_json):
+    text = cli("inspect", *SMALL, "-s", "spill", "--diff", "schedule=recompute").stdout
+    rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
+    assert rows["schedule"] == ["schedule", "spill", "recompute"]
+    assert "loss" not in rows  # what is equal is left out
+    assert "-# schedule  spill" in text and "+# schedule  recompute" in text
+    both = cli_json("inspect", *SMALL, "-s", "spill", "--diff", "schedule=recompute")
+    assert [both[side]["plan"]["schedule"] for side in ("before", "after")] == [
+        "spill", "recompute",
+    ]  # fmt: skip
+    assert both["source_diff"] in text
+
+
+def test_equal_plans_have_no_difference(cli):
+    assert "the plans are the same" in cli("inspect", *SMALL, "--diff", "budget=64MiB").stdout
+    chosen = choose_plan(request_of(QUESTION))
+    assert difference_table(chosen, chosen).rows == ()
+    assert source_diff(("a", "x\n"), ("b", "x\n")) == ""

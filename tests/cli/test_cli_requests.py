@@ -1,0 +1,110 @@
+"""Options become the request that ``compile_loss`` would make."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import typer
+
+from cl_compiler.api import BUDGET_SHARE, Specialiser, find_loss
+from cl_compiler.cli import requests
+from cl_compiler.cli.requests import (
+    Question,
+    budget_of,
+    changed,
+    gradients_of,
+    problem_of,
+    request_of,
+    rounded_down,
+)
+from cl_compiler.hardware import load_hardware
+from cl_compiler.plan.types import MemoryBudget, Problem
+
+XEON = load_hardware("xeon-amx-2c")
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip", "nt_xent"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_request_is_the_one_that_compile_loss_makes(loss, dtype):
+    question = Question(
+        hardware="xeon-amx-2c", budget="64MiB", loss=loss, problem="512x512x64", dtype=dtype
+    )
+    specialise = Specialiser(find_loss(loss), XEON, MemoryBudget(64 << 20), "auto", "auto")
+    call = specialise.signature_of(Problem(512, 512, 64, dtype))
+    assert request_of(question) == specialise.request(call)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("300x400x64", (300, 400, 64)),
+        ("300x64", (300, 300, 64)),
+        ("1_000 X 2000 x 64", (1000, 2000, 64)),
+        ("300*400*64", (300, 400, 64)),
+    ],
+)
+def test_sizes(text, sizes):
+    problem = problem_of(Question(problem=text))
+    assert sizes == (problem.M, problem.N, problem.D)
+
+
+def test_single_sizes_replace_those_of_the_problem():
+    problem = problem_of(Question(problem="300x400x64", N=500, D=128))
+    assert (problem.M, problem.N, problem.D) == (300, 500, 128)
+    square = problem_of(Question(problem="300x64", M=700))
+    assert (square.M, square.N) == (700, 700)
+
+
+@pytest.mark.parametrize("text", ["", "300", "300x", "1x2x3x4", "-3x5", "3.5x2"])
+def test_what_is_no_size(text):
+    with pytest.raises(typer.BadParameter, match="write MxNxD"):
+        problem_of(Question(problem=text))
+
+
+def test_budgets():
+    both = budget_of("device=2GiB, host=64GiB", XEON, is_here=False)
+    assert both == MemoryBudget(2 << 30, 64 << 30)
+    assert budget_of("512MiB", XEON, is_here=True) == MemoryBudget(512 << 20)
+
+
+def test_without_a_budget_a_share_of_the_right_memory_is_taken(monkeypatch):
+    monkeypatch.setattr("cl_compiler.hardware.cpu.free_memory_bytes", lambda: 8 << 30)
+    assert budget_of(None, XEON, is_here=True).device_bytes == 2 << 30
+    h100 = load_hardware("h100x1")
+    share = h100.device_memory_bytes * BUDGET_SHARE
+    assert 0.8 * share < budget_of(None, h100, is_here=True).device_bytes <= share
+    assert requests.BUDGET_SHARE == BUDGET_SHARE
+
+
+def test_a_budget_does_not_follow_every_change_of_free_memory():
+    assert rounded_down(1000) == 960
+    assert rounded_down(1000) == rounded_down(1023) < rounded_down(1024) == 1024
+    assert [rounded_down(n) for n in range(16)] == list(range(16))
+    assert all(0.875 * n < rounded_down(n) <= n for n in range(16, 3000))
+
+
+def test_gradients_of_a_locked_tower():
+    clip = find_loss("clip")
+    assert gradients_of("x, logit_scale", clip) == {"x", "logit_scale"}
+    assert gradients_of("none", clip) == frozenset()
+    with pytest.raises(typer.BadParameter, match="clip has no w; it has logit_scale, x, y"):
+        gradients_of("x,w", clip)
+
+
+def test_positives():
+    assert request_of(Question(hardware="h100x1", positives="ids")).positives == "ids"
+    assert request_of(Question(hardware="h100x1", loss="supcon")).positives == "views"
+    with pytest.raises(typer.BadParameter, match="clip takes diagonal or ids"):
+        request_of(Question(hardware="h100x1", positives="views"))
+
+
+def test_changes_name_options():
+    question = Question(problem="300x400x64", M=10)
+    assert changed(question, ["schedule=spill", "--D=96"]) == replace(
+        question, schedule="spill", D=96
+    )
+    # A new problem is not overruled by the old one's single sizes.
+    assert problem_of(changed(question, ["problem=500x32"])).M == 500
+    with pytest.raises(typer.BadParameter, match="whole number"):
+        changed(question, ["M=many"])
