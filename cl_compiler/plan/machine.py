@@ -212,8 +212,10 @@ def gemm_type(dtype: str, precision: str, spec: HardwareSpec) -> tuple[str, int]
             return "fp8", 1
         case "auto" if dtype == "float32" and spec.kind != "cpu":
             return "bfloat16", 3
-        case _:
-            return ("float32" if dtype == "float32" else dtype), 1
+        case "auto":
+            return dtype, 1
+        case _:  # "ieee": 16-bit operands are widened and multiplied in fp32
+            return "float32", 1
 
 
 __all__ = ["RATED_TILE", "Inner", "Machine", "Outer", "gemm_type", "machine_of"]

@@ -46,6 +46,7 @@ def request(
         needs = frozenset(op.name for op in loss.operands if not op.stop)
         needs |= frozenset(loss.parameters)
     problem = Problem(rows, rows if cols is None else cols, width, dtype)  # type: ignore[arg-type]
+    more.setdefault("precision", "bf16" if dtype == "bfloat16" else "ieee")
     more.setdefault("positives", "views" if loss.is_single_set else "diagonal")
     return Request(
         loss, load_hardware(hardware), MemoryBudget.parse(budget), problem, needs=needs, **more,  # type: ignore[arg-type]
