@@ -106,7 +106,9 @@ class GradientPart:
 
 def _peel(term: sp.Expr, low: Hoister) -> tuple[sp.Expr, sp.Expr]:
     """(pair factor, coefficient) of a product; finite coefficients leave selections with zero."""
-    pairs, coefficients, axes = [], [], low.axes
+    axes = low.axes
+    pairs: list[sp.Expr] = []
+    coefficients: list[sp.Expr] = []
     for factor in sp.Mul.make_args(term):
         if len(axes(factor)) < 2:
             coefficients.append(factor)

@@ -8,6 +8,7 @@ import torch
 
 from cl_compiler.lang import reference
 from cl_compiler.lang.sweeps import plan_sweeps
+from tests import edge_losses
 from tests.lang.dense_plan import DensePlan
 from tests.losses_zoo import cases
 from tests.random_losses import draw
@@ -76,3 +77,12 @@ def test_random_losses(seed):
     assert all(torch.isfinite(g).all() for g in drawn.gradients(value).values())
     for needs in (case.needs, some, frozenset()):
         assert_plan_equals_oracle(drawn, needs, 1e-9)
+
+
+@pytest.mark.parametrize("drawn", edge_losses.samples(), ids=lambda s: s.case.name)
+def test_what_a_mask_excludes_reaches_no_gradient(drawn):
+    value = drawn.reference()
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(g).all() for g in drawn.gradients(value).values())
+    for needs in (drawn.case.needs, frozenset({"offset"}), frozenset({"x"})):
+        assert_plan_equals_oracle(drawn, needs, 1e-10)
