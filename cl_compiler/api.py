@@ -87,6 +87,18 @@ def compile_loss(
         planned=planned,
         nonfinite=nonfinite,
         verify=Verifier(ir) if verify else None,
+        refusal=_refusal(hardware),
+    )
+
+
+def _refusal(hardware: HardwareSpec) -> str:
+    """Why this process cannot call what it compiles; "" where it can."""
+    if hardware.kind == "cpu" and hardware.world_size == 1:
+        return ""
+    return (
+        f"compiled for {hardware.name}, which is {hardware.world_size} device(s) of kind "
+        f"{hardware.kind}; this process is alone, and the emitted code runs on CPUs so far. Plan "
+        'and inspect it anywhere; to call a loss here, compile for "auto".'
     )
 
 

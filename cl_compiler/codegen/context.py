@@ -282,7 +282,7 @@ def _helpers(stages: list[StageText], printer: StagePrinter, value: str,
     for op in printer.plan.ir.operands:
         lines += [c for c, _, _ in _operand(printer, op.name, False).norms]
     everything = "\n".join(lines)
-    known = ("_crossings", "_largest_norm", "_inverse", "_present", "_ratio", "_finish_logsumexp", "_add_logsumexp",
+    known = ("_product", "_crossings", "_largest_norm", "_inverse", "_present", "_ratio", "_finish_logsumexp", "_add_logsumexp",
              "_add_softmean", "_to_columns", "_logsubexp", "_one_minus_exp")
     found = {k for k in known if f"{k}(" in everything}
     found |= {"TIE_TOLERANCE"} if "TIE_TOLERANCE" in everything else set()

@@ -257,18 +257,16 @@ class TilePrinter:
         if g.alpha != 1:
             factors.append(number(g.alpha) if g.alpha.is_number else f"{self.scalar(g.alpha)}.item()")
         alpha = " * ".join(factors)
-        beta = "" if g.beta == 0 else (
-            f"torch.tensor({number(g.beta)}, dtype=DTYPE)" if g.beta.is_number
-            else f"{self.scalar(g.beta)}.to(DTYPE)"
-        )
+        beta = ""
+        if g.beta != 0:
+            beta = number(g.beta) if g.beta.is_number else f"{self.scalar(g.beta)}.item()"
         if slots:
             lines = [f"torch.bmm({right}, {left}.unsqueeze(2), out={out}.unsqueeze(2))"]
             lines += [f"{out}.mul_({alpha})"] if alpha else []
             lines += [f"{out}.add_({beta})"] if beta else []
             return "\n".join(lines)
         if beta:
-            extra = f", alpha={alpha}" if alpha else ""
-            return f"torch.addmm({beta}, {left}, {right}.T{extra}, out={out})"
+            return f"_product({left}, {right}, {alpha or '1.0'}, {beta}, out={out})"
         if alpha:
             return f"{out}.addmm_({left}, {right}.T, beta=0, alpha={alpha})"
         return f"torch.mm({left}, {right}.T, out={out})"

@@ -126,6 +126,7 @@ class CompiledLoss(nn.Module):
         planned: CallSignature | None = None,
         nonfinite: Literal["propagate", "error"] = "propagate",
         verify: Callable[[CompiledLoss, Mapping[str, Any]], None] | None = None,
+        refusal: str = "",
     ) -> None:
         super().__init__()
         self.signature = signature
@@ -133,6 +134,7 @@ class CompiledLoss(nn.Module):
         self._nonfinite = nonfinite
         self._verify = verify
         self._verified = False
+        self._refusal = refusal
         self._variants: list[LoadedVariant] = []
         self._largest = planned
         self._latest: LoadedVariant | None = None
@@ -212,6 +214,8 @@ class CompiledLoss(nn.Module):
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the loss; see the class."""
+        if self._refusal:
+            raise ArgumentError(f"{self.signature.name}: {self._refusal}")
         call = self._check(args, kwargs)
         variant = self._variant(call.signature)
         module = variant.module
