@@ -108,6 +108,23 @@ def _order(graph: nx.DiGraph, rows: list[list[str]]) -> None:
         if crossings < fewest:
             best, fewest = [list(row) for row in rows], crossings
     rows[:] = best
+    while _exchange(graph, rows):
+        pass
+
+
+def _exchange(graph: nx.DiGraph, rows: list[list[str]]) -> bool:
+    """Swap neighbours where that removes crossings; whether it ever did."""
+    improved = False
+    for k, row in enumerate(rows):
+        around = rows[max(0, k - 1) : k + 2]  # the same lists: a swap is seen here
+        for i in range(len(row) - 1):
+            before = _crossings(graph, around)
+            row[i], row[i + 1] = row[i + 1], row[i]
+            if _crossings(graph, around) < before:
+                improved = True
+            else:
+                row[i], row[i + 1] = row[i + 1], row[i]
+    return improved
 
 
 def _sorted(
