@@ -126,11 +126,11 @@ def run_demo(
             "Run the same command again: pairs once harvested are kept."
         )
         return INTERRUPTED
-    page, results = write_report(outcome, settings.out)
     if outcome.comparisons:
         console.print(result_table(outcome))
     for note in caveats(outcome):
         screen.say(f"- {note}")
+    page, results = write_report(outcome, settings.out)
     screen.say(f"Report: {page}\nNumbers: {results}")
     if outcome.ended == "interrupted":
         screen.say("Run the same command again for the whole comparison; the pairs are kept.")

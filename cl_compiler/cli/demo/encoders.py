@@ -51,7 +51,10 @@ class Tower(nn.Module):
     def __init__(self, buckets: int, dim: int) -> None:
         super().__init__()
         self.table = nn.EmbeddingBag(buckets, dim, mode="sum", include_last_offset=True)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        last = nn.Linear(2 * dim, dim)
+        nn.init.zeros_(last.weight)  # a tower begins as the sum of its embeddings
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), last)
 
     def forward(self, bags: Bags) -> Tensor:
         summed = self.table(bags.features, bags.starts, per_sample_weights=bags.weights)

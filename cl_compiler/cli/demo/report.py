@@ -28,11 +28,15 @@ _TEMPLATE = "report.html.jinja"
 def result_table(outcome: Outcome) -> Table:
     """The comparisons, a line per arm, for a terminal."""
     table = Table(
-        title="Held-out modules: find the code from its description", title_justify="left"
+        title="Finding code from its description, held-out modules",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),  # 80 columns, for a pipe
+        pad_edge=False,
     )
     for heading in _HEADINGS:
         is_text = heading in ("compared at", "loss")
-        table.add_column(heading, justify="left" if is_text else "right")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
     for cells in _cells(outcome):
         table.add_row(*cells)
     return table
@@ -41,7 +45,13 @@ def result_table(outcome: Outcome) -> Table:
 def caveats(outcome: Outcome) -> list[str]:
     """What a reader has to know before believing the table; one sentence each."""
     compiled, dense = outcome.arm("compiled"), outcome.arm("dense")
-    notes = [verdict(comparison) for comparison in outcome.comparisons]
+    notes = [
+        f"The {arm.name} loss was measured to exceed the budget: "
+        f"{format_bytes(arm.measured_bytes)} of {format_bytes(outcome.budget_bytes)}."
+        for arm in outcome.arms
+        if arm.measured_bytes > outcome.budget_bytes
+    ]
+    notes += [verdict(comparison) for comparison in outcome.comparisons]
     if outcome.ended == "interrupted":
         notes.append("The run was interrupted: this is what was done until then.")
     if outcome.ended == "out of time":
@@ -50,6 +60,9 @@ def caveats(outcome: Outcome) -> list[str]:
         notes.append(
             f"This machine had time for {outcome.epochs} of {outcome.epochs_asked} epochs."
         )
+    if outcome.chosen:
+        rates = ", ".join(f"{run.arm} {run.rate:g}" for run in outcome.chosen)
+        notes.append(f"Learning rates, chosen on validation modules: {rates}.")
     if not all(run.is_complete for run in outcome.runs):
         notes.append("Some learning rates were cut short and were not chosen where others ended.")
     edges = (min(outcome.rates), max(outcome.rates))
@@ -146,13 +159,12 @@ _HEADINGS = (
     "compared at",
     "loss",
     "batch",
-    "peak bytes",
-    "rate",
+    "peak",
     "epochs",
     "seconds",
     "recall@1",
     "recall@10",
-    "median rank",
+    "median",
 )
 
 
@@ -168,10 +180,9 @@ def _line(outcome: Outcome, what: str, row: Row) -> tuple[str, ...]:
     arm = outcome.arm(row.arm)
     return (
         what,
-        "compiled" if row.arm == "compiled" else "plain PyTorch",
+        "compiled" if row.arm == "compiled" else "PyTorch",
         f"{arm.batch:,}",
         format_bytes(arm.measured_bytes),
-        f"{row.rate:g}",
         f"{row.spent_epochs:.1f}",
         f"{row.spent_s:.1f}",
         f"{row.test.recall_at_1:.1%}",
@@ -183,10 +194,10 @@ def _line(outcome: Outcome, what: str, row: Row) -> tuple[str, ...]:
 def _headline(outcome: Outcome, dense_full_bytes: int) -> str:
     compiled, dense = outcome.arm("compiled"), outcome.arm("dense")
     return (
-        f"In {format_bytes(outcome.budget_bytes)} the compiled CLIP loss runs at a batch of "
-        f"{compiled.batch:,} and peaks at {format_bytes(compiled.measured_bytes)}; plain PyTorch "
-        f"ends at {dense.batch:,} and would need {format_bytes(dense_full_bytes)} for the same "
-        "batch."
+        f"Under a budget of {format_bytes(outcome.budget_bytes)}, the compiled CLIP loss ran at a "
+        f"batch of {compiled.batch:,} and peaked at {format_bytes(compiled.measured_bytes)}. Plain "
+        f"PyTorch fits up to {dense.batch:,}; at {compiled.batch:,} it would need "
+        f"{format_bytes(dense_full_bytes)}."
     )
 
 

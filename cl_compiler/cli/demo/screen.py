@@ -42,7 +42,8 @@ class Screen:
         self._console = console
 
     def say(self, line: str) -> None:
-        self._console.print(Text(line))
+        # A pipe gets whole lines; whoever reads it can fold them.
+        self._console.print(Text(line), soft_wrap=not self._console.is_terminal)
 
     @contextmanager
     def bar(self, what: str) -> Iterator[Advance]:

@@ -1,0 +1,208 @@
+"""The whole demonstration at toy size, with a stand-in for the compiled loss."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch import Tensor
+
+from cl_compiler.cli.demo import command, sources
+from cl_compiler.cli.demo.arms import PlannedLoss, dense_loss, measure_bytes
+from cl_compiler.cli.demo.command import INTERRUPTED, run_demo
+from cl_compiler.cli.demo.experiment import affordable_epochs
+from cl_compiler.cli.demo.settings import QUICK, DemoSettings
+from cl_compiler.errors import ArgumentError
+
+# A dependency of a dependency: 350 pairs, harvested in a second.
+ROOTS = tuple(root for root in sources.installed_roots(("mpmath",)) if root.package == "mpmath")
+
+
+def settings(out: Path) -> DemoSettings:
+    return replace(QUICK, out=out, batch=64, budget_bytes=40_000, dim=16, epochs=2, max_files=None)
+
+
+def planned(function: Callable[[Tensor, Tensor, Tensor], Tensor] = dense_loss) -> Any:
+    """A stand-in: the dense loss, which promises what it needs."""
+
+    def plan(batch: int, dim: int, budget_bytes: int) -> PlannedLoss:
+        bytes_ = measure_bytes(dense_loss, batch, dim, "meta")
+        return PlannedLoss(function, bytes_, "a plan with <angles> & ampersands", "/some/file.py")
+
+    return plan
+
+
+def run(out: Path, cache: Path, plan: Any, **changes: Any) -> tuple[int, str]:
+    file = io.StringIO()
+    code = run_demo(
+        replace(settings(out), **changes),
+        console=Console(file=file, width=80),
+        cache_directory=cache,
+        roots=ROOTS,
+        plan=plan,
+    )
+    return code, file.getvalue()
+
+
+def test_a_run_writes_a_table_a_page_and_numbers_that_agree(tmp_path: Path) -> None:
+    code, printed = run(tmp_path / "out", tmp_path / "cache", planned())
+    assert code == 0
+    assert "\x1b" not in printed  # a pipe gets no escape sequences
+    assert max(len(line) for line in printed.splitlines() if "equal" in line and "%" in line) <= 80
+    assert "…" not in printed
+
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["ended"] == "complete"
+    assert [each["what"] for each in results["comparisons"]] == ["equal epochs", "equal seconds"]
+    assert len(results["runs"]) == 6
+    assert {(run["arm"], run["rate"]) for run in results["runs"]} == {
+        (arm, rate) for arm in ("compiled", "dense") for rate in QUICK.rates
+    }
+    assert sum(run["is_chosen"] for run in results["runs"]) == 2
+    recall = results["comparisons"][0]["compiled"]["reported"]["test"]["recall_at_10"]
+    assert f"{recall:.1%}" in printed
+
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{recall:.1%}" in page
+    assert "a plan with &lt;angles&gt; &amp; ampersands" in page
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []  # loads nothing
+    assert page.count("data:image/svg+xml") == 2
+    assert sorted(os.listdir(tmp_path / "out")) == ["report.html", "results.json"]
+
+
+def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        run(tmp_path / name, tmp_path / "cache", planned())
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        found.append(
+            [each["train_loss"] for run in results["runs"] for each in run["evaluations"][:2]]
+        )
+    assert found[0] == found[1]
+
+
+def test_a_second_run_reads_the_pairs_that_the_first_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "out", tmp_path / "cache", planned())
+    monkeypatch.setattr("cl_compiler.cli.demo.collection.harvest", None)
+    code, printed = run(tmp_path / "out", tmp_path / "cache", planned())
+    assert code == 0
+    assert f"kept in {tmp_path / 'cache'}" in printed
+
+
+def test_an_interrupt_in_training_reports_what_was_done(tmp_path: Path) -> None:
+    calls = 0
+
+    def interrupting(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+        return dense_loss(x, y, scale)
+
+    before = signal.getsignal(signal.SIGINT)
+    code, printed = run(tmp_path / "out", tmp_path / "cache", planned(interrupting), epochs=40)
+    assert code == INTERRUPTED
+    assert "Run the same command again" in printed
+    assert signal.getsignal(signal.SIGINT) is before
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["ended"] == "interrupted"
+    assert [run["is_complete"] for run in results["runs"]] == [False, False]
+    assert "ended early (interrupted)" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_an_interrupt_in_the_harvest_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cl_compiler.cli.demo.collection.os.replace", interrupted)
+    code, printed = run(tmp_path / "out", tmp_path / "cache", planned())
+    assert code == INTERRUPTED
+    assert "Run the same command again" in printed
+    assert os.listdir(tmp_path / "cache") == []
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_time_that_runs_out_still_gives_a_report(tmp_path: Path) -> None:
+    code, printed = run(tmp_path / "out", tmp_path / "cache", planned(), seconds=0.05, epochs=100)
+    assert code == 0
+    assert "The time limit ended the run" in printed
+    assert "1 of 100 epochs" in printed
+
+
+def test_a_loss_beyond_its_budget_is_said_to_be(tmp_path: Path) -> None:
+    _, printed = run(tmp_path / "out", tmp_path / "cache", planned(), batch=128)
+    assert "The compiled loss was measured to exceed the budget" in printed
+    assert "The dense loss was measured" not in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": 100_000}, "a batch of 100,000 needs as many training pairs.*--batch"),
+        ({"budget_bytes": 100}, "does not fit.*--budget"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_a_remedy(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        run(tmp_path / "out", tmp_path / "cache", planned(), **changes)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArgumentError, match="--out"):
+        run(tmp_path / "file" / "out", tmp_path / "cache", planned())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_epochs_shrink_to_the_time_there_is(tmp_path: Path) -> None:
+    base = replace(settings(tmp_path), epochs=12, seconds=100.0)
+    # 3 rates x (2 + 1) s + 1 s to make seconds equal: 10 s per epoch.
+    assert affordable_epochs(base, [2.0, 1.0]) == 10
+    assert affordable_epochs(base, [0.2, 0.1]) == 12
+    assert affordable_epochs(base, [500.0, 100.0]) == 1
+
+
+def test_the_command_line_reaches_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+    from typer.testing import CliRunner
+
+    asked: list[DemoSettings] = []
+
+    def record(chosen: DemoSettings) -> int:
+        asked.append(chosen)
+        return INTERRUPTED
+
+    monkeypatch.setattr(command, "run_demo", record)
+    app = typer.Typer()
+    app.command()(command.demo)
+    arguments = ["--out", "o", "--batch", "4096", "--budget", "32MiB", "--epochs", "3"]
+    result = CliRunner().invoke(app, [*arguments, "--seconds", "7", "--seed", "5"])
+    assert result.exit_code == INTERRUPTED
+    expected = DemoSettings(Path("o"), 4096, 32 << 20, 3, 7.0, 5)
+    assert asked == [expected]
+    CliRunner().invoke(app, ["--quick", "--batch", "64"])
+    assert asked[1] == replace(QUICK, out=Path("cl-compiler-demo"), batch=64)
+
+
+def test_the_command_starts_without_pytorch() -> None:
+    import subprocess
+    import sys
+
+    probe = "import sys, cl_compiler.cli.demo.command as c; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert found.stdout.strip() == "False", found.stderr
