@@ -113,9 +113,7 @@ def find_loss(loss: str | LossIR) -> LossIR:
     from cl_compiler.losses import find
 
     if not isinstance(loss, str):
-        raise LossDefinitionError(
-            f"loss={loss!r}: give a name or what @cl.define_loss returned."
-        )
+        raise LossDefinitionError(f"loss={loss!r}: give a name or what @cl.define_loss returned.")
     return find(loss)
 
 
@@ -124,9 +122,7 @@ def loss_signature(ir: LossIR) -> LossSignature:
     return LossSignature(
         name=ir.name,
         operands=tuple((op.name, op.axes) for op in ir.operands),
-        inputs=tuple(
-            (n, leaf.axes[0]) for n, leaf in ir.leaves.items() if leaf.kind == "input"
-        ),
+        inputs=tuple((n, leaf.axes[0]) for n, leaf in ir.leaves.items() if leaf.kind == "input"),
         parameters=ir.parameters,
         uses_positives=ir.uses_positives,
         stops=frozenset(op.name for op in ir.operands if op.stop),
@@ -172,12 +168,24 @@ class Specialiser:
         if precision == "auto":
             precision = "bf16" if call.dtype == "bfloat16" else "ieee"
         problem = Problem(
-            call.M, call.N, call.D, call.dtype,  # type: ignore[arg-type]
-            operands=dict(call.widths), slots=call.slots, bank=call.bank,
+            call.M,
+            call.N,
+            call.D,
+            call.dtype,  # type: ignore[arg-type]
+            operands=dict(call.widths),
+            slots=call.slots,
+            bank=call.bank,
         )
         return Request(
-            self.ir, self.hardware, self.budget, problem, call.positives,  # type: ignore[arg-type]
-            call.needs, precision, self.schedule, call.contiguous_copies,
+            self.ir,
+            self.hardware,
+            self.budget,
+            problem,
+            call.positives,  # type: ignore[arg-type]
+            call.needs,
+            precision,
+            self.schedule,
+            call.contiguous_copies,
         )
 
     def __call__(self, call: CallSignature) -> LoadedVariant:
@@ -194,7 +202,9 @@ class Specialiser:
 
         module = load_source(entry.source, entry.name, entry.path)
         path = None if entry.path is None else str(entry.path)
-        return LoadedVariant(call, module, plan_from_json(entry.plan), entry.source, path, entry.hit)
+        return LoadedVariant(
+            call, module, plan_from_json(entry.plan), entry.source, path, entry.hit
+        )
 
     def explain(self, plan: Plan) -> str:
         """The plan as text."""

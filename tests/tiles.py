@@ -41,8 +41,21 @@ def emit(
     if schedule == "dense":
         tile, kept_tiles = Tile(1024, 1024), 1
     plan = Plan(
-        case.loss.name, "test", Problem(64, 64, width, dtype), case.positives, needs, precision,  # type: ignore[arg-type]
-        MemoryBudget(1 << 30), schedule, tile, kept_tiles, (), (), 0, 0.0, 4.0,
+        case.loss.name,
+        "test",
+        Problem(64, 64, width, dtype),
+        case.positives,
+        needs,
+        precision,  # type: ignore[arg-type]
+        MemoryBudget(1 << 30),
+        schedule,
+        tile,
+        kept_tiles,
+        (),
+        (),
+        0,
+        0.0,
+        4.0,
     )
     return render(plan, program, "test")
 

@@ -100,8 +100,13 @@ def bench(
     schedule: opt.Schedule = "auto",
     threads: Annotated[
         int | None,
-        typer.Option("--threads", "-t", min=1, help="Of PyTorch. [default: all of its threads]",
-                     show_default=False),
+        typer.Option(
+            "--threads",
+            "-t",
+            min=1,
+            help="Of PyTorch. [default: all of its threads]",
+            show_default=False,
+        ),
     ] = None,
     repeats: Annotated[
         int, typer.Option("--repeats", "-r", min=1, help="Repetitions of each, interleaved.")
@@ -322,8 +327,10 @@ def _print(found: Comparison) -> None:
             frozenset({1, 2, 3, 4}),
         )
     )
-    write(f"schedule   {found.schedule}, tiles of {found.tile}, budget "
-          f"{format_bytes(found.budget_bytes)}")
+    write(
+        f"schedule   {found.schedule}, tiles of {found.tile}, budget "
+        f"{format_bytes(found.budget_bytes)}"
+    )
     if found.dense.live_bytes and found.compiled.live_bytes:
         saved = found.dense.live_bytes / found.compiled.live_bytes
         write(f"memory     1/{saved:.0f} of the dense formula's")

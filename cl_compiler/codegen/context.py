@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy as sp
 
+from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.passes import operand_scale
 from cl_compiler.codegen.stages import StagePrinter, StageText
-from cl_compiler.lang.ir import SLOTS, View, axes_of
+from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
 from cl_compiler.lang.program import Program
+from cl_compiler.lang.sweeps import SweepPlan
+from cl_compiler.lang.text import describe
 from cl_compiler.plan.types import Plan
 from cl_compiler.units import format_bytes
 
@@ -63,9 +68,7 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
     inputs = [names(n) for n, leaf in ir.leaves.items() if leaf.kind == "input"]
     parameters = [names(n) for n in ir.parameters]
     used_kinds = {leaf.kind for leaf in sweep_plan.leaves.values()}
-    by_ids = sweep_plan.positives == "ids" and (
-        "is_positive" in sweep_plan.ir.leaves
-    )
+    by_ids = sweep_plan.positives == "ids" and ("is_positive" in sweep_plan.ir.leaves)
     ids = (["ids"] if ir.is_single_set else ["row_ids", "col_ids"]) if by_ids else []
     operands = [_operand(printer, op.name, SLOTS in op.axes) for op in ir.operands]
     grads: dict[str, str] = {}
@@ -77,17 +80,37 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
             if n in sweep_plan.needs:
                 explicit = gradient.parameters.get(n, sp.Integer(0))
                 grads[names(n)] = text(explicit)
-    dots = {
-        names(p): [(op, float(weight)) for op, weight in pairs]
-        for p, pairs in (gradient.dots if gradient else {}).items()
-    }
+    dots = {names(p): pairs for p, pairs in (gradient.dots if gradient else {}).items()}
+    for name, value in grads.items():
+        terms = [
+            f"{'' if w == 1 else f'{float(w)} * '}_inner({op}, d_{op})"
+            for op, w in dots.get(name, ())
+        ]
+        if value != "0" or not terms:
+            kind = "DTYPE" if name in inputs else "torch.float64"
+            terms.insert(0, f"torch.as_tensor({value}, dtype={kind})")
+        grads[name] = " + ".join(terms)
+    arguments = [op.name for op in operands] + inputs + parameters + ids
+    gradient_names = [op.name for op in operands if op.needed] + list(grads)
     saved = _saved(program, printer)
     return {
         "plan": plan,
         "loss_name": plan.loss_name,
+        "arguments": arguments,
+        "argument_names": _tuple(f'"{a}"' for a in arguments),
+        "output_names": _tuple(f'"{n}"' for n, _ in ir.outputs),
+        "output_values": _tuple(text(e) for _, e in ir.outputs),
+        "gradient_names": _tuple(f'"{g}"' for g in gradient_names),
+        "gradient_values": _tuple(
+            [f"d_{op.name}" for op in operands if op.needed]
+            + [f"d_{name} * grad_output" for name in grads]
+        ),
         "doc": ir.doc.splitlines(),
         "header": _header(plan, program),
-        "glossary": _glossary(printer, names),
+        "glossary": [wrap(f"{n}: {meaning}") for n, meaning in _glossary(printer, names)],
+        "hoists": any(
+            m.hoisted for s in [*forward, *backward] for c in s.calls for m in c.modes.values()
+        ),
         "dtype": "torch.float64" if plan.problem.dtype == "float64" else "torch.float32",
         "cast": cast,
         "matmul_precision": "bf16" if plan.precision == "bf16" else "ieee",
@@ -103,12 +126,21 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
         "parameters": parameters,
         "ids": ids,
         "sizes": _sizes(program),
-        "counts": [(names(n), n.removeprefix("n_")) for n, leaf in sweep_plan.leaves.items()
-                   if leaf.kind == "count"],
-        "norms": [_norm(names, n, leaf.left) for n, leaf in sweep_plan.leaves.items()
-                  if leaf.kind == "norm" and leaf.left is not None],
-        "positive_sims": [_positive(names, n, leaf) for n, leaf in sweep_plan.leaves.items()
-                          if leaf.kind == "similarity_at_positive"],
+        "counts": [
+            (names(n), n.removeprefix("n_"))
+            for n, leaf in sweep_plan.leaves.items()
+            if leaf.kind == "count"
+        ],
+        "norms": [
+            _norm(names, n, leaf.left)
+            for n, leaf in sweep_plan.leaves.items()
+            if leaf.kind == "norm" and leaf.left is not None
+        ],
+        "positive_sims": [
+            _positive(names, n, leaf)
+            for n, leaf in sweep_plan.leaves.items()
+            if leaf.kind == "similarity_at_positive"
+        ],
         "forward": forward,
         "backward": backward,
         "sweeps": _sweep_texts([*forward, *backward]),
@@ -116,7 +148,7 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
         "shifts": [names(f"shift_{o}") for o in _owners(program)],
         "value": text(ir.value),
         "outputs": [(n, text(e)) for n, e in ir.outputs],
-        "required": [(m, text(e)) for m, e in ir.required],
+        "required": [(m, text(e)) for m, e in ir.required if not _is_certain(sweep_plan, e)],
         "saved": saved,
         "needs_gradient": gradient is not None,
         "gradients": grads,
@@ -124,8 +156,33 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
         "late": _late(printer),
         "halves": sweep_plan.positives == "views",
         "used_kinds": used_kinds,
-        "helpers": _helpers([*forward, *backward], printer, text(ir.value), grads),
+        "helpers": _helpers(
+            [*forward, *backward],
+            printer,
+            [text(e) for e in (ir.value, *(e for _, e in ir.outputs))],
+            grads,
+        ),
     }
+
+
+def _tuple(elements: Iterable[str]) -> str:
+    parts = list(elements)
+    return f"({parts[0]},)" if len(parts) == 1 else f"({', '.join(parts)})"
+
+
+def _is_certain(plan: SweepPlan, number: sp.Expr) -> bool:
+    """Whether a number of elements is positive whatever the inputs: an axis has no zero length,
+    and without ids some column has a positive."""
+    leaf, node = plan.leaves.get(str(number)), plan.by_name.get(str(number))
+    if leaf is not None and leaf.kind == "count":
+        return True
+    if plan.positives == "ids" or not isinstance(node, Reduction) or not node.operand.is_number:
+        return False
+    sources = [plan.by_name.get(s.name) for s in node.where.free_symbols]
+    return bool(sources) and all(
+        isinstance(s, Reduction) and s.monoid in ("to_rows", "to_cols") and s.operand.is_number
+        for s in sources
+    )
 
 
 def _owners(program: Program) -> list[str]:
@@ -176,8 +233,13 @@ def _late(printer: StagePrinter) -> list[LateText]:
             scaled = f"({text}) * {printer.names(leaf.scale or '')}" if own else text
             target = f"d_{_view(view)}"
             result.append(
-                LateText(scaled, _view(leaf.left), _view(leaf.right),
-                         target if side == "left" else "", target if side == "right" else "")
+                LateText(
+                    scaled,
+                    _view(leaf.left),
+                    _view(leaf.right),
+                    target if side == "left" else "",
+                    target if side == "right" else "",
+                )
             )
     return result
 
@@ -235,17 +297,13 @@ def _glossary(printer: StagePrinter, names: Names) -> list[tuple[str, str]]:
         if plan.is_full(node.name):
             red = plan.by_name[node.name]
             (axis,) = plan.leaves[node.name].axes
-            operand = str(red.operand)  # type: ignore[union-attr]
-            text = f"[{length[axis]}] {red.monoid} over {red.over} of {operand}"  # type: ignore[union-attr]
-            if red.where != 1:  # type: ignore[union-attr]
-                text += f" where {red.where}"  # type: ignore[union-attr]
-            result.append((names(node.name), _rename(text, plan, names)))
+            text = describe(red).partition(" = ")[2]
+            result.append((names(node.name), f"[{length[axis]}] {_rename(text, names)}"))
     return result
 
 
-def _rename(text: str, plan: object, names: Names) -> str:
-    import re
-
+def _rename(text: str, names: Names) -> str:
+    text = re.sub(r"\bis_self_\w+", "is_self", text)
     return re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.table.get(m.group(), m.group()), text)
 
 
@@ -256,22 +314,33 @@ def _header(plan: Plan, program: Program) -> list[tuple[str, str]]:
     arguments = ", ".join(program.plan.ir.parameters)
     return [
         ("loss", f"{plan.loss_name}({arguments}); positives: {plan.positives}"),
-        ("hardware", f"{plan.hardware_name}   {p.dtype} in, {plan.precision} products, "
-                     f"{accumulate} accumulate"),
-        ("problem", f"up to M={p.M} N={p.N} D={p.D}; gradients: "
-                    f"{', '.join(sorted(plan.needs)) or 'none'}"),
+        (
+            "hardware",
+            f"{plan.hardware_name}   {p.dtype} in, {plan.precision} products, "
+            f"{accumulate} accumulate",
+        ),
+        (
+            "problem",
+            f"up to M={p.M} N={p.N} D={p.D}; gradients: {', '.join(sorted(plan.needs)) or 'none'}",
+        ),
         ("schedule", f"{plan.schedule}{kept}"),
-        ("tiles", "   ".join(f"{level.level} {level.tile}" for level in plan.levels)
-                  or f"{plan.tile}"),
-        ("memory", f"predicted peak {format_bytes(plan.peak_bytes)} of "
-                   f"{format_bytes(plan.budget.device_bytes)}"),
+        (
+            "tiles",
+            "   ".join(f"{level.level} {level.tile}" for level in plan.levels) or f"{plan.tile}",
+        ),
+        (
+            "memory",
+            f"predicted peak {format_bytes(plan.peak_bytes)} of "
+            f"{format_bytes(plan.budget.device_bytes)}",
+        ),
     ]
 
 
-def _helpers(stages: list[StageText], printer: StagePrinter, value: str,
-             grads: dict[str, str]) -> set[str]:
+def _helpers(
+    stages: list[StageText], printer: StagePrinter, values: list[str], grads: dict[str, str]
+) -> set[str]:
     """Which helper functions the file calls."""
-    lines = [value, *grads.values()]
+    lines = [*values, *grads.values()]
     for stage in stages:
         lines += stage.vectors
         for call in stage.calls:
@@ -282,8 +351,20 @@ def _helpers(stages: list[StageText], printer: StagePrinter, value: str,
     for op in printer.plan.ir.operands:
         lines += [c for c, _, _ in _operand(printer, op.name, False).norms]
     everything = "\n".join(lines)
-    known = ("_product", "_crossings", "_largest_norm", "_inverse", "_present", "_ratio", "_finish_logsumexp", "_add_logsumexp",
-             "_add_softmean", "_to_columns", "_logsubexp", "_one_minus_exp")
+    known = (
+        "_product",
+        "_crossings",
+        "_largest_norm",
+        "_inverse",
+        "_present",
+        "_ratio",
+        "_finish_logsumexp",
+        "_add_logsumexp",
+        "_add_softmean",
+        "_to_columns",
+        "_logsubexp",
+        "_one_minus_exp",
+    )
     found = {k for k in known if f"{k}(" in everything}
     found |= {"TIE_TOLERANCE"} if "TIE_TOLERANCE" in everything else set()
     if "_logsubexp" in found:

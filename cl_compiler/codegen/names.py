@@ -7,13 +7,61 @@ import keyword
 from cl_compiler.lang.ir import Let, Reduction
 from cl_compiler.lang.sweeps import SweepPlan
 
-_AXIS = {"rows": "row", "cols": "col", "rows2": "row2", "cols2": "col2", "slots": "slot",
-         "bank": "bank"}
+_AXIS = {
+    "rows": "row",
+    "cols": "col",
+    "rows2": "row2",
+    "cols2": "col2",
+    "slots": "slot",
+    "bank": "bank",
+}
 _MONOID = {"logsumexp": "lse", "sum": "sum", "max": "max", "softmean": "mean"}
 RESERVED = frozenset(
-    "i i1 j j1 k m n t r0 r1 q0 q1 rows cols slots bank half torch math kept spare block saved "
-    "value store grad_output offsets step DTYPE D TILE_M TILE_N KEPT_TILES forward backward Loss TIE_TOLERANCE "
-    "x y z ids row_ids col_ids".split()
+    [
+        "i",
+        "i1",
+        "j",
+        "j1",
+        "k",
+        "m",
+        "n",
+        "t",
+        "r0",
+        "r1",
+        "q0",
+        "q1",
+        "rows",
+        "cols",
+        "slots",
+        "bank",
+        "half",
+        "torch",
+        "math",
+        "kept",
+        "spare",
+        "block",
+        "saved",
+        "value",
+        "store",
+        "grad_output",
+        "offsets",
+        "step",
+        "DTYPE",
+        "D",
+        "TILE_M",
+        "TILE_N",
+        "KEPT_TILES",
+        "forward",
+        "backward",
+        "Loss",
+        "TIE_TOLERANCE",
+        "x",
+        "y",
+        "z",
+        "ids",
+        "row_ids",
+        "col_ids",
+    ]
 )
 
 
@@ -45,7 +93,8 @@ class Names:
             return f"d_{of}" if of else name
         axes = plan.leaves[name].axes
         if node.monoid in ("to_rows", "to_cols"):
-            return f"{_AXIS[axes[0]]}_positive"
+            what = "has_positive" if node.operand.is_number else "positive"
+            return f"{_AXIS[axes[0]]}_{what}"
         what = "partial" if name.startswith("t") else _MONOID[node.monoid]
         if node.monoid == "sum" and node.operand.is_number:
             what = "count"

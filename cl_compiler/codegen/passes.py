@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import sympy as sp
 
+from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import TilePrinter, VectorPrinter, number
 from cl_compiler.lang.ir import Leaf, Let, Reduction, View, axes_of
@@ -27,8 +29,14 @@ from cl_compiler.lang.tile_ir import (
     VectorRef,
 )
 
-LENGTH = {"rows": "rows", "cols": "cols", "rows2": "rows", "cols2": "cols", "bank": "bank",
-          "slots": "slots"}
+LENGTH = {
+    "rows": "rows",
+    "cols": "cols",
+    "rows2": "rows",
+    "cols2": "cols",
+    "bank": "bank",
+    "slots": "slots",
+}
 
 
 @dataclass
@@ -62,8 +70,9 @@ class PassText:
 class PassPrinter:
     """Prints one pass in one mode."""
 
-    def __init__(self, program: Program, pass_: Pass, mode: Mode, names: Names, name: str,
-                 cast: bool) -> None:
+    def __init__(
+        self, program: Program, pass_: Pass, mode: Mode, names: Names, name: str, cast: bool
+    ) -> None:
         self.program, self.plan, self.pass_, self.mode = program, program.plan, pass_, mode
         self.names, self.name, self.cast = names, name, cast
         self.code: TileProgram = pass_.programs[mode]
@@ -80,8 +89,9 @@ class PassPrinter:
         for code in self.codes:
             table = self.hoisted_by_code[id(code)] = {}
             for symbol, (expr, axes) in code.hoisted.items():
-                bare = expr.xreplace({s: sp.Symbol(table[s.name]) for s in expr.free_symbols
-                                      if s.name in table})
+                bare = expr.xreplace(
+                    {s: sp.Symbol(table[s.name]) for s in expr.free_symbols if s.name in table}
+                )
                 if bare not in known:
                     kind = prefix.get(axes[0][:4], "v") if axes else "s"
                     known[bare] = names.fresh(f"{kind}{len(known)}")
@@ -185,13 +195,23 @@ class PassPrinter:
         extra = [n for n in self.params if n not in fixed]
         buffers = sorted({b for b in self.code.buffers.values() if b != "kept"})
         if p.keep == "read":
-            buffers = sorted({*buffers, *(b for b in p.remake[self.mode].buffers.values()
-                                          if b != "kept")})
-        row_ops = [f"{o}_i = " + self._slice(o, "i") for o in operands if o in lefts
-                   or (p.is_slots and o in rights)]
-        col_ops = [] if p.is_slots else [
-            f"{o}_j = " + self._slice(o, "j") for o in operands if o in rights
-            and not (p.whole_rows and not self.cast)]
+            buffers = sorted(
+                {*buffers, *(b for b in p.remake[self.mode].buffers.values() if b != "kept")}
+            )
+        row_ops = [
+            f"{o}_i = " + self._slice(o, "i")
+            for o in operands
+            if o in lefts or (p.is_slots and o in rights)
+        ]
+        col_ops = (
+            []
+            if p.is_slots
+            else [
+                f"{o}_j = " + self._slice(o, "j")
+                for o in operands
+                if o in rights and not (p.whole_rows and not self.cast)
+            ]
+        )
         casts = []
         if self.cast:
             casts = [(f"{o}_row_tile", "TILE_M", o) for o in operands if o in lefts or p.is_slots]
@@ -199,29 +219,43 @@ class PassPrinter:
                 length = "cols" if p.whole_rows else "TILE_N"
                 casts += [(f"{o}_col_tile", length, o) for o in operands if o in rights]
         return PassText(
-            name=self.name, doc=self._doc(),
+            name=self.name,
+            doc=self._doc(),
             params=[*fixed, *dict.fromkeys(lengths), *extra],
             accumulators=accumulators,
             buffers=[(b, "torch.bool" if b.startswith("m") else "DTYPE") for b in buffers],
-            row_length=lengths[0], col_length=lengths[1], row_operands=row_ops,
-            col_operands=col_ops, casts=casts, body=[*body, *products], remake=remake,
-            symmetric=p.symmetric, whole_rows=p.whole_rows, slots=p.is_slots, keep=p.keep,
-            needs_block=block, results=[a[0] for a in accumulators],
+            row_length=lengths[0],
+            col_length=lengths[1],
+            row_operands=row_ops,
+            col_operands=col_ops,
+            casts=casts,
+            body=[*body, *products],
+            remake=remake,
+            symmetric=p.symmetric,
+            whole_rows=p.whole_rows,
+            slots=p.is_slots,
+            keep=p.keep,
+            needs_block=block,
+            results=[a[0] for a in accumulators],
         )
 
     def _doc(self) -> str:
         p = self.pass_
         what = []
         if p.reductions:
-            what.append("reduce " + ", ".join(
-                f"{r.monoid} over {r.over} into {self.names(r.name)}" for r in p.reductions))
+            what += [f"{self.names(r.name)}: {r.monoid} over {r.over}" for r in p.reductions]
         for g in p.gradients:
             outs = ", ".join(f"d_{o}" for o in self._grad_operands(g))
-            what.append(f"form the gradient tile of {g} and add its products to {outs}")
-        how = {"bounded": " One exponential, shifted by a bound of the logits, serves all.",
-               "running": " Running maxima: safe for any logits.", "plain": ""}[self.mode]
-        half = " Half of the tiles: the matrix is symmetric." if p.symmetric else ""
-        return f"Sweep the {p.grid[0]} × {p.grid[1]} tiles: {'; '.join(what)}.{how}{half}"
+            what.append(f"{outs}: plus the products with the gradient tile of {g}")
+        how = {
+            "bounded": "; one exponential, shifted by a bound of the logits",
+            "running": "; running maxima, safe for any logits",
+            "plain": "",
+        }[self.mode]
+        half = "upper " if p.symmetric else ""
+        first = f"Sweep the {half}{p.grid[0]} by {p.grid[1]} tiles{how}."
+        lines = [line for w in what for line in wrap(w, 4).split("\n")]
+        return "\n    ".join([first, "", *lines, ""]).replace("\n    \n", "\n\n")
 
     def _slice(self, operand: str, index: str) -> str:
         if not self.cast:
@@ -257,8 +291,9 @@ class PassPrinter:
                     left, right = self.views(sim)
                     scale = self.plan.leaves[sim].scale
                     text = None if scale is None else self.symbol(scale)
-                    lines += printer.gemm(instruction, self.row(left), self.col(right), text,
-                                          self.pass_.is_slots).split("\n")
+                    lines += printer.gemm(
+                        instruction, self.row(left), self.col(right), text, self.pass_.is_slots
+                    ).split("\n")
                 case Compute():
                     lines += printer.compute(instruction).split("\n")
                 case Diagonal():
@@ -305,7 +340,10 @@ class PassPrinter:
         start = "0" if self.pass_.whole_rows else "j"
         if self.pass_.whole_rows:
             stop = LENGTH[self.pass_.grid[1]]
-        loop = f"for k, r0, r1, q0, q1 in _crossings(i, i1, {start}, {stop}, {offsets}):"
+        used = [
+            n if re.search(rf"\b{n}\b", statement) else "_" for n in ("k", "r0", "r1", "q0", "q1")
+        ]
+        loop = f"for {', '.join(used)} in _crossings(i, i1, {start}, {stop}, {offsets}):"
         return [*copy, loop, f"    {statement}"]
 
     def _on_diagonal(self, printer: TilePrinter, marks: dict[str, Ref], name: str) -> str:
@@ -343,13 +381,18 @@ class PassPrinter:
                 continue
             needed.add(name)
             node = self.plan.by_name.get(name)
-            expr = code.hoisted[name][0] if name in code.hoisted else (
-                node.expr if isinstance(node, Let) else None)
+            expr = (
+                code.hoisted[name][0]
+                if name in code.hoisted
+                else (node.expr if isinstance(node, Let) else None)
+            )
             if expr is not None:
                 stack.extend(s.name for s in expr.free_symbols)
         lines = []
         for red in self.pass_.reductions:
-            block = {t: f"{self.names(f'{t}_{red.name}')}[i:i1]" for t in ("max", "sum", "weighted")}
+            block = {
+                t: f"{self.names(f'{t}_{red.name}')}[i:i1]" for t in ("max", "sum", "weighted")
+            }
             for symbol, text in finalise(self.program, red, self.mode, self.names, block):
                 if symbol in needed:
                     lines.append(f"{self.symbol(symbol)} = {text}")
@@ -407,11 +450,16 @@ class PassPrinter:
         if g.row_scale:
             scale = f"{self.symbol(g.row_scale)}[:, None]"
             if to_left:
-                lines += [f"torch.mm({tile}, {y_j}, out=block[:m])", f"block[:m].mul_({scale})",
-                          f"{d_left}.add_(block[:m]{extra_left})"]
+                lines += [
+                    f"torch.mm({tile}, {y_j}, out=block[:m])",
+                    f"block[:m].mul_({scale})",
+                    f"{d_left}.add_(block[:m]{extra_left})",
+                ]
             if to_right:
-                lines += [f"torch.mul({x_i}, {scale}, out=block[:m])",
-                          f"{d_right}.addmm_({tile}.T, block[:m]{extra_right})"]
+                lines += [
+                    f"torch.mul({x_i}, {scale}, out=block[:m])",
+                    f"{d_right}.addmm_({tile}.T, block[:m]{extra_right})",
+                ]
             return lines
         if to_left:
             lines.append(f"{d_left}.addmm_({tile}, {y_j}{extra_left})")
@@ -420,15 +468,18 @@ class PassPrinter:
             lines += ["if j != i:", f"    {statement}"] if self.pass_.symmetric else [statement]
         return lines
 
-    def _slot_products(self, g: GradientTile, left: View, right: View, tile: str, to_left: bool,
-                       to_right: bool) -> list[str]:
+    def _slot_products(
+        self, g: GradientTile, left: View, right: View, tile: str, to_left: bool, to_right: bool
+    ) -> list[str]:
         lines = []
         if to_left:
             product = f"torch.bmm({tile}.unsqueeze(1), {right.operand}_i).squeeze(1)"
             lines.append(f"d_{left.operand}[i:i1].add_({product}{self._alpha(g, left)})")
         if to_right:
-            lines.append(f"d_{right.operand}[i:i1].addcmul_({tile}.unsqueeze(2), "
-                         f"{left.operand}_i.unsqueeze(1){self._alpha(g, right, 'value')})")
+            lines.append(
+                f"d_{right.operand}[i:i1].addcmul_({tile}.unsqueeze(2), "
+                f"{left.operand}_i.unsqueeze(1){self._alpha(g, right, 'value')})"
+            )
         return lines
 
     def _alpha(self, g: GradientTile, view: View, keyword: str = "alpha") -> str:
@@ -462,11 +513,10 @@ def operand_scale(plan: SweepPlan, operand: str) -> str:
     scales = {
         leaf.scale or ""
         for name, leaf in plan.leaves.items()
-        if leaf.kind == "similarity" and any(
-            v is not None and v.operand == operand for v in (leaf.left, leaf.right)
-        ) and plan.gradient is not None and (
-            name in plan.gradient.similarities or name in plan.gradient.positives
-        )
+        if leaf.kind == "similarity"
+        and any(v is not None and v.operand == operand for v in (leaf.left, leaf.right))
+        and plan.gradient is not None
+        and (name in plan.gradient.similarities or name in plan.gradient.positives)
     }
     return "mixed" if len(scales) > 1 else next(iter(scales), "")
 
@@ -480,8 +530,9 @@ def _prefix(text: str, view: View, at: str = "") -> str:
     return f"{text}[:, :{view.prefix}]"
 
 
-def finalise(program: Program, red: Reduction, mode: Mode, names: Names,
-             parts: dict[str, str]) -> Iterable[tuple[str, str]]:
+def finalise(
+    program: Program, red: Reduction, mode: Mode, names: Names, parts: dict[str, str]
+) -> Iterable[tuple[str, str]]:
     """(symbol, text) of what follows from a reduction's accumulators."""
     match red.monoid:
         case "logsumexp" if mode == "bounded":
@@ -507,6 +558,7 @@ def shift_owner(program: Program, red: Reduction) -> str:
 def softmean_partner(program: Program, red: Reduction) -> str:
     """The logsumexp of a softmean's logits."""
     return next(
-        r.name for r in program.logsumexps
+        r.name
+        for r in program.logsumexps
         if (r.operand, r.where, r.over) == (red.logits, red.where, red.over)
     )

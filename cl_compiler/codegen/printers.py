@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import sympy as sp
@@ -54,7 +55,7 @@ class VectorPrinter(StrPrinter):
         self.names, self.is_vector, self.positives, self.block = names, is_vector, positives, block
 
     def text(self, expr: sp.Expr) -> str:
-        return str(self.doprint(expr))
+        return spaced(str(self.doprint(expr)))
 
     def _print_Symbol(self, expr: sp.Symbol) -> str:
         return self.names(expr.name)
@@ -82,7 +83,9 @@ class VectorPrinter(StrPrinter):
             return f"torch.sqrt({self._print(base)})"
         if exponent == 2 and self.is_vector(base):
             return f"torch.square({self._print(base)})"
-        return f"{inner} ** {self.parenthesize(exponent, precedence(expr))}"
+        power = self.parenthesize(exponent, precedence(expr))
+        simple = all(re.fullmatch(r"\w[\w.]*", t) for t in (inner, power))
+        return f"{inner}**{power}" if simple else f"{inner} ** {power}"
 
     def _print_Function(self, expr: sp.Function) -> str:
         if expr.is_number:
@@ -108,7 +111,9 @@ class VectorPrinter(StrPrinter):
             case "maximum":
                 return self._extreme(expr, args)
             case "logaddexp":
-                return f"torch.logaddexp({self._tensor(expr.args[0])}, {self._tensor(expr.args[1])})"
+                return (
+                    f"torch.logaddexp({self._tensor(expr.args[0])}, {self._tensor(expr.args[1])})"
+                )
             case "select":
                 return self._select(*expr.args)
             case "to_rows" | "to_cols":
@@ -136,7 +141,7 @@ class VectorPrinter(StrPrinter):
             if (a, b) == (1, 0):
                 return f"{self._print(mask)}.to({dtype})"
             on, off = (f"torch.tensor({t}, dtype={dtype})" for t in (on, off))
-        text = f"torch.where({self._print(mask)}, {on}, {off})"
+        text = f"torch.where({bare(self._print(mask))}, {on}, {off})"
         if self.is_vector(mask) and not (self.is_vector(a) or self.is_vector(b)):
             text += ".to(DTYPE)"  # two scalars would make an fp64 vector
         return text
@@ -154,6 +159,22 @@ class VectorPrinter(StrPrinter):
         if name == "to_rows":
             return f"{text}[:rows]"
         return f"_to_columns({text}, rows, cols)"
+
+
+def spaced(text: str) -> str:
+    """SymPy's products and quotients with the spaces that formatters put around them."""
+    return re.sub(r"(?<=[^\s*])([*/])(?=[^\s*])", r" \1 ", text)
+
+
+def bare(text: str) -> str:
+    """Without the brackets around a whole comparison, where commas delimit it anyway."""
+    inside = text[1:-1]
+    depth = 0
+    for char in inside:
+        depth += (char == "(") - (char == ")")
+        if depth < 0:
+            return text
+    return inside if text.startswith("(") and text.endswith(")") else text
 
 
 def number(expr: sp.Expr) -> str:
@@ -212,7 +233,9 @@ class TilePrinter:
             case "where":
                 return f"torch.where({', '.join(args)}, out={out})"
             case "positive_tile":
-                return f"torch.eq({self.vector('row_ids', 0)}, {self.vector('col_ids', 1)}, out={out})"
+                return (
+                    f"torch.eq({self.vector('row_ids', 0)}, {self.vector('col_ids', 1)}, out={out})"
+                )
             case "softplus":
                 threshold = f"threshold={SOFTPLUS_THRESHOLD}"
                 return f"torch.nn.functional.softplus({args[0]}, {threshold}, out={out})"
@@ -255,7 +278,9 @@ class TilePrinter:
         out = self.tile(g.value)
         factors = [] if scale is None else [f"{scale}.item()"]
         if g.alpha != 1:
-            factors.append(number(g.alpha) if g.alpha.is_number else f"{self.scalar(g.alpha)}.item()")
+            factors.append(
+                number(g.alpha) if g.alpha.is_number else f"{self.scalar(g.alpha)}.item()"
+            )
         alpha = " * ".join(factors)
         beta = ""
         if g.beta != 0:

@@ -8,6 +8,7 @@ from functools import lru_cache
 import jinja2
 
 from cl_compiler.codegen.context import build_context
+from cl_compiler.codegen.layout import drop_unused, fit
 from cl_compiler.codegen.templates import template_root
 from cl_compiler.lang.program import Program
 from cl_compiler.plan.types import Plan
@@ -33,7 +34,7 @@ def render(plan: Plan, program: Program, variant: str) -> str:
     """
     context = {**build_context(plan, program), "variant": variant}
     text = environment().get_template("torch/loss.py.jinja").render(context)
-    return tidy_text(text)
+    return fit(drop_unused(tidy_text(text)))
 
 
 def tidy_text(text: str) -> str:
@@ -41,5 +42,6 @@ def tidy_text(text: str) -> str:
     lines = [line.rstrip() for line in text.split("\n")]
     text = "\n".join(lines)
     text = re.sub(r"\n{4,}", "\n\n\n", text)
-    text = re.sub(r"\n\n+(?=    )", lambda m: "\n\n", text)
+    text = re.sub(r"\n\n+(?=    )", "\n\n", text)
+    text = re.sub(r"\n\n(?= +else:)", "\n", text)
     return text.strip("\n") + "\n"

@@ -16,7 +16,7 @@ from cl_compiler.codegen.passes import (
     shift_owner,
     symbol_table,
 )
-from cl_compiler.codegen.printers import VectorPrinter
+from cl_compiler.codegen.printers import VectorPrinter, bare
 from cl_compiler.lang.ir import Leaf, Let, Reduction, axes_of
 from cl_compiler.lang.lower import bounded_logits, inverse_of, shift_of
 from cl_compiler.lang.program import Pass, Program, Stage
@@ -41,8 +41,8 @@ class PassCall:
     """(shift, bound) to evaluate before it, as text."""
     condition: str = ""
     """When the bounded mode may be tried; "" if there is one mode."""
-    guards: list[tuple[str, str, str]] = field(default_factory=list)
-    """(shift, accumulator, number of terms): sums that must be in range."""
+    guards: dict[str, list[str]] = field(default_factory=dict)
+    """shift → tests that its sums are in range."""
     reset: list[str] = field(default_factory=list)
     """Gradients to clear before a second attempt."""
 
@@ -88,20 +88,22 @@ class StagePrinter:
             case "sum":
                 if red.operand == 1 and mask:
                     return f"{mask}.sum(dtype=torch.float64)"
-                masked = f"torch.where({mask}, {value}, 0.0)" if mask else f"({value})"
+                masked = f"torch.where({bare(mask)}, {value}, 0.0)" if mask else f"({value})"
                 if isinstance(red.operand, sp.Symbol) and not mask:
                     masked = value
                 return f"{masked}.sum(dtype=torch.float64)"
             case "max":
-                masked = f"torch.where({mask}, {value}, -math.inf)" if mask else f"({value})"
+                masked = f"torch.where({bare(mask)}, {value}, -math.inf)" if mask else f"({value})"
                 return f"{masked}.amax().double()"
             case "logsumexp":
-                masked = f"torch.where({mask}, {value}, -math.inf)" if mask else f"({value})"
+                masked = f"torch.where({bare(mask)}, {value}, -math.inf)" if mask else f"({value})"
                 return f"torch.logsumexp({masked}.double(), 0)"
             case _:
                 assert red.logits is not None and varies
                 logits = printer.text(red.logits)
-                masked = f"torch.where({mask}, {logits}, -math.inf)" if mask else f"({logits})"
+                masked = (
+                    f"torch.where({bare(mask)}, {logits}, -math.inf)" if mask else f"({logits})"
+                )
                 return f"(torch.softmax({masked}.double(), 0) * ({value})).sum()"
 
     # -- bounds ----------------------------------------------------------------------------------
@@ -137,11 +139,15 @@ class StagePrinter:
         modes: dict[Mode, ModeText] = {}
         for mode in self.program.modes:
             suffix = "" if len(self.program.modes) == 1 else f"_{mode}"
-            printer = PassPrinter(self.program, pass_, mode, self.names, f"_{name}{suffix}",
-                                  self.cast)
+            printer = PassPrinter(
+                self.program, pass_, mode, self.names, f"_{name}{suffix}", self.cast
+            )
             text = printer.text()
-            hoisted = [self._hoisted(printer, *item) for item in printer.hoisted
-                       if item[2] not in printer.local]
+            hoisted = [
+                self._hoisted(printer, *item)
+                for item in printer.hoisted
+                if item[2] not in printer.local
+            ]
             modes[mode] = ModeText(text, hoisted, self._finish(pass_, mode))
         call = PassCall(modes)
         if len(modes) == 2:
@@ -162,8 +168,11 @@ class StagePrinter:
                 if symbol == red.name or not pass_.has_barrier:
                     lines.append(f"{self.names(symbol)} = {text}")
         if mode == "running" and len(self.program.modes) == 2 and not pass_.has_barrier:
-            lines += [f"{self.names(f'inv_{r.name}')} = None" for r in pass_.reductions
-                      if r.monoid == "logsumexp"]
+            lines += [
+                f"{self.names(f'inv_{r.name}')} = None"
+                for r in pass_.reductions
+                if r.monoid == "logsumexp"
+            ]
         return lines
 
     def _choose(self, call: PassCall, pass_: Pass, forward: bool) -> None:
@@ -178,7 +187,8 @@ class StagePrinter:
             for red in names:
                 shift = self.names(shift_of(shift_owner(self.program, red)).name)
                 accumulator = self.names(f"sum_{red.name}")
-                call.guards.append((shift, accumulator, self._terms(red.name, pass_)))
+                test = f"_in_range({shift}, {accumulator}, {self._terms(red.name, pass_)})"
+                call.guards.setdefault(shift, []).append(test)
         used = _shifts_read(self.program, pass_) if forward else set(owners.values())
         shifts = dict.fromkeys(self.names(shift_of(o).name) for o in sorted(used))
         call.condition = " and ".join(f"{s} is not None" for s in shifts)

@@ -75,9 +75,7 @@ def assign_buffers(
         for value in reads_of(live[index]):
             last.setdefault(value, index)
     kept_chain = _kept_chain(live, kept, last) if keep_action == "write" else {kept}
-    is_mask = {
-        i.value: i.is_mask for i in live if isinstance(i, (Compute, Diagonal))
-    }
+    is_mask = {i.value: i.is_mask for i in live if isinstance(i, (Compute, Diagonal))}
     buffers: dict[int, str] = {kept: "kept"} if kept is not None and keep_action == "read" else {}
     free: dict[str, list[str]] = {"t": [], "m": []}
     made = {"t": 0, "m": 0}

@@ -8,7 +8,7 @@ taken while the forward sweep has the tile in its hands.  Equal sums are one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from types import MappingProxyType
 
@@ -181,13 +181,25 @@ def differentiate(
     positives = {n.removesuffix("_pos"): e for n, e in of("similarity_at_positive").items()}
     return GradientIR(
         leaves=MappingProxyType(work.leaves),
-        steps=tuple(work.steps),
+        steps=_used(work.steps, result.values()),
         similarities=of("similarity"),
         positives=MappingProxyType(positives),
         vectors=MappingProxyType(vectors),
         parameters=of("parameter"),
         dots=dots,
     )
+
+
+def _used(steps: list[Let | Reduction], results: Iterable[sp.Expr]) -> tuple[Let | Reduction, ...]:
+    """The steps that some result reads: a dead one could cost a sweep."""
+    needed = {s.name for e in results for s in e.free_symbols}
+    kept = []
+    for step in reversed(steps):
+        if step.name in needed:
+            kept.append(step)
+            symbols = step.expr.free_symbols if isinstance(step, Let) else step.free_symbols
+            needed |= {s.name for s in symbols}
+    return tuple(reversed(kept))
 
 
 def _reduce_vector(work: _Reverse, expr: sp.Expr, to: frozenset[str]) -> sp.Expr:

@@ -16,8 +16,8 @@ from typing import Literal
 import sympy as sp
 
 from cl_compiler.lang import functions as fn
-from cl_compiler.lang.ir import COLS, ROWS, Leaf, Let, Reduction, axes_of, ordered
 from cl_compiler.lang.buffers import assign_buffers
+from cl_compiler.lang.ir import COLS, ROWS, Leaf, Let, Reduction, axes_of, ordered
 from cl_compiler.lang.rewrite import expand_function, present, shared_exp, split_gradient, tidy
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
@@ -57,7 +57,9 @@ _BINARY = {
 }
 TIE_TOLERANCE = sp.Symbol("TIE_TOLERANCE", real=True)
 """Relative: elements this close to the maximum attain it.  A constant of the emitted file."""
-_MASK_OPS = frozenset({"gt", "ge", "eq", "and", "or", "not", "positive_tile", "mask_copy", "mask_fill"})
+_MASK_OPS = frozenset(
+    {"gt", "ge", "eq", "and", "or", "not", "positive_tile", "mask_copy", "mask_fill"}
+)
 
 
 @dataclass(frozen=True)
@@ -333,8 +335,11 @@ class Lowering:
         return isinstance(ref, TileRef) and ref.value in self.masks
 
     def product(self, expr: sp.Mul) -> Ref:
-        below = [1 / a for a in expr.args if isinstance(a, sp.Pow) and self.is_pair(a)
-                 and a.exp.is_number and a.exp < 0]
+        below = [
+            1 / a
+            for a in expr.args
+            if isinstance(a, sp.Pow) and self.is_pair(a) and a.exp.is_number and a.exp < 0
+        ]
         above = [a for a in expr.args if 1 / a not in below]
         if not below:
             if -expr in self.memo and isinstance(expr.args[0], sp.Integer):
@@ -358,9 +363,13 @@ class Lowering:
         return expr.xreplace(dict.fromkeys(self.structural, fn.ZERO))
 
     def diagonal(
-        self, base: int, where: Literal["self", "positive"],
-        how: Literal["negate", "fill", "set", "add"], expr: sp.Expr,
-        reads: tuple[tuple[sp.Symbol, Ref], ...] = (), is_mask: bool = False,
+        self,
+        base: int,
+        where: Literal["self", "positive"],
+        how: Literal["negate", "fill", "set", "add"],
+        expr: sp.Expr,
+        reads: tuple[tuple[sp.Symbol, Ref], ...] = (),
+        is_mask: bool = False,
     ) -> TileRef:
         value = self.new()
         self.code.append(Diagonal(value, base, where, how, expr, reads, is_mask))
@@ -371,8 +380,10 @@ class Lowering:
     def mixed_mask(self, expr: sp.Expr) -> Ref:
         """A mask with structural parts: its interior form, corrected on the special diagonals."""
         inside = self.interior(expr)
-        ref = self.compute("mask_fill", ScalarRef(inside)) if inside.is_number else (
-            self.lower(inside)
+        ref = (
+            self.compute("mask_fill", ScalarRef(inside))
+            if inside.is_number
+            else (self.lower(inside))
         )
         if not isinstance(ref, TileRef):
             ref = self.compute("mask_copy", ref)
@@ -447,9 +458,15 @@ class Lowering:
         return walk(tidy(expr, self.axes)), tuple(reads.items())
 
 
-def reduce_tile(low: Lowering, red: Reduction, operand: sp.Expr, names: tuple[str, ...],
-                kind: Literal["sum", "max", "logsumexp", "softmean"],
-                extra: tuple[sp.Expr, ...] = (), symmetric: bool = False) -> None:
+def reduce_tile(
+    low: Lowering,
+    red: Reduction,
+    operand: sp.Expr,
+    names: tuple[str, ...],
+    kind: Literal["sum", "max", "logsumexp", "softmean"],
+    extra: tuple[sp.Expr, ...] = (),
+    symmetric: bool = False,
+) -> None:
     """Accumulate ``operand`` over the reduction's axis, and over the other for mirrored tiles."""
     dim = low.grid.index(red.over)
     scratch = kind in ("logsumexp", "softmean")
@@ -479,12 +496,20 @@ def bounded_logits(plan: SweepPlan) -> dict[sp.Expr, str]:
     owners: dict[sp.Expr, str] = {}
     for node in plan.nodes:
         if isinstance(node, Reduction) and node.monoid == "logsumexp" and plan.is_full(node.name):
-            sims = [s for s in node.operand.free_symbols if plan.leaves[s.name].kind == "similarity"]
-            pairs = [a for a in sp.preorder_traversal(node.operand)
-                     if isinstance(a, sp.Function) and len(axes_of(a, plan.leaves)) > 1]
-            linear = sims and not pairs and all(
-                sp.diff(node.operand, s, 2) == 0 for s in sims
-            ) and not any(sp.diff(node.operand, a, b) != 0 for a in sims for b in sims if a != b)
+            sims = [
+                s for s in node.operand.free_symbols if plan.leaves[s.name].kind == "similarity"
+            ]
+            pairs = [
+                a
+                for a in sp.preorder_traversal(node.operand)
+                if isinstance(a, sp.Function) and len(axes_of(a, plan.leaves)) > 1
+            ]
+            linear = (
+                sims
+                and not pairs
+                and all(sp.diff(node.operand, s, 2) == 0 for s in sims)
+                and not any(sp.diff(node.operand, a, b) != 0 for a in sims for b in sims if a != b)
+            )
             slots = "slots" in plan.leaves[sims[0].name].axes if sims else True
             if not linear or slots:
                 return {}
@@ -518,9 +543,7 @@ def lower_pass(
 
     def job(red: Reduction) -> Job:
         logits = None if red.logits is None else prepare(red.logits)
-        ready = replace(
-            red, operand=prepare(red.operand), where=prepare(red.where), logits=logits
-        )
+        ready = replace(red, operand=prepare(red.operand), where=prepare(red.where), logits=logits)
         return _reduction_job(low, ready, owners)
 
     early, late = [job(r) for r in reductions], [job(r) for r in late_reductions]
@@ -529,8 +552,11 @@ def lower_pass(
         assert plan.gradient is not None
         positive = None if s in plan.late_positives else plan.gradient.positives.get(s)
         parts[s] = split_gradient(
-            low, prepare(plan.gradient.similarities[s]), positive,
-            symmetric=symmetric, pull_row_scale=barrier,
+            low,
+            prepare(plan.gradient.similarities[s]),
+            positive,
+            symmetric=symmetric,
+            pull_row_scale=barrier,
         )
     low.scan([e for j in (*early, *late) for e in j[2]])
     low.scan([p.pair for p in parts.values()])
@@ -582,9 +608,13 @@ def kept_expression(plan: SweepPlan, mode: Mode) -> sp.Expr | None:
         low.declare_shared()
         jobs = [_reduction_job(low, r, owners) for r in first.reductions]
         exponentials = {e for job in jobs for e in job[2] if e.has(shared_exp)}
-        reads = [tidy(_weights(e, owners), low.axes) for e in (
-            *plan.gradient.similarities.values(),
-            *(x for r in second.reductions for x in r.expressions))]
+        reads = [
+            tidy(_weights(e, owners), low.axes)
+            for e in (
+                *plan.gradient.similarities.values(),
+                *(x for r in second.reductions for x in r.expressions),
+            )
+        ]
         if len(exponentials) == 1:
             (expr,) = exponentials
             mark = sp.Symbol("kept", real=True)
@@ -601,6 +631,7 @@ def _split_for_keep(low: Lowering, expr: sp.Expr) -> sp.Expr:
 
 def _weights(expr: sp.Expr, owners: Mapping[sp.Expr, str]) -> sp.Expr:
     """Write softmax weights as a shared exponential times a vector, or as exp(u - lse)."""
+
     def rewrite(u: sp.Expr, lse: sp.Expr) -> sp.Expr:
         if u in owners:
             return shared_exp(u, shift_of(owners[u])) * inverse_of(str(lse))
@@ -613,13 +644,12 @@ def _weights(expr: sp.Expr, owners: Mapping[sp.Expr, str]) -> sp.Expr:
     return expr.replace(fn.softmax_weight, rewrite).replace(fn.equal, tie)
 
 
-Job = tuple[Literal["sum", "max", "logsumexp", "softmean"], Reduction, tuple[sp.Expr, ...],
-            tuple[str, ...]]
+Job = tuple[
+    Literal["sum", "max", "logsumexp", "softmean"], Reduction, tuple[sp.Expr, ...], tuple[str, ...]
+]
 
 
-def _reduction_job(
-    low: Lowering, red: Reduction, owners: Mapping[sp.Expr, str]
-) -> Job:
+def _reduction_job(low: Lowering, red: Reduction, owners: Mapping[sp.Expr, str]) -> Job:
     """How a reduction is accumulated: (kind, reduction, tile expressions, target vectors)."""
     minus_infinity = sp.S.NegativeInfinity
     match red.monoid:

@@ -158,8 +158,17 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
                 assert plan.panel_sweeps is not None
                 second = plan.panel_sweeps[1]
                 passes.append(
-                    _make(plan, modes, 1, sweep.grid, sweep.reductions, second.gradients,
-                          late=second.reductions, whole_rows=True, barrier=True)
+                    _make(
+                        plan,
+                        modes,
+                        1,
+                        sweep.grid,
+                        sweep.reductions,
+                        second.gradients,
+                        late=second.reductions,
+                        whole_rows=True,
+                        barrier=True,
+                    )
                 )
                 continue
             symmetric = sweep.symmetric and schedule not in ("recompute", "panel", "dense")
@@ -171,20 +180,38 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
             split = schedule == "recompute" and sweep.gradients and not sweep.grid[1] == SLOTS
             if not split:
                 passes.append(
-                    _make(plan, modes, level, sweep.grid, sweep.reductions, sweep.gradients,
-                          symmetric=symmetric, whole_rows=whole, keep=keep)
+                    _make(
+                        plan,
+                        modes,
+                        level,
+                        sweep.grid,
+                        sweep.reductions,
+                        sweep.gradients,
+                        symmetric=symmetric,
+                        whole_rows=whole,
+                        keep=keep,
+                    )
                 )
                 continue
             sides = _needed_sides(plan, sweep.gradients)
             for index, side in enumerate(sides):
                 passes.append(
-                    _make(plan, modes, level, sweep.grid, sweep.reductions if not index else (),
-                          sweep.gradients, sides=(side,))
+                    _make(
+                        plan,
+                        modes,
+                        level,
+                        sweep.grid,
+                        sweep.reductions if not index else (),
+                        sweep.gradients,
+                        sides=(side,),
+                    )
                 )
         target = forward if level <= plan.forward_levels else backward
         target.append((plan.total_levels if panel else level, tuple(passes)))
     return Program(
-        plan, schedule, modes,
+        plan,
+        schedule,
+        modes,
         _stages(plan, 0, forward, _forward_names(plan, fused)),
         ()
         if fused or plan.gradient is None
@@ -205,25 +232,53 @@ def _needed_sides(plan: SweepPlan, gradients: Iterable[str]) -> tuple[Side, ...]
 
 
 def _make(
-    plan: SweepPlan, modes: tuple[Mode, ...], level: int, grid: tuple[str, str],
-    reductions: tuple[Reduction, ...], gradients: tuple[str, ...], *,
-    late: tuple[Reduction, ...] = (), sides: tuple[Side, ...] | None = None,
-    symmetric: bool = False, whole_rows: bool = False, barrier: bool = False,
+    plan: SweepPlan,
+    modes: tuple[Mode, ...],
+    level: int,
+    grid: tuple[str, str],
+    reductions: tuple[Reduction, ...],
+    gradients: tuple[str, ...],
+    *,
+    late: tuple[Reduction, ...] = (),
+    sides: tuple[Side, ...] | None = None,
+    symmetric: bool = False,
+    whole_rows: bool = False,
+    barrier: bool = False,
     keep: Literal["", "write", "read"] = "",
 ) -> Pass:
     programs = {
-        mode: lower_pass(plan, grid, mode, reductions=reductions, late_reductions=late,
-                         gradients=gradients, symmetric=symmetric, barrier=barrier, keep=keep)
+        mode: lower_pass(
+            plan,
+            grid,
+            mode,
+            reductions=reductions,
+            late_reductions=late,
+            gradients=gradients,
+            symmetric=symmetric,
+            barrier=barrier,
+            keep=keep,
+        )
         for mode in modes
     }
     remake = {} if keep != "read" else {m: lower_pass(plan, grid, m, keep="write") for m in modes}
     exprs = [e for r in (*reductions, *late) for e in r.expressions]
     exprs += [plan.gradient.similarities[g] for g in gradients] if plan.gradient else []
-    used = sorted({s.name for e in exprs for s in e.free_symbols
-                   if plan.leaves[s.name].kind == "similarity"})
-    return Pass(level, grid, tuple(used), (*reductions, *late), gradients,
-                _needed_sides(plan, gradients) if sides is None else sides,
-                symmetric, whole_rows, keep, programs, remake)
+    used = sorted(
+        {s.name for e in exprs for s in e.free_symbols if plan.leaves[s.name].kind == "similarity"}
+    )
+    return Pass(
+        level,
+        grid,
+        tuple(used),
+        (*reductions, *late),
+        gradients,
+        _needed_sides(plan, gradients) if sides is None else sides,
+        symmetric,
+        whole_rows,
+        keep,
+        programs,
+        remake,
+    )
 
 
 def _stages(
@@ -236,9 +291,7 @@ def _stages(
         vectors = tuple(
             n.name
             for n in plan.nodes
-            if n.name in names - seen
-            and not plan.is_full(n.name)
-            and plan.levels[n.name] <= level
+            if n.name in names - seen and not plan.is_full(n.name) and plan.levels[n.name] <= level
         )
         seen.update(vectors)
         stages.append(Stage(level, passes, vectors))
@@ -267,13 +320,27 @@ def _forward_names(plan: SweepPlan, fused: bool) -> set[str]:
 def _gradient_exprs(plan: SweepPlan) -> list[sp.Expr]:
     g = plan.gradient
     assert g is not None
-    return [*g.similarities.values(), *g.positives.values(), *g.vectors.values(),
-            *g.parameters.values()]
+    return [
+        *g.similarities.values(),
+        *g.positives.values(),
+        *g.vectors.values(),
+        *g.parameters.values(),
+    ]
 
 
 def _backward_names(plan: SweepPlan) -> set[str]:
     return plan.closure(_gradient_exprs(plan)) - set(plan.saved)
 
 
-__all__ = ["SCHEDULES", "Let", "Pass", "Program", "Schedule", "Stage", "build_program", "level_of",
-           "modes_of", "valid_schedules"]
+__all__ = [
+    "SCHEDULES",
+    "Let",
+    "Pass",
+    "Program",
+    "Schedule",
+    "Stage",
+    "build_program",
+    "level_of",
+    "modes_of",
+    "valid_schedules",
+]

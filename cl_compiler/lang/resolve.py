@@ -98,15 +98,19 @@ class _Resolver:
                 return self.on_axis(fn.select(keep, value, fn.ZERO), target)
             if keep == 1 and red.over == COLS:
                 return value  # one element: its logsumexp, its max, its mean
-        if red.monoid == "sum" and red.where == 1 and (
-            red.over not in axes_of(red.operand, self.leaves)
+        if (
+            red.monoid == "sum"
+            and red.where == 1
+            and (red.over not in axes_of(red.operand, self.leaves))
         ):
             count = Leaf(f"n_{red.over.rstrip('2')}", "count", ())
             self.leaves.setdefault(count.name, count)
             return red.operand * count.symbol
         if red.monoid == "softmean":
             assert red.logits is not None
-            self.add(Reduction(f"{red.name}_lse", "logsumexp", red.over, red.logits, red.where), axes)
+            self.add(
+                Reduction(f"{red.name}_lse", "logsumexp", red.over, red.logits, red.where), axes
+            )
         return self.add(red, axes)
 
     def mean_of_positives(self, red: Reduction, axes: tuple[str, ...]) -> sp.Expr:
@@ -246,9 +250,7 @@ def _dot_operands(
         assert leaf.left is not None and leaf.right is not None
         return (leaf.left.operand == operand) + (leaf.right.operand == operand)
 
-    touched = [
-        op.name for op in ir.operands if any(uses(op.name, ir.leaves[n]) for n in names)
-    ]
+    touched = [op.name for op in ir.operands if any(uses(op.name, ir.leaves[n]) for n in names)]
     exclusive = [
         name
         for name in touched

@@ -146,8 +146,10 @@ def split_gradient(
 
     def add(term: sp.Expr) -> None:
         pair, coefficient = _peel(term, low)
-        if isinstance(pair, fn.select) and pair.args[2] == 0 and (
-            len(low.axes(pair.args[1])) < 2 and low.axes(pair.args[0])
+        if (
+            isinstance(pair, fn.select)
+            and pair.args[2] == 0
+            and (len(low.axes(pair.args[1])) < 2 and low.axes(pair.args[0]))
         ):
             masked.setdefault(pair.args[0], []).append(coefficient * pair.args[1])
         else:

@@ -15,8 +15,6 @@ import sympy as sp
 
 from cl_compiler.lang.gradient import differentiate
 from cl_compiler.lang.ir import (
-    COLS,
-    ROWS,
     SLOTS,
     GradientIR,
     Leaf,
@@ -212,9 +210,11 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
         else:
             read = max((level_of(e, levels) for e in node.expressions), default=0)
             if node.monoid == "softmean":
-                read = max(read, levels[f"{node.name}_lse"] - 1) if (
-                    f"{node.name}_lse" in levels
-                ) else read
+                read = (
+                    max(read, levels[f"{node.name}_lse"] - 1)
+                    if (f"{node.name}_lse" in levels)
+                    else read
+                )
             levels[node.name] = read + is_full(node, leaves)
     forward = max((levels[r.name] for r in ir.reductions), default=0)
     g_level = {
@@ -240,16 +240,12 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
             used = tuple(sorted(n for n in sims if leaves[n].kind == "similarity"))
             symmetric = bool(used) and all(leaves[n].is_symmetric for n in used)
             sweeps.append(Sweep(level, grid, reds, gs, used, symmetric))
-    return SweepPlan(
-        ir, gradient, positives, needs, tuple(nodes), levels, tuple(sweeps), forward
-    )
+    return SweepPlan(ir, gradient, positives, needs, tuple(nodes), levels, tuple(sweeps), forward)
 
 
 def _grid(axes: Iterable[str]) -> Grid:
     a, b = ordered(axes)
     return a, b
-
-
 
 
 __all__ = ["Grid", "Node", "Sweep", "SweepPlan", "axes_of", "is_full", "level_of", "plan_sweeps"]

@@ -232,8 +232,10 @@ class CompiledLoss(nn.Module):
                 raise
         value = results[0].to(call.outer_dtype)
         if self._nonfinite == "error" and not torch.isfinite(value):
-            raise NonFiniteError(f"{self.signature.name} = {value.item()}: the inputs are finite "
-                                 "but the value is not; lower logit_scale or check the masks.")
+            raise NonFiniteError(
+                f"{self.signature.name} = {value.item()}: the inputs are finite "
+                "but the value is not; lower logit_scale or check the masks."
+            )
         if not module.OUTPUTS:
             return value
         outputs = {n: r.detach() for n, r in zip(module.OUTPUTS, results[1:], strict=True)}
@@ -306,7 +308,7 @@ class CompiledLoss(nn.Module):
                 raise ArgumentError(f"{sig.name}: {name!r} is given twice.")
             given[name] = value
         required = [n for n, _ in sig.operands] + [n for n, _ in sig.inputs] + list(sig.parameters)
-        optional = (["ids"] if sig.single_set else ["row_ids", "col_ids"])
+        optional = ["ids"] if sig.single_set else ["row_ids", "col_ids"]
         missing = [n for n in required if n not in given]
         unknown = [n for n in given if n not in required + optional]
         if missing or unknown:
@@ -323,7 +325,9 @@ class CompiledLoss(nn.Module):
         shape = "[M, K, D]" if dims == 3 else "[length, D]"
         if not isinstance(value, Tensor) or value.dim() != dims:
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
-            raise ArgumentError(f"{self.signature.name}: {name} must be a tensor {shape}, got {got}.")
+            raise ArgumentError(
+                f"{self.signature.name}: {name} must be a tensor {shape}, got {got}."
+            )
         if value.device.type != "cpu":
             raise ArgumentError(
                 f"{self.signature.name}: {name} is on {value.device}; this package emits code for "
@@ -431,5 +435,3 @@ class CompiledLoss(nn.Module):
     def extra_repr(self) -> str:
         latest = "not specialised yet" if self._latest is None else repr(self._latest.plan.schedule)
         return f"{self.signature.name}, {latest}"
-
-

@@ -68,6 +68,7 @@ def test_a_run_writes_a_table_a_page_and_numbers_that_agree(tmp_path: Path) -> N
         (arm, rate) for arm in ("compiled", "dense") for rate in QUICK.rates
     }
     assert sum(run["is_chosen"] for run in results["runs"]) == 2
+    assert 0 < results["untrained"]["recall_at_10"] < 1
     recall = results["comparisons"][0]["compiled"]["reported"]["test"]["recall_at_10"]
     assert f"{recall:.1%}" in printed
 

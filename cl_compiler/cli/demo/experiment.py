@@ -33,6 +33,7 @@ from cl_compiler.cli.demo.screen import Interrupt, Screen, interruptible
 from cl_compiler.cli.demo.settings import DemoSettings
 from cl_compiler.cli.demo.training import (
     Dataset,
+    Learner,
     ModelSettings,
     Run,
     Schedule,
@@ -77,8 +78,10 @@ def conduct(
             f"of {format_bytes(settings.budget_bytes)}"
         )
     marks.append(("training, tuning, evaluation", time.perf_counter()))
+    model = ModelSettings(settings.buckets, settings.dim, settings.seed)
+    untrained = Learner(arms[0], 0.0, data, model).evaluate().test
     with interruptible() as interrupt:
-        runs, epochs, ended = _train(settings, arms, data, screen, interrupt)
+        runs, epochs, ended = _train(settings, arms, data, model, screen, interrupt)
     marks.append(("", time.perf_counter()))
     chosen = [run for arm in arms if (run := winner(runs, arm.name, epochs)) is not None]
     both = len(chosen) == len(arms)
@@ -93,6 +96,7 @@ def conduct(
         data=_facts(collection, sides),
         arms=arms,
         memory=points,
+        untrained=untrained,
         runs=runs,
         chosen=tuple(chosen),
         comparisons=compare(chosen[0], chosen[1], data.test_modules) if both else (),
@@ -161,11 +165,11 @@ def _train(
     settings: DemoSettings,
     arms: Sequence[Arm],
     data: Dataset,
+    model: ModelSettings,
     screen: Screen,
     interrupt: Interrupt,
 ) -> tuple[tuple[Run, ...], int, str]:
     """(runs, epochs given to each, how it ended)."""
-    model = ModelSettings(settings.buckets, settings.dim, settings.seed)
     started = time.perf_counter()
     epoch_s = [seconds_per_epoch(arm, data, model) for arm in arms]
     epochs = affordable_epochs(settings, epoch_s)

@@ -36,7 +36,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def recall_figure(runs: Sequence[Run], chosen: Sequence[Run]) -> str:
+def recall_figure(runs: Sequence[Run], chosen: Sequence[Run], untrained_recall: float) -> str:
     """Recall@10 on the test modules over steps, epochs and seconds; ``chosen`` drawn heavily."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(10.5, 3.6), layout="constrained")
@@ -57,10 +57,12 @@ def recall_figure(runs: Sequence[Run], chosen: Sequence[Run]) -> str:
         for axes, label in zip(
             panels, ("optimiser steps", "epochs", "seconds of training"), strict=True
         ):
+            axes.axhline(untrained_recall, color=_INK, linestyle=":", label="before training")
             axes.set_xlabel(label)
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panels[0].set_xscale("log")
+        panels[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         panels[0].set_ylabel("recall@10, held-out modules")
         if panels[1].lines:
             panels[1].legend(loc="lower right")

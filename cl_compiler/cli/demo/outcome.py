@@ -8,6 +8,7 @@ from typing import Any
 
 from cl_compiler.cli.demo.arms import Arm, MemoryPoint
 from cl_compiler.cli.demo.comparison import Comparison, Row, verdict
+from cl_compiler.cli.demo.metrics import Retrieval
 from cl_compiler.cli.demo.training import Evaluation, Run
 
 __all__ = ["DataFacts", "Outcome", "to_json"]
@@ -27,7 +28,10 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``ended``: "complete", "interrupted", or "out of time"; ``machine``: (what, value)."""
+    """``ended``: "complete", "interrupted", or "out of time"; ``machine``: (what, value).
+
+    ``untrained``: what the initial weights retrieve from the test modules, the same for both arms.
+    """
 
     ended: str
     budget_bytes: int
@@ -39,6 +43,7 @@ class Outcome:
     data: DataFacts
     arms: tuple[Arm, ...]
     memory: tuple[MemoryPoint, ...]
+    untrained: Retrieval
     runs: tuple[Run, ...]
     chosen: tuple[Run, ...]
     comparisons: tuple[Comparison, ...]
@@ -62,6 +67,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "data": dataclasses.asdict(outcome.data),
         "arms": [_arm(arm) for arm in outcome.arms],
         "memory": [dataclasses.asdict(point) for point in outcome.memory],
+        "untrained": dataclasses.asdict(outcome.untrained),
         "runs": [
             {
                 "arm": run.arm,

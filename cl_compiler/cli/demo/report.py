@@ -73,6 +73,10 @@ def caveats(outcome: Outcome) -> list[str]:
                 "a rate beyond the three might do better."
             )
     notes.append(
+        f"Before training, shared words alone give recall@1 {outcome.untrained.recall_at_1:.1%} "
+        f"and recall@10 {outcome.untrained.recall_at_10:.1%} to both."
+    )
+    notes.append(
         f"An epoch is {outcome.data.train_pairs / compiled.batch:.1f} steps for the compiled arm "
         f"(batch {compiled.batch:,}) and {outcome.data.train_pairs / dense.batch:.1f} for the "
         f"dense one (batch {dense.batch:,}); a pair meets as many others as its batch holds, so "
@@ -121,7 +125,11 @@ def render_page(outcome: Outcome) -> str:
     )
     source = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     compiled, dense = outcome.arm("compiled"), outcome.arm("dense")
-    recall = recall_figure(outcome.runs, outcome.chosen) if outcome.runs else ""
+    recall = (
+        recall_figure(outcome.runs, outcome.chosen, outcome.untrained.recall_at_10)
+        if outcome.runs
+        else ""
+    )
     dense_full_bytes = next(
         (point.dense_bytes for point in outcome.memory if point.batch == compiled.batch), 0
     )
