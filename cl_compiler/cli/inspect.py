@@ -23,7 +23,7 @@ def inspect(
     variant: Annotated[
         str,
         typer.Argument(
-            metavar="[VARIANT]",
+            metavar="VARIANT",
             help="A name from `cl-compiler cache list`; without one, what the options ask for.",
             show_default=False,
         ),

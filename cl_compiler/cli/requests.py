@@ -22,10 +22,21 @@ if TYPE_CHECKING:
     from cl_compiler.lang.resolve import Positives
     from cl_compiler.plan.types import DType, MemoryBudget, Problem, Request
 
-__all__ = ["BUDGET_SHARE", "Question", "ask", "budget_of", "changed", "problem_of", "request_of"]
+__all__ = [
+    "BUDGET_SHARE",
+    "PRECISIONS",
+    "Question",
+    "ask",
+    "budget_of",
+    "changed",
+    "problem_of",
+    "request_of",
+]
 
 BUDGET_SHARE = 0.25
 """Of the free memory, where no budget is given: what ``compile_loss`` takes."""
+PRECISIONS = ("auto", "ieee", "bf16")
+"""What ``compile_loss`` takes."""
 
 
 @dataclass(frozen=True)
@@ -177,19 +188,55 @@ def request_of(question: Question) -> Request:
     loss = find_loss(question.loss)
     hardware = load_hardware(question.hardware)
     problem = problem_of(question)
-    precision = question.precision
-    if precision == "auto":
-        precision = "bf16" if problem.dtype == "bfloat16" else "ieee"
+    positives = positives_of(question.positives, loss)
+    _check_sizes(problem, loss, positives)
     return Request(
         loss,
         hardware,
         budget_of(question.budget, hardware, is_here=question.hardware == "auto"),
         problem,
-        positives_of(question.positives, loss),
+        positives,
         gradients_of(question.gradients, loss),
-        precision,
+        precision_of(question.precision, problem),
         question.schedule,
     )
+
+
+def precision_of(text: str, problem: Problem) -> str:
+    """How similarities are multiplied: what ``compile_loss`` makes of its argument.
+
+    Raises:
+        typer.BadParameter: the templates do not multiply like that.
+    """
+    if text not in PRECISIONS:
+        raise typer.BadParameter(f"--precision {text!r}: use one of {', '.join(PRECISIONS)}")
+    if text == "auto":
+        return "bf16" if problem.dtype == "bfloat16" else "ieee"
+    return text
+
+
+def _check_sizes(problem: Problem, loss: LossIR, positives: Positives) -> None:
+    """Whether the sizes are those of something that the loss can be called with.
+
+    Raises:
+        typer.BadParameter: they are not.
+    """
+    if loss.is_single_set and problem.M != problem.N:
+        raise typer.BadParameter(
+            f"{loss.name} compares one set with itself, so M = N; got M={problem.M} N={problem.N}"
+        )
+    if loss.uses_positives and positives == "diagonal" and problem.M > problem.N:
+        raise typer.BadParameter(
+            f"row i's positive is column i, so N is at least M; got M={problem.M} N={problem.N}. "
+            "With --positives ids any column may be positive"
+        )
+    unknown = set(problem.operands) - {op.name for op in loss.operands}
+    if unknown:
+        raise typer.BadParameter(f"--operand {', '.join(sorted(unknown))}: not in {loss.name}")
+    axes = {axis for op in loss.operands for axis in op.axes}
+    for axis, size in (("slots", problem.slots), ("bank", problem.bank)):
+        if axis in axes and not size:
+            raise typer.BadParameter(f"{loss.name} has {axis}: give their number with --{axis}")
 
 
 def positives_of(text: str, loss: LossIR) -> Positives:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import typer
 
-from cl_compiler.api import BUDGET_SHARE, Specialiser, find_loss
+from cl_compiler import lang as cl
+from cl_compiler.api import BUDGET_SHARE, PRECISIONS, Specialiser, find_loss
 from cl_compiler.cli import requests
 from cl_compiler.cli.requests import (
     Question,
@@ -108,3 +109,41 @@ def test_changes_name_options():
     assert problem_of(changed(question, ["problem=500x32"])).M == 500
     with pytest.raises(typer.BadParameter, match="whole number"):
         changed(question, ["M=many"])
+
+
+def test_precisions_are_those_of_compile_loss():
+    assert requests.PRECISIONS == PRECISIONS
+    with pytest.raises(typer.BadParameter, match="auto, ieee, bf16"):
+        request_of(Question(hardware="h100x1", precision="fp8"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"loss": "nt_xent", "problem": "64x128x8"}, "so M = N; got M=64 N=128"),
+        ({"problem": "128x64x8"}, "N is at least M; got M=128 N=64"),
+        ({"operands": {"guide_x": 8}}, "--operand guide_x: not in clip"),
+    ],
+)
+def test_sizes_that_no_call_could_have(asked, said):
+    with pytest.raises(typer.BadParameter, match=said):
+        request_of(Question(hardware="h100x1", **asked))
+    ids = Question(hardware="h100x1", problem="128x64x8", positives="ids")
+    assert request_of(ids).problem.N == 64
+
+
+def test_a_loss_with_a_queue_needs_its_length():
+    @cl.define_loss
+    def queued(sim, logit_scale):
+        """InfoNCE with further negatives from a queue."""
+        queue = cl.similarity(cl.x, cl.operand("queue", cl.bank, stop=True))
+        own = cl.logsumexp(logit_scale * sim, over=cl.cols)
+        others = cl.logsumexp(logit_scale * queue, over=cl.bank)
+        return cl.mean(
+            cl.logaddexp(own, others) - cl.at_positive(logit_scale * sim, on=cl.rows), over=cl.rows
+        )
+
+    problem = Problem(64, 64, 8)
+    with pytest.raises(typer.BadParameter, match="give their number with --bank"):
+        requests._check_sizes(problem, queued, "diagonal")
+    requests._check_sizes(replace(problem, bank=512), queued, "diagonal")
