@@ -63,8 +63,8 @@ def compile_loss(
         A ``CompiledLoss``: ``value = loss_fn(x, y, logit_scale=scale)``.
 
     Raises:
-        HardwareError, BudgetError, ScheduleError, LossDefinitionError, ArgumentError: what was asked
-            for, why it cannot be, and what can.
+        HardwareError, BudgetError, ScheduleError, LossDefinitionError, ArgumentError: what was
+            asked for, why it cannot be, and what can.
     """
     if precision not in PRECISIONS:
         raise ArgumentError(

@@ -10,8 +10,8 @@ import sympy as sp
 
 from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.passes import operand_scale
 from cl_compiler.codegen.stages import StagePrinter, StageText
+from cl_compiler.codegen.symbols import operand_scale
 from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
@@ -186,7 +186,7 @@ def _is_certain(plan: SweepPlan, number: sp.Expr) -> bool:
 
 
 def _owners(program: Program) -> list[str]:
-    from cl_compiler.lang.lower import bounded_logits
+    from cl_compiler.lang.lower_pass import bounded_logits
 
     return list(bounded_logits(program.plan).values()) if "bounded" in program.modes else []
 
@@ -248,7 +248,7 @@ def _sizes(program: Program) -> list[tuple[str, str]]:
     """(name, expression) of the axis lengths that the file uses."""
     ir = program.plan.ir
     result = []
-    by_axis = {}
+    by_axis: dict[str, str] = {}
     for op in ir.operands:
         for dim, axis in enumerate(op.axes):
             if ir.is_single_set and op.name == "z":

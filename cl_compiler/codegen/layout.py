@@ -34,14 +34,28 @@ def drop_unused(text: str) -> str:
 
 
 def _without_unused_locals(function: str) -> str:
-    while True:
-        for match in re.finditer(r"^    (\w+) = (?!.*(?:_sweep|_store)\w*\().*\n", function, re.M):
-            complete = match.group().count("(") == match.group().count(")")
-            if complete and len(re.findall(rf"\b{match.group(1)}\b", function)) == 1:
-                function = function[: match.start()] + function[match.end() :]
-                break
-        else:
-            return function
+    changed = True
+    while changed:
+        changed = False
+        lines = function.split("\n")
+        for number, line in enumerate(lines):
+            name, equals, value = line.strip().partition(" = ")
+            pure = equals and not re.search(r"_(sweep|store)\w*\(", value)
+            if not pure or not name.isidentifier() or line.count("(") != line.count(")"):
+                continue
+            writes = len(re.findall(rf"^ +{name} = ", function, re.M))
+            if writes == len(re.findall(rf"\b{name}\b", function)):
+                depth = len(line) - len(line.lstrip())
+                around = [lines[n] for n in (number - 1, number + 1)]
+                if any(len(x) - len(x.lstrip()) == depth and x.strip() for x in around):
+                    function = "\n".join([*lines[:number], *lines[number + 1 :]])
+                    changed = True
+                    break
+    for match in re.finditer(r"^ +(\w+(?:, \w+)+) = ", function, re.M):
+        names = match.group(1).split(", ")
+        kept = [n if len(re.findall(rf"\b{n}\b", function)) > 1 else "_" for n in names]
+        function = function.replace(f" {match.group(1)} = ", f" {', '.join(kept)} = ")
+    return function
 
 
 def fit(text: str) -> str:
@@ -59,37 +73,57 @@ def fit(text: str) -> str:
 
 
 def _laid_out(line: str) -> list[str]:
+    """A statement, or an element between brackets."""
     if len(line) <= WIDTH:
         return [line]
-    indent = re.match(r" *", line)
-    pad = "" if indent is None else indent.group()
-    target, equals, _ = line.partition(" = ")
+    pad = line[: len(line) - len(line.lstrip())]
+    target, equals, value = line.strip().partition(" = ")
     if equals and "(" not in target and len(target) > WIDTH // 2 and ", " in target:
-        names = [f"{pad}    {name}," for name in target.strip().split(", ")]
-        return [f"{pad}(", *names, *_laid_out(f"{pad}){line[len(target) :]}")]
+        names = [f"{pad}    {name}," for name in target.split(", ")]
+        return [f"{pad}(", *names, *_laid_out(f"{pad}) = {value}")]
     keyword, _, values = line.strip().partition(" ")
     if keyword == "return" and len(_split(values, r",\s+")) > 1:
         names = [f"{pad}    {v}," for v in _split(values, r",\s+")]
         return [f"{pad}return (", *names, f"{pad})"]
+    if equals and "(" not in target and len(_terms(value)) > 2:
+        return [f"{pad}{target} = (", *_element(value, f"{pad}    "), f"{pad})"]
+    return _opened(line, pad)
+
+
+def _opened(line: str, pad: str) -> list[str]:
+    """The last bracket's content on lines of its own."""
     for start, stop in reversed(_brackets(line)):
         body, head, tail = line[start + 1 : stop], line[: start + 1], line[stop:]
-        if body and len(head) <= WIDTH and len(pad) + len(tail) <= WIDTH:
-            return [head, *_contents(body, f"{pad}    "), f"{pad}{tail}"]
+        if not body or len(head) > WIDTH or len(pad) + len(tail) > WIDTH:
+            continue
+        inner = f"{pad}    "
+        if len(inner) + len(body) <= WIDTH:
+            return [head, f"{inner}{body}", f"{pad}{tail}"]
+        elements = [e.rstrip(",") for e in _split(body, r",\s+")]
+        if len(elements) == 1:
+            return [head, *_element(body, inner), f"{pad}{tail}"]
+        parts = [_element(e, inner) for e in elements]
+        return [head, *(f"{x}," if x is p[-1] else x for p in parts for x in p), f"{pad}{tail}"]
     return [line]
 
 
-def _contents(body: str, pad: str) -> list[str]:
-    """What stands between two brackets: on one line, or one element or term on each."""
-    if len(pad) + len(body) <= WIDTH:
-        return [f"{pad}{body}"]
-    elements = _split(body, r",\s+")
-    if len(elements) > 1:
-        return [part for e in elements for part in _laid_out(f"{pad}{e.rstrip(',')},")]
-    for operators in ("and |or ", "[+-] ", "[*/] "):
-        terms = _split(body, rf"\s+(?={operators})")
+def _element(text: str, pad: str) -> list[str]:
+    """An expression between brackets: on one line, or one term on each."""
+    if len(pad) + len(text) <= WIDTH - 1:
+        return [f"{pad}{text}"]
+    terms = _terms(text)
+    if len(terms) == 1:
+        return _opened(f"{pad}{text}", pad)
+    return [line for term in terms for line in _element(term, pad)]
+
+
+def _terms(text: str) -> list[str]:
+    """The terms of the operators that bind least, each but the first with its operator."""
+    for operators in ("(?:and|or) ", "[<>=]=? ", "[+-] ", "[*/] "):
+        terms = _split(text, rf"\s+(?={operators})")
         if len(terms) > 1:
-            break
-    return [part for t in terms for part in _laid_out(f"{pad}{t}")]
+            return terms
+    return [text]
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -115,7 +149,7 @@ def _brackets(line: str) -> list[tuple[int, int]]:
         elif char in _OPEN:
             start = position if depth == 0 else start
             depth += 1
-        elif char in _CLOSE:
+        elif char in _CLOSE and depth:
             depth -= 1
             if depth == 0:
                 found.append((start, position))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import sympy as sp
@@ -11,10 +10,10 @@ import sympy as sp
 from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import TilePrinter, VectorPrinter, number
-from cl_compiler.lang.ir import Leaf, Let, Reduction, View, axes_of
-from cl_compiler.lang.lower import TIE_TOLERANCE, inverse_of, shift_of
+from cl_compiler.codegen.symbols import LENGTH, finalise, operand_scale, shift_owner, symbol_table
+from cl_compiler.lang.ir import Leaf, Let, View, axes_of
+from cl_compiler.lang.lower import inverse_of, shift_of
 from cl_compiler.lang.program import Pass, Program
-from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
     Accumulate,
     Barrier,
@@ -28,15 +27,6 @@ from cl_compiler.lang.tile_ir import (
     TileRef,
     VectorRef,
 )
-
-LENGTH = {
-    "rows": "rows",
-    "cols": "cols",
-    "rows2": "rows",
-    "cols2": "cols",
-    "bank": "bank",
-    "slots": "slots",
-}
 
 
 @dataclass
@@ -321,7 +311,7 @@ class PassPrinter:
         elif d.how == "add":
             assert isinstance(d.expr, sp.Symbol)
             name = d.expr.name
-            if not axes_of(d.expr, self.all_leaves):  # type: ignore[arg-type]
+            if not axes_of(d.expr, self.all_leaves):
                 text = f"{self.symbol(name)}.to(DTYPE)"
             elif name in self.local:
                 text = f"{self.symbol(name)}[r0 - i : r1 - i]"
@@ -331,7 +321,7 @@ class PassPrinter:
             marks = {s.name: r for s, r in d.reads}
             vectors = self.printer(lambda n: self._on_diagonal(printer, marks, n))
             table = self.all_leaves | {m: Leaf(m, "adjoint", ("rows",)) for m in marks}
-            vectors.is_vector = lambda e: bool(axes_of(e, table))  # type: ignore[method-assign]
+            vectors.is_vector = lambda e: bool(axes_of(e, table))
             text = vectors.text(d.expr)
             if not d.reads and d.how == "set":
                 text = f"torch.as_tensor({text})"
@@ -493,34 +483,6 @@ class PassPrinter:
         return f", {keyword}={' * '.join(factors)}" if factors else ""
 
 
-def symbol_table(plan: SweepPlan) -> dict[str, Leaf]:
-    """The plan's leaves, with the shifts and inverse sums of its logsumexps."""
-    table = dict(plan.leaves)
-    table[TIE_TOLERANCE.name] = Leaf(TIE_TOLERANCE.name, "count", ())
-    for node in plan.nodes:
-        if isinstance(node, Reduction) and node.monoid == "logsumexp":
-            axes = plan.leaves[node.name].axes
-            table[inverse_of(node.name).name] = Leaf(inverse_of(node.name).name, "adjoint", axes)
-            table[shift_of(node.name).name] = Leaf(shift_of(node.name).name, "adjoint", ())
-    return table
-
-
-def operand_scale(plan: SweepPlan, operand: str) -> str:
-    """The parameter that scales every similarity of an operand: applied once, at the end.
-
-    "" if none does, "mixed" if they differ (then each product carries its own).
-    """
-    scales = {
-        leaf.scale or ""
-        for name, leaf in plan.leaves.items()
-        if leaf.kind == "similarity"
-        and any(v is not None and v.operand == operand for v in (leaf.left, leaf.right))
-        and plan.gradient is not None
-        and (name in plan.gradient.similarities or name in plan.gradient.positives)
-    }
-    return "mixed" if len(scales) > 1 else next(iter(scales), "")
-
-
 def _prefix(text: str, view: View, at: str = "") -> str:
     """Restrict to a prefix of the columns, merging with a row slice if there is one."""
     if view.prefix is None:
@@ -528,37 +490,3 @@ def _prefix(text: str, view: View, at: str = "") -> str:
     if at and text.endswith("]"):
         return f"{text[:-1]}, :{view.prefix}]"
     return f"{text}[:, :{view.prefix}]"
-
-
-def finalise(
-    program: Program, red: Reduction, mode: Mode, names: Names, parts: dict[str, str]
-) -> Iterable[tuple[str, str]]:
-    """(symbol, text) of what follows from a reduction's accumulators."""
-    match red.monoid:
-        case "logsumexp" if mode == "bounded":
-            shift = names(shift_of(shift_owner(program, red)).name)
-            yield red.name, f"torch.log({parts['sum']}) + {shift}"
-            yield inverse_of(red.name).name, f"_inverse({parts['sum']})"
-        case "logsumexp":
-            yield red.name, f"_finish_logsumexp({parts['max']}, {parts['sum']})"
-        case "softmean" if mode == "bounded":
-            partner = names(f"sum_{softmean_partner(program, red)}")
-            suffix = "[i:i1]" if parts["sum"].endswith("[i:i1]") else ""
-            yield red.name, f"_ratio({parts['sum']}, {partner}{suffix})"
-        case "softmean":
-            yield red.name, f"_ratio({parts['weighted']}, {parts['sum']})"
-
-
-def shift_owner(program: Program, red: Reduction) -> str:
-    """The logsumexp that names the shift of this reduction's exponential."""
-    logits = red.operand if red.monoid == "logsumexp" else red.logits
-    return next(r.name for r in program.logsumexps if r.operand == logits)
-
-
-def softmean_partner(program: Program, red: Reduction) -> str:
-    """The logsumexp of a softmean's logits."""
-    return next(
-        r.name
-        for r in program.logsumexps
-        if (r.operand, r.where, r.over) == (red.logits, red.where, red.over)
-    )

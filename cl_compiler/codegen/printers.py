@@ -91,7 +91,7 @@ class VectorPrinter(StrPrinter):
         if expr.is_number:
             return repr(float(expr))
         name = type(expr).__name__
-        args = [self._print(a) for a in expr.args]
+        args = [str(self._print(a)) for a in expr.args]
         if name in _CALLS:
             return f"{_CALLS[name]}({', '.join(args)})"
         match name:
@@ -244,10 +244,10 @@ class TilePrinter:
             case "not" | "and" | "or":
                 return f"torch.logical_{c.op}({', '.join(args)}, out={out})"
             case "gt" | "ge" | "eq":
-                op = c.op
-                if not first_is_tensor:
-                    args, op = args[::-1], {"gt": "lt", "ge": "le", "eq": "eq"}[op]
-                return f"torch.{op}({args[0]}, {args[1]}, out={out})"
+                flipped = {"gt": "lt", "ge": "le", "eq": "eq"}
+                name = c.op if first_is_tensor else flipped[c.op]
+                args = args if first_is_tensor else args[::-1]
+                return f"torch.{name}({args[0]}, {args[1]}, out={out})"
             case "maximum":
                 for a, b in (c.args, c.args[::-1]):
                     if isinstance(b, ScalarRef) and b.expr.is_number:

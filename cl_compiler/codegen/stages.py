@@ -8,17 +8,18 @@ from dataclasses import dataclass, field
 import sympy as sp
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.passes import (
-    PassPrinter,
-    PassText,
+from cl_compiler.codegen.passes import PassPrinter, PassText
+from cl_compiler.codegen.printers import VectorPrinter, bare
+from cl_compiler.codegen.symbols import (
+    LENGTH,
     finalise,
     operand_scale,
     shift_owner,
     symbol_table,
 )
-from cl_compiler.codegen.printers import VectorPrinter, bare
 from cl_compiler.lang.ir import Leaf, Let, Reduction, axes_of
-from cl_compiler.lang.lower import bounded_logits, inverse_of, shift_of
+from cl_compiler.lang.lower import inverse_of, shift_of
+from cl_compiler.lang.lower_pass import bounded_logits
 from cl_compiler.lang.program import Pass, Program, Stage
 from cl_compiler.lang.tile_ir import Compute, Gemm, Mode, ScalarRef, VectorRef
 
@@ -157,7 +158,7 @@ class StagePrinter:
     def _hoisted(self, printer: PassPrinter, name: str, expr: sp.Expr, symbol: str) -> str:
         printer.active = next(c for c in printer.codes if c.hoisted.get(symbol, (0,))[0] == expr)
         vectors = self.vectors(lambda n: printer.hoisted_names.get(n) or self.names(n))
-        vectors.is_vector = lambda e: bool(axes_of(e, printer.all_leaves))  # type: ignore[method-assign]
+        vectors.is_vector = lambda e: bool(axes_of(e, printer.all_leaves))
         return f"{name} = {vectors.text(expr)}"
 
     def _finish(self, pass_: Pass, mode: Mode) -> list[str]:
@@ -202,8 +203,6 @@ class StagePrinter:
         return [v.operand for v in views if v.operand in self.plan.needs and not v.stop]
 
     def _terms(self, name: str, pass_: Pass) -> str:
-        from cl_compiler.codegen.passes import LENGTH
-
         node = self.plan.by_name[name]
         assert isinstance(node, Reduction)
         return LENGTH[node.over]

@@ -72,8 +72,8 @@ def assign_buffers(
     live = _live(code, roots)
     last: dict[int, int] = dict.fromkeys(roots, len(live))
     for index in range(len(live) - 1, -1, -1):
-        for value in reads_of(live[index]):
-            last.setdefault(value, index)
+        for read in reads_of(live[index]):
+            last.setdefault(read, index)
     kept_chain = _kept_chain(live, kept, last) if keep_action == "write" else {kept}
     is_mask = {i.value: i.is_mask for i in live if isinstance(i, (Compute, Diagonal))}
     buffers: dict[int, str] = {kept: "kept"} if kept is not None and keep_action == "read" else {}

@@ -20,7 +20,7 @@ from cl_compiler.lang.functions import maximum, to_cols, to_rows
 
 Axis = Literal["rows", "cols", "rows2", "cols2", "slots", "bank"]
 ROWS, COLS, ROWS2, COLS2, SLOTS, BANK = AXES = ("rows", "cols", "rows2", "cols2", "slots", "bank")
-"""rows2 and cols2 are second copies of rows and cols; slots are K items per row; bank is a queue."""
+"""rows2 and cols2: second copies of rows and cols; slots: K items per row; bank: a queue."""
 
 Monoid = Literal["sum", "logsumexp", "max", "softmean", "at_positive", "to_rows", "to_cols"]
 Kind = Literal[
@@ -91,7 +91,7 @@ class Reduction:
     monoid: Monoid
     over: str
     operand: sp.Expr
-    where: sp.Expr = sp.Integer(1)
+    where: sp.Expr = sp.S.One
     logits: sp.Expr | None = None
 
     @property

@@ -10,28 +10,23 @@ share, times a vector.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import sympy as sp
 
 from cl_compiler.lang import functions as fn
-from cl_compiler.lang.buffers import assign_buffers
 from cl_compiler.lang.ir import COLS, ROWS, Leaf, Let, Reduction, axes_of, ordered
-from cl_compiler.lang.rewrite import expand_function, present, shared_exp, split_gradient, tidy
+from cl_compiler.lang.rewrite import expand_function, shared_exp, tidy
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
-    Accumulate,
-    Barrier,
     Compute,
     Diagonal,
     Gemm,
-    GradientTile,
     Instruction,
     Mode,
     Ref,
     ScalarRef,
-    TileProgram,
     TileRef,
     VectorRef,
 )
@@ -60,6 +55,16 @@ TIE_TOLERANCE = sp.Symbol("TIE_TOLERANCE", real=True)
 _MASK_OPS = frozenset(
     {"gt", "ge", "eq", "and", "or", "not", "positive_tile", "mask_copy", "mask_fill"}
 )
+
+
+def shift_of(lse: str) -> sp.Symbol:
+    """The scalar shift of a bounded logsumexp's shared exponential."""
+    return sp.Symbol(f"shift_{lse}", real=True)
+
+
+def inverse_of(lse: str) -> sp.Symbol:
+    """exp(shift - lse): one over the sum of shifted exponentials (0 where nothing was summed)."""
+    return sp.Symbol(f"inv_{lse}", real=True)
 
 
 @dataclass(frozen=True)
@@ -456,220 +461,3 @@ class Lowering:
             return mark
 
         return walk(tidy(expr, self.axes)), tuple(reads.items())
-
-
-def reduce_tile(
-    low: Lowering,
-    red: Reduction,
-    operand: sp.Expr,
-    names: tuple[str, ...],
-    kind: Literal["sum", "max", "logsumexp", "softmean"],
-    extra: tuple[sp.Expr, ...] = (),
-    symmetric: bool = False,
-) -> None:
-    """Accumulate ``operand`` over the reduction's axis, and over the other for mirrored tiles."""
-    dim = low.grid.index(red.over)
-    scratch = kind in ("logsumexp", "softmean")
-    args = tuple(low.tile(e) for e in (operand, *extra))
-    flipped = tuple(low.tile(low.mirrored(e)) for e in (operand, *extra)) if symmetric else ()
-    low.code.append(Accumulate(kind, names, args, dim, scratch=low.new() if scratch else None))
-    if symmetric:
-        spare = low.new() if scratch else None
-        low.code.append(Accumulate(kind, names, flipped, 1 - dim, mirrored=True, scratch=spare))
-
-
-def shift_of(lse: str) -> sp.Symbol:
-    """The scalar shift of a bounded logsumexp's shared exponential."""
-    return sp.Symbol(f"shift_{lse}", real=True)
-
-
-def inverse_of(lse: str) -> sp.Symbol:
-    """exp(shift - lse): one over the sum of shifted exponentials (0 where nothing was summed)."""
-    return sp.Symbol(f"inv_{lse}", real=True)
-
-
-def bounded_logits(plan: SweepPlan) -> dict[sp.Expr, str]:
-    """Operands of logsumexps whose size follows from the operands' norms → the shift's owner.
-
-    Those are affine in similarities with scalar or vector coefficients.
-    """
-    owners: dict[sp.Expr, str] = {}
-    for node in plan.nodes:
-        if isinstance(node, Reduction) and node.monoid == "logsumexp" and plan.is_full(node.name):
-            sims = [
-                s for s in node.operand.free_symbols if plan.leaves[s.name].kind == "similarity"
-            ]
-            pairs = [
-                a
-                for a in sp.preorder_traversal(node.operand)
-                if isinstance(a, sp.Function) and len(axes_of(a, plan.leaves)) > 1
-            ]
-            linear = (
-                sims
-                and not pairs
-                and all(sp.diff(node.operand, s, 2) == 0 for s in sims)
-                and not any(sp.diff(node.operand, a, b) != 0 for a in sims for b in sims if a != b)
-            )
-            slots = "slots" in plan.leaves[sims[0].name].axes if sims else True
-            if not linear or slots:
-                return {}
-            owners.setdefault(node.operand, node.name)
-    return owners
-
-
-def lower_pass(
-    plan: SweepPlan,
-    grid: tuple[str, str],
-    mode: Mode,
-    *,
-    reductions: tuple[Reduction, ...] = (),
-    late_reductions: tuple[Reduction, ...] = (),
-    gradients: tuple[str, ...] = (),
-    symmetric: bool = False,
-    barrier: bool = False,
-    keep: Literal["", "write", "read"] = "",
-) -> TileProgram:
-    """Lower what one pass over a grid does to a tile.
-
-    ``reductions`` are accumulated first; after the ``barrier`` (if any) their row statistics may be
-    read, by ``late_reductions`` and by the gradient tiles of ``gradients``.
-    """
-    low = Lowering(plan, grid, mode)
-    owners = bounded_logits(plan) if mode == "bounded" else {}
-    low.declare_shared()
-
-    def prepare(expr: sp.Expr) -> sp.Expr:
-        return tidy(_weights(expr, owners), low.axes)
-
-    def job(red: Reduction) -> Job:
-        logits = None if red.logits is None else prepare(red.logits)
-        ready = replace(red, operand=prepare(red.operand), where=prepare(red.where), logits=logits)
-        return _reduction_job(low, ready, owners)
-
-    early, late = [job(r) for r in reductions], [job(r) for r in late_reductions]
-    parts = {}
-    for s in gradients:
-        assert plan.gradient is not None
-        positive = None if s in plan.late_positives else plan.gradient.positives.get(s)
-        parts[s] = split_gradient(
-            low,
-            prepare(plan.gradient.similarities[s]),
-            positive,
-            symmetric=symmetric,
-            pull_row_scale=barrier,
-        )
-    low.scan([e for j in (*early, *late) for e in j[2]])
-    low.scan([p.pair for p in parts.values()])
-    if symmetric:
-        low.scan([low.mirrored(e) for j in (*early, *late) for e in j[2]])
-    kept = None
-    if keep:
-        expr = kept_expression(plan, mode)
-        assert expr is not None
-        if keep == "read":
-            kept = low.new()
-            low.memo[expr] = TileRef(kept)
-        else:
-            low.scan([expr])
-            kept = low.tile(expr)
-    for kind, red, exprs, names in early:
-        reduce_tile(low, red, exprs[0], names, kind, exprs[1:], symmetric)
-    if barrier:
-        low.code.append(Barrier())
-    for kind, red, exprs, names in late:
-        reduce_tile(low, red, exprs[0], names, kind, exprs[1:], symmetric)
-    tiles = []
-    for s, part in parts.items():
-        value = low.tile(part.pair)
-        if part.positive is not None:
-            extra = part.positive if part.positive.is_number else low.hoist(part.positive)
-            value = low.diagonal(value, "positive", "add", extra).value
-        tiles.append(GradientTile(s, value, part.scale, part.row_scale))
-    return assign_buffers(mode, low.code, low.hoisted, tuple(tiles), kept, keep)
-
-
-def kept_expression(plan: SweepPlan, mode: Mode) -> sp.Expr | None:
-    """The one tile per position that spares the backward its GEMM, if there is such a tile.
-
-    The shared exponential, masked as the logsumexps mask it, if gradients read nothing else of the
-    similarity; otherwise the similarity itself.  None where there are several similarities.
-    """
-    forward = [s for s in plan.sweeps if s.level <= plan.forward_levels]
-    backward = [s for s in plan.sweeps if s.level > plan.forward_levels]
-    if plan.gradient is None or len(forward) != 1 or len(backward) != 1:
-        return None
-    first, second = forward[0], backward[0]
-    if first.similarities != second.similarities or len(first.similarities) != 1:
-        return None
-    symbol = plan.leaves[first.similarities[0]].symbol
-    if mode == "bounded":
-        owners = bounded_logits(plan)
-        low = Lowering(plan, first.grid, mode)
-        low.declare_shared()
-        jobs = [_reduction_job(low, r, owners) for r in first.reductions]
-        exponentials = {e for job in jobs for e in job[2] if e.has(shared_exp)}
-        reads = [
-            tidy(_weights(e, owners), low.axes)
-            for e in (
-                *plan.gradient.similarities.values(),
-                *(x for r in second.reductions for x in r.expressions),
-            )
-        ]
-        if len(exponentials) == 1:
-            (expr,) = exponentials
-            mark = sp.Symbol("kept", real=True)
-            parts = [_split_for_keep(low, e) for e in reads]
-            if all(not p.subs(expr, mark).has(symbol) for p in parts):
-                return expr
-    return symbol
-
-
-def _split_for_keep(low: Lowering, expr: sp.Expr) -> sp.Expr:
-    """The pair factors of an expression, as ``split_gradient`` finds them."""
-    return split_gradient(low, expr, None, symmetric=False, pull_row_scale=False).pair
-
-
-def _weights(expr: sp.Expr, owners: Mapping[sp.Expr, str]) -> sp.Expr:
-    """Write softmax weights as a shared exponential times a vector, or as exp(u - lse)."""
-
-    def rewrite(u: sp.Expr, lse: sp.Expr) -> sp.Expr:
-        if u in owners:
-            return shared_exp(u, shift_of(owners[u])) * inverse_of(str(lse))
-        return sp.exp(u - present(lse))
-
-    def tie(a: sp.Expr, largest: sp.Expr) -> sp.Expr:
-        # a tile made twice may differ in its last bits, so equality would find no maximum
-        return fn.greater_equal(a, largest - TIE_TOLERANCE * fn.absolute(largest))
-
-    return expr.replace(fn.softmax_weight, rewrite).replace(fn.equal, tie)
-
-
-Job = tuple[
-    Literal["sum", "max", "logsumexp", "softmean"], Reduction, tuple[sp.Expr, ...], tuple[str, ...]
-]
-
-
-def _reduction_job(low: Lowering, red: Reduction, owners: Mapping[sp.Expr, str]) -> Job:
-    """How a reduction is accumulated: (kind, reduction, tile expressions, target vectors)."""
-    minus_infinity = sp.S.NegativeInfinity
-    match red.monoid:
-        case "sum":
-            return "sum", red, (fn.select(red.where, red.operand, fn.ZERO),), (red.name,)
-        case "max":
-            return "max", red, (fn.select(red.where, red.operand, minus_infinity),), (red.name,)
-        case "logsumexp" if red.operand in owners:
-            e = shared_exp(red.operand, shift_of(owners[red.operand]))
-            return "sum", red, (fn.select(red.where, e, fn.ZERO),), (f"sum_{red.name}",)
-        case "logsumexp":
-            names = (f"max_{red.name}", f"sum_{red.name}")
-            u = fn.select(red.where, red.operand, minus_infinity)
-            return "logsumexp", red, (u,), names
-        case "softmean" if red.logits in owners:
-            weighted = shared_exp(red.logits, shift_of(owners[red.logits])) * red.operand
-            return "sum", red, (fn.select(red.where, weighted, fn.ZERO),), (f"sum_{red.name}",)
-        case "softmean":
-            names = (f"max_{red.name}", f"sum_{red.name}", f"weighted_{red.name}")
-            u = fn.select(red.where, red.logits, minus_infinity)
-            return "softmean", red, (u, fn.select(red.where, red.operand, fn.ZERO)), names
-        case _:
-            raise AssertionError(red.monoid)

@@ -15,7 +15,7 @@ import sympy as sp
 
 from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.ir import SLOTS, Let, Reduction
-from cl_compiler.lang.lower import bounded_logits, kept_expression, lower_pass
+from cl_compiler.lang.lower_pass import bounded_logits, kept_expression, lower_pass
 from cl_compiler.lang.sweeps import SweepPlan, level_of
 from cl_compiler.lang.tile_ir import Barrier, Mode, TileProgram
 
@@ -177,7 +177,7 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
                 keep = "write" if level <= plan.forward_levels else "read"
                 keep = keep if plan.gradient_levels else ""
             whole = schedule == "panel"
-            split = schedule == "recompute" and sweep.gradients and not sweep.grid[1] == SLOTS
+            split = schedule == "recompute" and sweep.gradients and sweep.grid[1] != SLOTS
             if not split:
                 passes.append(
                     _make(

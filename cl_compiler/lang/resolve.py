@@ -7,8 +7,8 @@
 * ``ids``: positive where ids are equal; masks become tiles, several positives are averaged.
 
 For the first two every row has exactly one positive, so whatever touches positives only becomes a
-vector computed in O(M·D), and no sweep over the matrix is needed for it.  ``fold_scales`` then finds
-parameters that multiply a similarity in its every use; the product is what a tile holds.
+vector computed in O(M·D), and no sweep over the matrix is needed for it.  ``fold_scales`` then
+finds parameters that multiply a similarity in its every use; the product is what a tile holds.
 """
 
 from __future__ import annotations

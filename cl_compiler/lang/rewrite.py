@@ -1,7 +1,7 @@
 """Rewrites of pair expressions that make tiles cheaper; none of them expands or simplifies.
 
-``exp(x - L)`` must never become ``exp(x) · exp(-L)``, which overflows: so rewrites only merge masks,
-pull vectors out of products and write composite functions in terms of primitive ones.
+``exp(x - L)`` must never become ``exp(x) · exp(-L)``, which overflows: so rewrites only merge
+masks, pull vectors out of products and write composite functions in terms of primitive ones.
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ class TileProgram:
     """What happens to one tile.
 
     ``hoisted``: vectors and scalars to evaluate before the sweep, name → (expression, axes).
-    ``buffers``: tile value → buffer ("t0" … in the compute dtype, "m0" … bool).  ``kept``: the value
-    that the schedule keeps (its buffer is "kept"), if any.
+    ``buffers``: tile value → buffer ("t0" … in the compute dtype, "m0" … bool).
+    ``kept``: the value that the schedule keeps (its buffer is "kept"), if any.
     """
 
     mode: Mode

@@ -157,8 +157,8 @@ class CompiledLoss(nn.Module):
         """
         if self._latest is None:
             raise NotPlannedError(
-                f"{self.signature.name} has no plan yet: it specialises at its first call. Call it, "
-                "or compile ahead of time with compile_loss(…, problem=Problem(M, N, D, dtype))."
+                f"{self.signature.name} has no plan yet: it specialises at its first call. "
+                "Call it, or compile ahead of time with compile_loss(…, problem=Problem(M, N, D, dtype))."
             )
         return self._latest
 
@@ -211,7 +211,7 @@ class CompiledLoss(nn.Module):
 
     # -- calling ---------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the loss; see the class."""
         if self._refusal:
@@ -424,11 +424,10 @@ class CompiledLoss(nn.Module):
     # -- state -----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
-        return {**state, "_variants": [], "_latest": None}
+        return {**self.__dict__, "_variants": [], "_latest": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._largest is not None:
             self._variant(self._largest)
 
