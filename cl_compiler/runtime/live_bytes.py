@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["LiveBytes"]
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A block in which tensor storages are counted; see the module's docstring.
 
     After the block ``peak_bytes`` stays what it was; ``live_bytes`` goes on falling as what the
@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
         # Address of a live StorageImpl -> (bytes it had from outside the block, bytes now).
