@@ -124,7 +124,7 @@ from cl_compiler.lang.graph import graph_to_json, loss_graph
 from cl_compiler.lang.sweeps import plan_sweeps
 from tests.losses_zoo import cases
 from tests.random_losses import draw
-for case in (*cases(), *(draw(seed) for seed in range(8))):
+for case in (*cases()[::3], *(draw(seed) for seed in range(5))):
     plan = plan_sweeps(case.loss, case.positives, case.needs)
     print(repr((case.loss, plan.ir, plan.gradient, plan.nodes, plan.levels, plan.sweeps)))
     print(plan.saved, plan.late_positives, graph_to_json(loss_graph(plan)))
