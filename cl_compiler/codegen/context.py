@@ -91,13 +91,16 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
             terms.insert(0, f"torch.as_tensor({value}, dtype={kind})")
         grads[name] = " + ".join(terms)
     arguments = [op.name for op in operands] + inputs + parameters + ids
-    gradient_names = [op.name for op in operands if op.needed] + list(grads)
+    given = {names(n): n for n, leaf in ir.leaves.items() if leaf.kind in ("input", "parameter")}
+    given |= {names(n): n for n in ir.parameters}
+    gradient_names = [op.name for op in operands if op.needed] + [given[g] for g in grads]
     saved = _saved(program, printer)
     return {
         "plan": plan,
         "loss_name": plan.loss_name,
         "arguments": arguments,
-        "argument_names": _tuple(f'"{a}"' for a in arguments),
+        "given": given,
+        "argument_names": _tuple(f'"{given.get(a, a)}"' for a in arguments),
         "output_names": _tuple(f'"{n}"' for n, _ in ir.outputs),
         "output_values": _tuple(text(e) for _, e in ir.outputs),
         "gradient_names": _tuple(f'"{g}"' for g in gradient_names),

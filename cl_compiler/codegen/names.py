@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import keyword
+import re
 
+from cl_compiler.errors import LossDefinitionError
 from cl_compiler.lang.ir import Let, Reduction
 from cl_compiler.lang.sweeps import SweepPlan
 
@@ -67,6 +69,10 @@ RESERVED = frozenset(
 )
 
 
+_LOCAL = re.compile(r"_|d_|[tm]\d|.*_(i|j|i1|j1|buffer|tile)$")
+"""What emitted functions call their own locals and helpers."""
+
+
 class Names:
     """Symbol name → identifier.  Numbered only where a name would repeat."""
 
@@ -74,8 +80,17 @@ class Names:
         self.table: dict[str, str] = {}
         self.table["TIE_TOLERANCE"] = "TIE_TOLERANCE"
         self.taken: set[str] = set(RESERVED)
+        for op in plan.ir.operands:
+            if _LOCAL.match(op.name) or op.name in RESERVED - {"x", "y", "z"}:
+                raise LossDefinitionError(
+                    f"{plan.ir.name}: operand {op.name!r} has a name that emitted code uses for "
+                    "something else; choose another name."
+                )
+            self.taken.add(op.name)
         for name, leaf in plan.leaves.items():
-            if leaf.kind in ("parameter", "input", "similarity_at_positive", "norm", "count"):
+            if leaf.kind in ("parameter", "input"):
+                self.add(name, f"{name}_given" if _LOCAL.match(name) else name)
+            if leaf.kind in ("similarity_at_positive", "norm", "count"):
                 self.add(name, name)
         for node in plan.nodes:
             self.add(node.name, self._proposal(plan, node.name))

@@ -269,7 +269,10 @@ def _substitute(ir: LossIR, parameter: str, names: list[str]) -> LossIR:
     leaves, mapping = dict(ir.leaves), {}
     for name in names:
         for member in _family(ir, ir.leaves[name]):
-            new = replace(member, name=member.name.replace("sim", "logits", 1), scale=parameter)
+            proposal = member.name.replace("sim", "logits", 1)
+            while proposal in leaves:  # a parameter of that name
+                proposal += "_"
+            new = replace(member, name=proposal, scale=parameter)
             del leaves[member.name]
             leaves[new.name] = new
             mapping[member.symbol] = new.symbol / scale
