@@ -158,7 +158,7 @@ class CompiledLoss(nn.Module):
         if self._latest is None:
             raise NotPlannedError(
                 f"{self.signature.name} has no plan yet: it specialises at its first call. "
-                "Call it, or compile ahead of time with compile_loss(…, problem=Problem(M, N, D, dtype))."
+                "Call it, or compile ahead of time with compile_loss(…, problem=Problem(M, N, D))."
             )
         return self._latest
 
