@@ -158,9 +158,7 @@ def chunked_clip(x: Tensor, y: Tensor, *, logit_scale: Tensor) -> Tensor:
 
     values, columns = [], []
     for start in range(0, len(x), CHUNK_ROWS):
-        value, column = checkpoint(
-            chunk, x[start : start + CHUNK_ROWS], start, use_reentrant=False
-        )
+        value, column = checkpoint(chunk, x[start : start + CHUNK_ROWS], start, use_reentrant=False)
         values.append(value)
         columns.append(column)
     positives = logit_scale * (x * y).sum(1)

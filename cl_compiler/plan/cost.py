@@ -65,8 +65,9 @@ PARTS = (
 def level_symbols(index: int) -> tuple[sp.Symbol, sp.Symbol, sp.Symbol]:
     """(rows, columns, bytes/s) of the blocks of the inner level ``index`` (0: outermost)."""
     names = (f"m_{index + 1}", f"n_{index + 1}", f"B_{index + 1}")
-    return cast(tuple[sp.Symbol, sp.Symbol, sp.Symbol],
-                tuple(sp.Symbol(n, positive=True) for n in names))
+    return cast(
+        tuple[sp.Symbol, sp.Symbol, sp.Symbol], tuple(sp.Symbol(n, positive=True) for n in names)
+    )
 
 
 @dataclass(frozen=True)
@@ -235,13 +236,15 @@ class CompiledCost:
         return tape_of([self.cost.flops])(values)[0]
 
 
-def compile_cost(facts: ProgramFacts, machine: Machine, problem: Problem, precision: str
-                 ) -> CompiledCost:
+def compile_cost(
+    facts: ProgramFacts, machine: Machine, problem: Problem, precision: str
+) -> CompiledCost:
     """The cost of a program on a machine as functions of numbers.
 
     Raises:
         HardwareError: the machine has no rate for the way in which products are computed.
     """
+
     @cache
     def rate(inner: float) -> float:
         return machine.gemm_rate(problem.dtype, precision, inner)

@@ -168,8 +168,14 @@ def facts_of(
     )
     forward, late = _vectors(program, sizes)
     return ProgramFacts(
-        program, passes, _outputs(program, sizes), forward, late,
-        _positive_widths(program, sizes), _norm_casts(program, sizes), _gathered(program, sizes),
+        program,
+        passes,
+        _outputs(program, sizes),
+        forward,
+        late,
+        _positive_widths(program, sizes),
+        _norm_casts(program, sizes),
+        _gathered(program, sizes),
     )
 
 
@@ -202,7 +208,14 @@ def _pass(
     views = [v for s in p.similarities for v in (leaves[s].left,)]
     others = [v for s in p.similarities for v in (leaves[s].right,)]
     return PassFacts(
-        phase, p.grid, rows, cols, m, n, tiles, area,
+        phase,
+        p.grid,
+        rows,
+        cols,
+        m,
+        n,
+        tiles,
+        area,
         max(_buffers(p, mode, "t") for mode in p.programs),
         max(_buffers(p, mode, "m") for mode in p.programs),
         tile.float_buffers + bool(p.keep),
@@ -212,7 +225,9 @@ def _pass(
         _similarities(remade, leaves, sizes),
         _operand_widths(views, sizes),
         _operand_widths(others, sizes),
-        p.symmetric, p.whole_rows, p.keep,
+        p.symmetric,
+        p.whole_rows,
+        p.keep,
         D if any(g.row_scale for t in p.programs.values() for g in t.gradients) else sp.Integer(0),
     )
 
@@ -329,9 +344,7 @@ def _outputs(program: Program, sizes: Sizes) -> tuple[Output, ...]:
     return tuple(result)
 
 
-def _gathered(
-    program: Program, sizes: Sizes
-) -> tuple[tuple[str, sp.Expr, sp.Expr], ...]:
+def _gathered(program: Program, sizes: Sizes) -> tuple[tuple[str, sp.Expr, sp.Expr], ...]:
     spread, result = _axes_spread(program), []
     for op in program.plan.ir.operands:
         own, whole = sizes.own_and_all(op)

@@ -189,8 +189,15 @@ def machine_of(graph: nx.DiGraph) -> Machine:
                 )
             )
     return Machine(
-        spec, device, node["memory_bytes"], node["bandwidth_bytes_per_s"], tuple(outer),
-        tuple(inner), node["exp_per_s"], node["pass_per_s"], node["op_overhead_s"],
+        spec,
+        device,
+        node["memory_bytes"],
+        node["bandwidth_bytes_per_s"],
+        tuple(outer),
+        tuple(inner),
+        node["exp_per_s"],
+        node["pass_per_s"],
+        node["op_overhead_s"],
     )
 
 

@@ -37,8 +37,12 @@ def _outer(space: Space, point: Point) -> list[LevelPlan]:
         bound = level.link_kind if seconds > compute else "arithmetic"
         result.append(
             LevelPlan(
-                level.name, level.kind, Tile(-(-rows // count), int(sizes["N"])),
-                point.peak_bytes * level.instances * level.ranks_inside, bytes_, seconds,
+                level.name,
+                level.kind,
+                Tile(-(-rows // count), int(sizes["N"])),
+                point.peak_bytes * level.instances * level.ranks_inside,
+                bytes_,
+                seconds,
                 bound if level.is_linked else "-",
             )
         )
@@ -62,8 +66,13 @@ def _inner(space: Space, point: Point) -> list[LevelPlan]:
     blocks = machine.sub_tiles(point.tile, space.request.problem.compute_bytes)
     levels = [
         LevelPlan(
-            machine.device, "device", point.tile, point.peak_bytes, round(traffic[0]),
-            traffic[0] / machine.device_bytes_per_s, PARTS[largest],
+            machine.device,
+            "device",
+            point.tile,
+            point.peak_bytes,
+            round(traffic[0]),
+            traffic[0] / machine.device_bytes_per_s,
+            PARTS[largest],
         )
     ]
     element = space.request.problem.compute_bytes
@@ -71,9 +80,13 @@ def _inner(space: Space, point: Point) -> list[LevelPlan]:
         seconds = bytes_ / level.bytes_per_s
         levels.append(
             LevelPlan(
-                level.name, level.kind, block,
-                min(level.memory_bytes, block.rows * block.cols * element), round(bytes_),
-                seconds, "bandwidth" if seconds > arithmetic else "arithmetic",
+                level.name,
+                level.kind,
+                block,
+                min(level.memory_bytes, block.rows * block.cols * element),
+                round(bytes_),
+                seconds,
+                "bandwidth" if seconds > arithmetic else "arithmetic",
             )
         )
     return levels

@@ -137,8 +137,12 @@ def _returns(facts: ProgramFacts, rest: Sequence[Item], casts: bool) -> list[Pha
         waiting, made = facts.outputs[index:], facts.outputs[: index + 1]
         held = sp.Add(*(o.length * o.width for o in waiting)) * COMPUTE_BYTES
         new = sp.Add(*(o.own * o.width for o in made if casts or o.own != o.length)) * INPUT_BYTES
-        same = sp.Add(*(o.own * o.width for o in facts.outputs[:index]
-                        if not casts and o.own == o.length)) * INPUT_BYTES
+        same = (
+            sp.Add(
+                *(o.own * o.width for o in facts.outputs[:index] if not casts and o.own == o.length)
+            )
+            * INPUT_BYTES
+        )
         items = [*rest, (GRADIENTS, held), (RETURNED, new + same)]
         phases.append(_phase(f"return of the gradient of {facts.outputs[index].operand}", items))
     if casts and facts.norm_casts:
@@ -174,5 +178,12 @@ def compile_memory(facts: ProgramFacts, *, casts: bool) -> CompiledMemory:
     return CompiledMemory(phases, tape_of([p.total for p in phases]))
 
 
-__all__ = ["GATHERED", "GRADIENTS", "RETURNED", "CompiledMemory", "Phase", "compile_memory",
-           "phases_of"]
+__all__ = [
+    "GATHERED",
+    "GRADIENTS",
+    "RETURNED",
+    "CompiledMemory",
+    "Phase",
+    "compile_memory",
+    "phases_of",
+]

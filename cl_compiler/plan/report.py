@@ -35,10 +35,15 @@ def _summary(plan: Plan) -> list[str]:
         ("problem", f"M={p.M} N={p.N} D={p.D} {p.dtype}, positives: {plan.positives}"),
         ("gradients", needs),
         ("schedule", f"{plan.schedule}: tiles of {plan.tile}{kept}; products in {plan.precision}"),
-        ("time", f"{format_seconds(plan.seconds)} predicted for {plan.units:.2f} units of "
-                 "2*M*N*D FLOP"),
-        ("memory", f"{format_bytes(plan.peak_bytes)} predicted, {share:.0%} of "
-                   f"{format_bytes(plan.budget.device_bytes)}"),
+        (
+            "time",
+            f"{format_seconds(plan.seconds)} predicted for {plan.units:.2f} units of 2*M*N*D FLOP",
+        ),
+        (
+            "memory",
+            f"{format_bytes(plan.peak_bytes)} predicted, {share:.0%} of "
+            f"{format_bytes(plan.budget.device_bytes)}",
+        ),
     ]
     return [f"{plan.loss_name} on {plan.hardware_name}", *table(rows, indent=2)]
 
@@ -52,7 +57,9 @@ def _levels(plan: Plan) -> list[str]:
     for level in plan.levels:
         rows.append(
             (
-                level.level, level.kind, str(level.tile),
+                level.level,
+                level.kind,
+                str(level.tile),
                 format_bytes(level.resident_bytes),
                 format_bytes(level.traffic_bytes) if level.traffic_bytes else "-",
                 format_seconds(level.seconds) if level.seconds else "-",
@@ -85,8 +92,14 @@ def _candidate(c: Candidate) -> tuple[str, ...]:
     if not c.peak_bytes:  # never evaluated
         return (c.schedule, "-", "-", "-", "-", c.reason)
     kept = str(c.kept_tiles) if c.kept_tiles else "-"
-    return (c.schedule, str(c.tile), kept, format_bytes(c.peak_bytes), format_seconds(c.seconds),
-            c.reason)
+    return (
+        c.schedule,
+        str(c.tile),
+        kept,
+        format_bytes(c.peak_bytes),
+        format_seconds(c.seconds),
+        c.reason,
+    )
 
 
 def table(

@@ -87,9 +87,7 @@ def _best_of_each(space: Space) -> dict[Schedule, Point]:
     return best
 
 
-def _rejected(
-    space: Space, chosen: Point, best: dict[Schedule, Point]
-) -> tuple[Candidate, ...]:
+def _rejected(space: Space, chosen: Point, best: dict[Schedule, Point]) -> tuple[Candidate, ...]:
     """Why each other schedule, and each neighbouring tile, was not taken."""
     result = []
     for schedule in SCHEDULES:
@@ -99,9 +97,7 @@ def _rejected(
             point = best[schedule]
             result.append(_candidate(point, _slower(point, chosen)))
         elif space.reasons[schedule]:
-            result.append(
-                Candidate(schedule, Tile(0, 0), 0, 0, 0.0, space.reasons[schedule])
-            )
+            result.append(Candidate(schedule, Tile(0, 0), 0, 0, 0.0, space.reasons[schedule]))
         elif space.request.schedule != "auto":
             result.append(Candidate(schedule, Tile(0, 0), 0, 0, 0.0, "not requested"))
         else:
@@ -114,8 +110,12 @@ def _neighbours(space: Space, chosen: Point) -> list[Candidate]:
     """The chosen tile doubled and halved each way."""
     option = space.option(chosen.schedule)
     extent, tile = option.extent(space.sizes), chosen.tile
-    around = [Tile(tile.rows // 2, tile.cols), Tile(tile.rows * 2, tile.cols),
-              Tile(tile.rows, tile.cols // 2), Tile(tile.rows, tile.cols * 2)]
+    around = [
+        Tile(tile.rows // 2, tile.cols),
+        Tile(tile.rows * 2, tile.cols),
+        Tile(tile.rows, tile.cols // 2),
+        Tile(tile.rows, tile.cols * 2),
+    ]
     if option.facts.needs_square_tiles:
         around = [Tile(tile.rows // 2, tile.cols // 2), Tile(tile.rows * 2, tile.cols * 2)]
     if chosen.schedule == "dense":  # one tile, whatever its shape

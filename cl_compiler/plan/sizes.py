@@ -91,6 +91,21 @@ def count_of(length: sp.Expr, step: sp.Expr) -> sp.Expr:
 
 
 __all__ = [
-    "COMPUTE_BYTES", "INPUT_BYTES", "KEPT", "M_ALL", "N_OWN", "SCRATCH", "TILE_COLS", "TILE_ROWS",
-    "D", "K", "M", "N", "Q", "Sizes", "count_of", "largest", "least",
+    "COMPUTE_BYTES",
+    "INPUT_BYTES",
+    "KEPT",
+    "M_ALL",
+    "N_OWN",
+    "SCRATCH",
+    "TILE_COLS",
+    "TILE_ROWS",
+    "D",
+    "K",
+    "M",
+    "N",
+    "Q",
+    "Sizes",
+    "count_of",
+    "largest",
+    "least",
 ]

@@ -187,8 +187,12 @@ class Space:
             cost = compile_cost(facts, self.machine, problem, self.request.precision)
             memory = compile_memory(facts, casts=casts)
             self.options[schedule] = Option(
-                schedule, facts, memory, cost,
-                memory.totals.bind(self.sizes), cost.seconds_by_part.bind(self.sizes),
+                schedule,
+                facts,
+                memory,
+                cost,
+                memory.totals.bind(self.sizes),
+                cost.seconds_by_part.bind(self.sizes),
             )
         return self.options[schedule]
 
@@ -227,9 +231,7 @@ class Space:
         return {**self.sizes, **self.tile_values(option, tile, kept)}
 
 
-def space_of(
-    request: Request, sweep_plan: SweepPlan | None, graph: nx.DiGraph | None
-) -> Space:
+def space_of(request: Request, sweep_plan: SweepPlan | None, graph: nx.DiGraph | None) -> Space:
     """Prepare a request."""
     if sweep_plan is None:
         sweep_plan = plan_sweeps(request.loss, request.positives, request.needs)

@@ -49,7 +49,12 @@ def request(
     more.setdefault("precision", "bf16" if dtype == "bfloat16" else "ieee")
     more.setdefault("positives", "views" if loss.is_single_set else "diagonal")
     return Request(
-        loss, load_hardware(hardware), MemoryBudget.parse(budget), problem, needs=needs, **more,  # type: ignore[arg-type]
+        loss,
+        load_hardware(hardware),
+        MemoryBudget.parse(budget),
+        problem,
+        needs=needs,
+        **more,  # type: ignore[arg-type]
     )
 
 

@@ -122,11 +122,13 @@ def test_tiles_are_multiples_of_64_or_whole_axes() -> None:
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
 def test_every_loss_plans_within_its_budget(case: Case) -> None:
     extra = [o.name for o in case.loss.operands if o.name.startswith(("guide", "teacher"))]
-    problem = dict(slots=max(case.slots, 4), bank=max(case.bank, 512),
-                   operands=dict.fromkeys(extra, 96))
+    problem = dict(
+        slots=max(case.slots, 4), bank=max(case.bank, 512), operands=dict.fromkeys(extra, 96)
+    )
     for needs in (case.needs, frozenset[str]()):
-        r = request(case.loss, rows=2048, width=128, budget="24MiB", needs=needs,
-                    positives=case.positives)
+        r = request(
+            case.loss, rows=2048, width=128, budget="24MiB", needs=needs, positives=case.positives
+        )
         plan = choose_plan(replace(r, problem=replace(r.problem, **problem)))
         assert 0 < plan.peak_bytes <= 24 << 20
         assert sum(count for _, count in plan.memory) == pytest.approx(plan.peak_bytes, abs=16)
@@ -141,9 +143,17 @@ def alignment(sim):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(
     ("loss", "rows", "cols", "width"),
-    [(clip, 1, 1, 1), (clip, 63, 63, 512), (clip, 65, 70, 3), (infonce, 1, 1, 1),
-     (infonce, 10, 100_000, 64), (clip, 10, 100_000, 64), (nt_xent, 2, 2, 5),
-     (siglip, 1000, 1030, 7), (alignment, 16384, 16384, 512)],
+    [
+        (clip, 1, 1, 1),
+        (clip, 63, 63, 512),
+        (clip, 65, 70, 3),
+        (infonce, 1, 1, 1),
+        (infonce, 10, 100_000, 64),
+        (clip, 10, 100_000, 64),
+        (nt_xent, 2, 2, 5),
+        (siglip, 1000, 1030, 7),
+        (alignment, 16384, 16384, 512),
+    ],
     ids=lambda v: getattr(v, "name", v),
 )
 def test_small_thin_and_ragged_problems_plan(
@@ -167,8 +177,10 @@ def test_a_quarter_of_the_cache_costs_time_and_shrinks_the_blocks_inside() -> No
         after = choose_plan(request(loss, small, **shape))  # type: ignore[arg-type]
         assert after.seconds > before.seconds
         assert part(after, "tiles beyond cache") > part(before, "tiles beyond cache")
-        blocks = [(b.tile.rows * b.tile.cols, a.tile.rows * a.tile.cols)
-                  for b, a in zip(before.levels[2:], after.levels[2:], strict=True)]
+        blocks = [
+            (b.tile.rows * b.tile.cols, a.tile.rows * a.tile.cols)
+            for b, a in zip(before.levels[2:], after.levels[2:], strict=True)
+        ]
         assert all(b > a for b, a in blocks)
 
 
