@@ -70,10 +70,12 @@ class Screen:
 def interruptible() -> Iterator[Interrupt]:
     """Inside the block the first Ctrl-C only sets ``requested``; a second one raises at once.
 
-    Outside the main thread signals cannot be handled: there the flag is never set.
+    Outside the main thread signals cannot be handled, and a shell's background jobs are told to
+    ignore them: there the flag is never set.
     """
     interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield interrupt
         return
 

@@ -24,7 +24,7 @@ class DemoSettings:
     epochs: int = 12
     seconds: float = 150.0
     seed: int = 0
-    rates: tuple[float, ...] = (2e-3, 7e-4, 6e-3)
+    rates: tuple[float, ...] = (3e-3, 1e-3, 9e-3)
     dim: int = 128
     buckets: int = 1 << 15
     max_files: int | None = None
