@@ -6,6 +6,7 @@ loss function that is being run (see ``trace.define_loss``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,7 +29,10 @@ from cl_compiler.lang.ir import (
     reduction_axes,
 )
 
-RESERVED = frozenset({"x", "y", "z", "ids", "row_ids", "col_ids", "self", "group"})
+RESERVED = re.compile(
+    r"x|y|z|ids|row_ids|col_ids|self|group"  # arguments of every call
+    r"|logits\w*|n_(rows|cols|slots|bank)|(a_)?[rtv]\d+"  # symbols that the compiler makes
+)
 SELF = "is_self"
 _current: ContextVar[Trace | None] = ContextVar("cl_compiler_trace", default=None)
 

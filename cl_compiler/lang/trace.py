@@ -38,9 +38,13 @@ def define_loss(
                 )
             if name == "sim":
                 args[name] = similarity(x, y)
-            elif name in RESERVED:
+            elif name in ("x", "y", "z"):
                 raise LossDefinitionError(
                     f"{trace.name}: the argument {name!r} is reserved; use cl.{name} for operands."
+                )
+            elif RESERVED.fullmatch(name):
+                raise LossDefinitionError(
+                    f"{trace.name}: the argument {name!r} is reserved; choose another name."
                 )
             else:
                 parameters.append(name)

@@ -76,7 +76,7 @@ def operand(name: str, axis: str | tuple[str, str], *, stop: bool = False) -> Op
         raise LossDefinitionError(
             f"operand {name!r}: axis {axis!r} is not one of rows, cols, bank, (rows, slots)."
         )
-    if name in RESERVED:
+    if RESERVED.fullmatch(name):
         raise LossDefinitionError(f"operand {name!r}: the name is reserved; choose another.")
     return OperandRef(name, axes, stop=stop)
 
@@ -141,7 +141,7 @@ def col_input(name: str) -> Expr:
 
 
 def _input(name: str, axis: str) -> Expr:
-    if name in RESERVED:
+    if RESERVED.fullmatch(name):
         raise LossDefinitionError(f"input {name!r}: the name is reserved; choose another.")
     return Expr(running().leaf(Leaf(name, "input", (axis,))))
 

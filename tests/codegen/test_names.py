@@ -9,9 +9,10 @@ from tests.zoo_case import Case, sample
 
 NAMES = (
     *("i", "k", "step", "width", "rows", "half", "kept", "store", "value", "saved", "math", "D"),
-    *("t0", "t0_buffer", "m1", "x_i", "a0", "s0", "y_j", "d_x", "along", "block", "forward"),
-    *("row_lse", "row_lse_sum", "row_lse_shift", "logits", "logits_pos", "n_rows", "n_cols"),
+    *("t0_buffer", "m1", "x_i", "a0", "s0", "y_j", "d_x", "along", "block", "forward"),
+    *("row_lse", "row_lse_sum", "row_lse_shift"),
 )
+TAKEN = ("logits", "logits_pos", "n_rows", "n_cols", "r1", "t0", "a_r1", "ids", "group")
 
 
 def infonce_with(scale: str, weight: str = "weight") -> Case:
@@ -45,7 +46,15 @@ def test_a_vector_may_have_any_name(name: str):
     assert max(errors(run(emit(case, "spill"), inputs), inputs).values()) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["t0", "x_i", "rows", "d_x"])
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_name_of_the_compiler_is_an_error(name: str):
+    with pytest.raises(LossDefinitionError, match=f"'{name}'.*reserved.*another"):
+        infonce_with(name)
+    with pytest.raises(LossDefinitionError, match=f"'{name}'.*reserved.*another"):
+        infonce_with("scale", name)
+
+
+@pytest.mark.parametrize("name", ["m0", "x_i", "rows", "d_x"])
 def test_an_operand_of_a_name_that_emitted_code_uses_is_an_error(name: str):
     @cl.define_loss
     def guided(sim):
