@@ -157,7 +157,7 @@ class VectorPrinter(StrPrinter):
         if self.positives == "views":
             return f"torch.roll({text}, half)"
         if name == "to_rows":
-            return f"{text}[:rows]"
+            return f"{text}[:rows]" if vector.is_Symbol else f"({text})[:rows]"
         return f"_to_columns({text}, rows, cols)"
 
 

@@ -419,7 +419,8 @@ class Lowering:
             base = self.compute("fill", self.outer(b))
             return self.compute("fill_where", base, self.lower(mask), self.outer(a))
         on_false = self.to_tile(b)
-        on_true = self.compute("neg", on_false) if a + b == 0 else self.to_tile(a)
+        opposite = a + b == 0 and isinstance(on_false, TileRef)
+        on_true = self.compute("neg", on_false) if opposite else self.to_tile(a)
         return self.compute("where", self.lower(mask), on_true, on_false)
 
     def to_tile(self, expr: sp.Expr) -> Ref:
