@@ -97,7 +97,7 @@ class Memory:
     """What one call took beyond what existed before it.
 
     Attributes:
-        seconds: wall time of the call, counting included.
+        seconds: wall time of the call.
         live_bytes: peak of live tensor storages; None if the call hides its tensors from PyTorch's
             dispatcher (compiled graphs do) or failed.
         process_bytes: growth of the process's resident high-water mark, which includes scratch
@@ -223,7 +223,7 @@ def quiet_shares(timings: Mapping[str, Timing]) -> str:
 
 
 def measure_memory(call: Call, *, visible: bool = True) -> Memory:
-    """Run a call once and see how much memory it takes.
+    """See how much memory a call takes: run it once for the process and once for its tensors.
 
     Args:
         call: allocates its results itself; what it returns is dropped afterwards.
@@ -232,17 +232,15 @@ def measure_memory(call: Call, *, visible: bool = True) -> Memory:
     gc.collect()
     before = _reset_high_water()
     start = time.perf_counter()
-    if visible:
-        with LiveBytes() as live:
-            call()
-        counted: int | None = live.peak_bytes
-    else:
-        call()
-        counted = None
+    call()
     seconds = time.perf_counter() - start
     after = _status_bytes("VmHWM")
     grown = None if before is None or after is None else max(0, after - before)
-    return Memory(seconds, counted, grown)
+    if not visible:
+        return Memory(seconds, None, grown)
+    with LiveBytes() as live:  # not above: counting takes memory itself
+        call()
+    return Memory(seconds, live.peak_bytes, grown)
 
 
 def _reset_high_water() -> int | None:

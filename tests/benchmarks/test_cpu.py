@@ -156,7 +156,7 @@ def test_merging_replaces_a_case_that_is_measured_again(tmp_path):
 
 def test_verdicts_follow_the_figures():
     def case(group, loss="clip", **rows):
-        of = {"group": group, "loss": loss, "N": 8, "threads": 1, "budget": "1MiB"}
+        of = {"group": group, "loss": loss, "N": 16384, "threads": 1, "budget": "1MiB"}
         return {"case": of, "rows": {n.replace("__", ":"): r for n, r in rows.items()}}
 
     def row(seconds, live=1, **more):
