@@ -31,7 +31,7 @@ def load_source(source: str, name: str, path: Path | None = None) -> ModuleType:
 
     Args:
         source: the Python text, already verified.
-        name: the variant's name, e.g. ``"clip-3f9a1c7e02b4"``; the module is called
+        name: the variant's name, e.g. ``"loss-3f9a1c7e02b4"``; the module is called
             ``cl_compiler_generated.clip_3f9a1c7e02b4_<first 12 digits of the text's sha256>``.
         path: the file that holds the text, for tracebacks and ``__file__``; it is not read.
             None for source that lives in memory only.
