@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 import sympy as sp
-from sympy.printing.precedence import precedence
+from sympy.printing.precedence import PRECEDENCE, precedence
 from sympy.printing.str import StrPrinter
 
 from cl_compiler.lang.tile_ir import (
@@ -100,7 +100,7 @@ class VectorPrinter(StrPrinter):
             case "softmax_weight" | "shared_exp":
                 return f"torch.exp({args[0]} - {args[1]})"
             case "stop_gradient":
-                return args[0]
+                return str(self.parenthesize(expr.args[0], PRECEDENCE["Pow"]))
             case "greater" | "greater_equal" | "equal":
                 sign = {"greater": ">", "greater_equal": ">=", "equal": "=="}[name]
                 return f"({args[0]} {sign} {args[1]})"
