@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from cl_compiler.cli.main import COMMANDS, app
 from cl_compiler.cli.requests import Question, request_of
 from cl_compiler.plan.search import choose_plan
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 SHELL = [line for line in README.splitlines() if line.startswith("cl-compiler ")]
 
@@ -58,9 +60,34 @@ def test_the_commands_that_are_named_exist():
     assert named <= set(COMMANDS) and {"plan", "inspect", "doctor", "calibrate"} <= named
 
 
+def test_the_measurements_are_those_of_the_file_that_is_named():
+    section = README.split("<!-- measurements: begin -->")[1].split("<!-- measurements: end -->")[0]
+    named = re.search(r"\]\((benchmarks/results/.*?\.json)\)", section)
+    if named is None:
+        assert not re.search(r"\d", section)  # no file, no figures
+        return
+    script = runpy.run_path(str(ROOT / "docs" / "measurements.py"))
+    assert section.strip() == script["measurements"](ROOT / named[1])
+
+
+def test_a_results_file_becomes_a_table(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "measurements.py"))
+    of = {"group": "losses", "loss": "siglip", "M": 8192, "N": 8192, "D": 512, "threads": 1,
+          "dtype": "bfloat16"}  # fmt: skip
+    compiled = {"error": "", "median_s": 0.5, "live_bytes": 3 << 20, "plan": {"schedule": "spill"}}
+    dense = {"error": "", "median_s": 1.0, "live_bytes": 3 << 30}
+    case = {"case": of, "rows": {"compiled": compiled, "dense": dense, "gemm": dense}}
+    assert list(script["rows_of"](case)) == [
+        "| siglip, bfloat16 | 8,192 | 512 | 1 | 1.0 s | 500.0 ms | 2.00 | 3.0 GiB | 3.0 MiB "
+        "| `spill` |"
+    ]
+    case["rows"]["dense"] = {"error": "out of memory"}
+    assert "| did not run | 500.0 ms |  |  | 3.0 MiB |" in next(script["rows_of"](case))
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (Path(__file__).parents[2] / target).exists(), target
+        assert (ROOT / target).exists(), target
 
 
 @pytest.mark.parametrize(
