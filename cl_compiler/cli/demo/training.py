@@ -268,13 +268,17 @@ def _equal_epochs(learners: Sequence[Learner], schedule: Schedule) -> None:
 
 
 def _equal_seconds(learners: Sequence[Learner], schedule: Schedule) -> None:
-    """The quicker arms go on; none takes a step that would begin after the slowest one's end."""
+    """The quicker arms go on; none takes a step that would begin after the slowest one's end.
+
+    They are looked at where that leaves them, which is seldom the end of an epoch.
+    """
     if not learners:
         return
     slowest_s = max(learner.seconds for learner in learners)
     for learner in learners:
         while learner.seconds < slowest_s and not schedule.stop():
             _advance(learner, schedule)
+    _evaluate_where_it_stands(learners)
 
 
 def _advance(learner: Learner, schedule: Schedule) -> None:
