@@ -51,7 +51,7 @@ def rows_of(case: Mapping[str, Any]) -> Iterator[str]:
     for name, row in case["rows"].items():
         if not name.startswith("compiled") or row["error"] or row["median_s"] is None:
             continue
-        beside = ["did not run", "", ""]
+        beside = ["did not run" if dense else "not measured", "", ""]
         if dense.get("median_s"):
             ratio = dense["median_s"] / row["median_s"]
             beside = [
