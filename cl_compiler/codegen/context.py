@@ -102,7 +102,10 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
         "given": given,
         "argument_names": _tuple(f'"{given.get(a, a)}"' for a in arguments),
         "output_names": _tuple(f'"{n}"' for n, _ in ir.outputs),
-        "output_values": _tuple(text(e) for _, e in ir.outputs),
+        "output_values": _tuple(
+            f"torch.as_tensor({text(e)}, dtype=torch.float64)" if e.is_number else text(e)
+            for _, e in ir.outputs
+        ),
         "gradient_names": _tuple(f'"{g}"' for g in gradient_names),
         "gradient_values": _tuple(
             [f"d_{op.name}" for op in operands if op.needed]
@@ -121,6 +124,12 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
         "tile": plan.tile,
         "kept_tiles": plan.kept_tiles,
         "keeps": program.keeps_tiles,
+        "row_scaled": any(
+            tile.row_scale
+            for pass_ in program.passes
+            for code in pass_.programs.values()
+            for tile in code.gradients
+        ),
         "fused": program.fused,
         "positives": sweep_plan.positives,
         "single_set": ir.is_single_set,
