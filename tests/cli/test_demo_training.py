@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -172,6 +173,17 @@ def test_each_comparison_ends_where_the_shorter_run_ends() -> None:
         assert comparison.dense.spent_epochs == 2
         assert comparison.compiled.at is compiled.evaluations[1]
         assert comparison.dense.at is dense.evaluations[1]
+
+
+def test_a_state_between_two_epochs_is_not_compared_at_equal_epochs() -> None:
+    compiled = run_of("compiled", 1.0, [0.05, 0.5])
+    dense = run_of("dense", 1.0, [0.04, 0.2])
+    later = replace(dense.evaluations[1], epochs=2.4, seconds=2.0, valid=Retrieval(10, 0, 0, 0, 9))
+    dense = replace(dense, evaluations=(*dense.evaluations, later))
+    at_epochs, at_seconds = compare(compiled, dense, torch.tensor([0, 0, 1, 1]))
+    assert at_epochs.dense.at is dense.evaluations[1]
+    assert at_epochs.dense.spent_epochs == 2
+    assert at_seconds.dense.at is later
 
 
 def test_the_verdict_claims_nothing_that_chance_explains() -> None:

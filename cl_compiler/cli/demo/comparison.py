@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cl_compiler.cli.demo.metrics import Retrieval
-from cl_compiler.cli.demo.training import Evaluation, Run, best_evaluation
+from cl_compiler.cli.demo.training import Evaluation, Run, best_evaluation, within_epochs
 
 __all__ = ["Comparison", "Row", "compare", "difference", "verdict"]
 
@@ -58,7 +58,7 @@ def compare(compiled: Run, dense: Run, test_modules: Tensor) -> tuple[Comparison
     epochs = min(run.evaluations[-1].whole_epochs for run in runs)
     seconds = _SAME_SECONDS * min(run.evaluations[-1].seconds for run in runs)
     found = []
-    by_epochs = [[each for each in run.evaluations if each.whole_epochs <= epochs] for run in runs]
+    by_epochs = [within_epochs(run.evaluations, epochs) for run in runs]
     if all(by_epochs):
         found.append(_comparison("equal epochs", runs, by_epochs, test_modules))
     by_seconds = [[each for each in run.evaluations if each.seconds <= seconds] for run in runs]

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from cl_compiler.cli.demo.comparison import Row, verdict
 from cl_compiler.cli.demo.outcome import Outcome, to_json
+from cl_compiler.cli.demo.training import within_epochs
 from cl_compiler.errors import ArgumentError
 from cl_compiler.units import format_bytes, format_seconds
 
@@ -213,7 +214,7 @@ def _rate_rows(outcome: Outcome) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for run in outcome.runs:
         last = run.evaluations[-1]
-        within = [each for each in run.evaluations if each.whole_epochs <= outcome.epochs]
+        within = within_epochs(run.evaluations, outcome.epochs)
         score = max(each.valid.mean_reciprocal_rank for each in within)
         rows.append(
             (

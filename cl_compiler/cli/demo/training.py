@@ -31,6 +31,7 @@ __all__ = [
     "seconds_per_epoch",
     "train",
     "winner",
+    "within_epochs",
 ]
 
 _FEATURES_DROPPED = 0.5
@@ -230,6 +231,18 @@ def best_evaluation(evaluations: Sequence[Evaluation]) -> Evaluation:
     return max(evaluations, key=lambda evaluation: evaluation.valid.mean_reciprocal_rank)
 
 
+def within_epochs(evaluations: Sequence[Evaluation], epochs: int) -> list[Evaluation]:
+    """One evaluation for each whole epoch up to ``epochs``: the first, at the epoch's end.
+
+    A later one with as many whole epochs is of a run that was stopped on its way to the next.
+    """
+    first: dict[int, Evaluation] = {}
+    for evaluation in evaluations:
+        if evaluation.whole_epochs <= epochs:
+            first.setdefault(evaluation.whole_epochs, evaluation)
+    return list(first.values())
+
+
 def winner(runs: Sequence[Run], arm: str, epochs: int) -> Run | None:
     """The run of ``arm`` whose rate did best on validation within ``epochs``.
 
@@ -241,8 +254,7 @@ def winner(runs: Sequence[Run], arm: str, epochs: int) -> Run | None:
         return None
 
     def score(run: Run) -> float:
-        within = [each for each in run.evaluations if each.whole_epochs <= epochs]
-        return best_evaluation(within).valid.mean_reciprocal_rank
+        return best_evaluation(within_epochs(run.evaluations, epochs)).valid.mean_reciprocal_rank
 
     return max(candidates, key=score)
 
