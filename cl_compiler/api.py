@@ -16,11 +16,13 @@ from cl_compiler.errors import ArgumentError, LossDefinitionError
 from cl_compiler.hardware import HardwareSpec, load_hardware
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Request
-from cl_compiler.runtime.function import CallSignature, CompiledLoss, LoadedVariant, LossSignature
 from cl_compiler.runtime.loader import load_source
+from cl_compiler.runtime.signatures import CallSignature, LoadedVariant, LossSignature
 
 if TYPE_CHECKING:
     import networkx as nx
+
+    from cl_compiler.runtime.function import CompiledLoss
 
 BUDGET_SHARE = 0.25
 """Of the free memory, where no budget is given."""
@@ -76,6 +78,8 @@ def compile_loss(
         raise ArgumentError(
             f"deterministic={deterministic!r}: use True or False; modes across ranks need a group."
         )
+    from cl_compiler.runtime.function import CompiledLoss
+
     hardware = load_hardware(hardware_spec)
     budget = _budget(memory_budget)
     ir = find_loss(loss)
@@ -134,7 +138,10 @@ def _budget(budget: int | str | Mapping[str, int | str] | MemoryBudget | None) -
         return MemoryBudget.parse(budget)
     from cl_compiler.hardware.cpu import free_memory_bytes
 
-    return MemoryBudget(max(1, int(free_memory_bytes() * BUDGET_SHARE)))
+    # Free memory changes every second: its leading bits alone, or no variant would be found again.
+    count = int(free_memory_bytes() * BUDGET_SHARE)
+    shift = max(0, count.bit_length() - 4)
+    return MemoryBudget(max(1, count >> shift << shift))
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,23 @@ class Specialiser:
     schedule: str
 
     def signature_of(self, problem: Problem) -> CallSignature:
-        """The signature of a call at a problem's size, all gradients required."""
+        """The signature of a call at a problem's size, all gradients required.
+
+        Raises:
+            ArgumentError: no call of this loss could have these sizes.
+        """
+        single = self.ir.is_single_set
+        if single and problem.M != problem.N:
+            raise ArgumentError(
+                f"{self.ir.name} compares one set with itself, but M={problem.M} and "
+                f"N={problem.N}: give Problem(M=rows of z, N=the same, …)."
+            )
+        if self.ir.uses_positives and problem.M > problem.N:
+            raise ArgumentError(
+                f"{self.ir.name} at M={problem.M}, N={problem.N}: the positive of row i is column "
+                "i, so there may not be more rows. Swap the operands, or call it with ids and "
+                "without problem=."
+            )
         names = {op.name for op in self.ir.operands if not op.stop} | set(self.ir.parameters)
         return CallSignature(
             M=problem.M,

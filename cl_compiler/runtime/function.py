@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cl_compiler.errors import ArgumentError, NonFiniteError, NoPositiveError, NotPlannedError
+from cl_compiler.runtime.signatures import CallSignature, LoadedVariant, LossSignature
 
 _DTYPES = {
     torch.float64: "float64",
@@ -23,71 +23,6 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-
-
-@dataclass(frozen=True)
-class LossSignature:
-    """What a loss is called with: names and kinds, nothing of how it is computed.
-
-    ``operands``: (name, axes); ``inputs``: (name, axis); ``parameters``: names.
-    """
-
-    name: str
-    operands: tuple[tuple[str, tuple[str, ...]], ...]
-    inputs: tuple[tuple[str, str], ...]
-    parameters: tuple[str, ...]
-    uses_positives: bool
-    stops: frozenset[str] = frozenset()
-
-    @property
-    def single_set(self) -> bool:
-        return any(axes == ("rows", "cols") for _, axes in self.operands)
-
-
-@dataclass(frozen=True)
-class CallSignature:
-    """What of a call decides its code: sizes, dtype, positives, required gradients."""
-
-    M: int
-    N: int
-    D: int
-    dtype: str
-    widths: tuple[tuple[str, int], ...] = ()
-    slots: int = 0
-    bank: int = 0
-    positives: str = "diagonal"
-    needs: frozenset[str] = frozenset()
-    contiguous_copies: int = 0
-
-    @property
-    def size_class(self) -> tuple[int, ...]:
-        """Sizes up to the next power of two share a variant."""
-        return tuple((s - 1).bit_length() for s in (self.M, self.N, self.bank))
-
-    def covers(self, other: CallSignature) -> bool:
-        """Whether a plan for this signature also serves ``other``."""
-        same = replace(
-            other, M=self.M, N=self.N, bank=self.bank, contiguous_copies=self.contiguous_copies
-        )
-        return (
-            same == self
-            and other.M <= self.M
-            and other.N <= self.N
-            and other.bank <= self.bank
-            and other.contiguous_copies <= self.contiguous_copies
-        )
-
-
-@dataclass(frozen=True)
-class LoadedVariant:
-    """Generated code that is ready to run, and where it came from."""
-
-    signature: CallSignature
-    module: ModuleType
-    plan: Any
-    source: str
-    source_path: str | None
-    cached: bool
 
 
 Specialise = Callable[[CallSignature], LoadedVariant]
@@ -434,3 +369,6 @@ class CompiledLoss(nn.Module):
     def extra_repr(self) -> str:
         latest = "not specialised yet" if self._latest is None else repr(self._latest.plan.schedule)
         return f"{self.signature.name}, {latest}"
+
+
+__all__ = ["CallSignature", "CompiledLoss", "LoadedVariant", "LossSignature"]
