@@ -36,6 +36,11 @@ def define_loss(
                     f"{trace.name}: {parameter} cannot be traced; name each parameter, and make "
                     "a factory for structural constants."
                 )
+            if parameter.default is not parameter.empty:
+                raise LossDefinitionError(
+                    f"{trace.name}: {parameter} has a default, which a compiled loss cannot keep; "
+                    "pass the value in each call, or make a factory for structural constants."
+                )
             if name == "sim":
                 args[name] = similarity(x, y)
             elif name in ("x", "y", "z"):

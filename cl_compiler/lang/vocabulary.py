@@ -43,6 +43,15 @@ class OperandRef:
             )
         return replace(self, prefix=key.stop)
 
+    def _refuse(self, *_: Any) -> Any:
+        raise LossDefinitionError(
+            f"{self.name} is an operand, not a value: only cl.similarity and cl.norm read it. "
+            "Scale the similarity instead, e.g. 2 * cl.similarity(cl.x, cl.y)."
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __matmul__ = __neg__ = __pow__ = _refuse
+
     def _view(self, axis: str) -> View:
         trace = running()
         known = trace.operands.setdefault(self.name, Operand(self.name, self.axes, self.stop))

@@ -299,3 +299,19 @@ def test_a_loss_is_a_value_that_pickles(case):
     again = pickle.loads(pickle.dumps(case.loss))
     assert again == case.loss
     assert again.value == case.loss.value and isinstance(again.value, sp.Expr)
+
+
+def test_a_default_that_could_not_be_kept_is_refused():
+    with pytest.raises(LossDefinitionError, match="has a default"):
+
+        @cl.define_loss
+        def loss(sim, logit_scale=2.0):
+            return cl.mean(cl.logsumexp(logit_scale * sim, over=cl.cols), over=cl.rows)
+
+
+def test_arithmetic_on_an_operand_is_refused():
+    with pytest.raises(LossDefinitionError, match="is an operand"):
+
+        @cl.define_loss
+        def loss(logit_scale):
+            return cl.mean(cl.logsumexp(cl.x * 2, over=cl.cols), over=cl.rows)
