@@ -51,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     picture = path.with_suffix(".png")
     plot(content["cases"], picture)
     write_table(case_table(done))
-    if not options.quick:
-        write_table(claim_table(check_claims(done)))
+    claims = check_claims(done)
+    if claims and not options.quick:
+        write_table(claim_table(claims))
     write(f"{path}\n{picture}")
     errors = [row["error"] for entry in done for row in entry["rows"].values() if row["error"]]
     return sum(not error.startswith("skipped: ") for error in errors)
