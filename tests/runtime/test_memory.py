@@ -70,7 +70,7 @@ def test_a_fresh_process_stays_within_the_budget(budget):
 @pytest.mark.parametrize("budget", LARGE_BUDGETS)
 def test_a_fresh_process_stays_within_the_budget_at_full_size(budget):
     """Gradients take 64 MiB, the matrix would take 1024."""
-    check(LARGE, budget, threads=2)
+    check(LARGE, budget, threads=1)
 
 
 def check(sizes: tuple[int, int, int], budget: str, threads: int) -> None:
