@@ -129,7 +129,7 @@ def test_training_learns_and_an_epoch_is_what_it_says() -> None:
 
 
 def test_the_quicker_arm_goes_on_until_seconds_are_equal() -> None:
-    arms = [arm("slow", 50, slowly(0.05)), arm("quick", 50, slowly(0.01))]
+    arms = [arm("slow", 50, slowly(0.4)), arm("quick", 50, slowly(0.01))]
     slow, quick = train(arms, dataset(), MODEL, Schedule((1e-3,), 3))
     assert slow.evaluations[-1].whole_epochs == 3
     assert quick.evaluations[-1].whole_epochs > 3
