@@ -28,6 +28,7 @@ def measurements(path: Path) -> str:
     cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
     lines = [line for case in cases if case["case"]["group"] in GROUPS for line in rows_of(case)]
     where = cases[0]["environment"]
+    busy = any(row.get("dirty") for case in cases for row in case["rows"].values())
     machine, versions = where["machine"], where["versions"]
     return "\n".join(
         [
@@ -35,7 +36,8 @@ def measurements(path: Path) -> str:
             f"({machine['arch']}, {machine['cores']} cores) with PyTorch {versions['torch']}; "
             "medians. One thread is timed in CPU time, several in wall time. Memory is the peak "
             "of live tensors beyond the inputs. Every repetition is in "
-            f"[{path.name}]({path.relative_to(ROOT).as_posix()}).",
+            f"[{path.name}]({path.relative_to(ROOT).as_posix()})."
+            + (" Other work ran on the machine meanwhile, which the file marks." if busy else ""),
             "",
             "| loss | M = N | D | threads | dense | compiled | dense / compiled | memory: dense "
             "| compiled | schedule |",

@@ -28,7 +28,16 @@ ROOTS = tuple(root for root in sources.installed_roots(("mpmath",)) if root.pack
 
 
 def settings(out: Path) -> DemoSettings:
-    return replace(QUICK, out=out, batch=64, budget_bytes=40_000, dim=16, epochs=2, max_files=None)
+    return replace(
+        QUICK,
+        out=out,
+        batch=64,
+        budget_bytes=40_000,
+        dim=16,
+        epochs=2,
+        max_files=None,
+        seconds=3600,
+    )
 
 
 def planned(function: Callable[[Tensor, Tensor, Tensor], Tensor] = dense_loss) -> Any:
@@ -112,7 +121,9 @@ def test_an_interrupt_in_training_reports_what_was_done(tmp_path: Path) -> None:
         return dense_loss(x, y, scale)
 
     before = signal.getsignal(signal.SIGINT)
-    code, printed = run(tmp_path / "out", tmp_path / "cache", planned(interrupting), epochs=40, seconds=3600)
+    code, printed = run(
+        tmp_path / "out", tmp_path / "cache", planned(interrupting), epochs=40, seconds=3600
+    )
     assert code == INTERRUPTED
     assert "Run the same command again" in printed
     assert signal.getsignal(signal.SIGINT) is before
