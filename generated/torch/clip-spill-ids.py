@@ -516,6 +516,7 @@ class Loss(torch.autograd.Function):
             for index, name in enumerate(GRADIENTS):
                 argument = ctx.saved_tensors[ARGUMENTS.index(name)]
                 gradients[index] = gradients[index].to(argument.dtype).expand(argument.shape)
-        gradients = _Once.apply(*gradients) if torch.is_grad_enabled() else gradients
+        if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
+            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
         by_name = dict(zip(GRADIENTS, gradients, strict=True))
         return tuple(by_name.get(name) for name in ARGUMENTS)
