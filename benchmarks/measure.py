@@ -25,7 +25,7 @@ from cl_compiler.runtime.measure import (
     thread_limit,
 )
 
-__all__ = ["run_case", "step_count"]
+__all__ = ["plan_entry", "run_case", "step_count"]
 
 Entry = dict[str, Any]
 
@@ -104,7 +104,7 @@ def _prepare_all(
             continue
         plan = prepared[name].plan
         if plan is not None:
-            rows[name]["plan"] = _plan(plan)
+            rows[name]["plan"] = plan_entry(plan)
     return prepared, rows
 
 
@@ -112,7 +112,8 @@ def _first_plan(prepared: Mapping[str, Prepared]) -> Plan | None:
     return next((p.plan for p in prepared.values() if p.plan is not None), None)
 
 
-def _plan(plan: Plan) -> Entry:
+def plan_entry(plan: Plan) -> Entry:
+    """What a results file says about a plan."""
     return {
         "schedule": plan.schedule,
         "tile": [plan.tile.rows, plan.tile.cols],

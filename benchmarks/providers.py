@@ -138,7 +138,7 @@ def open_clip(x: Tensor, y: Tensor, *, logit_scale: Tensor) -> Tensor:
     """
     logits_per_image = logit_scale * x @ y.T
     logits_per_text = logit_scale * y @ x.T
-    labels = torch.arange(len(x), dtype=torch.long)
+    labels = torch.arange(len(x), device=x.device, dtype=torch.long)
     images = F.cross_entropy(logits_per_image, labels)
     texts = F.cross_entropy(logits_per_text, labels)
     return (images + texts) / 2

@@ -15,7 +15,7 @@ from typing import Any
 from cl_compiler import __version__
 from cl_compiler.hardware.cpu import cpu_facts
 
-__all__ = ["default_path", "environment", "merge"]
+__all__ = ["FORMAT", "default_path", "environment", "load", "merge", "save", "slug_of"]
 
 ROOT = Path(__file__).resolve().parent
 FORMAT = 1
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
         "versions": {
             "cl_compiler": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "sympy", "numpy")},
+            **{name: _version(name) for name in ("torch", "triton", "sympy", "numpy")},
         },
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
@@ -48,10 +48,14 @@ def environment() -> dict[str, Any]:
 def default_path() -> Path:
     """``results/cpu-<machine>-<date>.json``."""
     facts = cpu_facts()
-    words = "".join(c if c.isalnum() else " " for c in facts.model.lower()).split()
-    words = [w for w in words if w not in ("r", "tm", "cpu", "processor")]
-    name = "-".join([*words[:4], f"{facts.cores}c"])
+    name = f"{slug_of(facts.model)}-{facts.cores}c"
     return ROOT / "results" / f"cpu-{name}-{datetime.now(UTC):%Y-%m-%d}.json"
+
+
+def slug_of(model: str) -> str:
+    """A device's name as part of a file's: its first four words that say something."""
+    words = "".join(c if c.isalnum() else " " for c in model.lower()).split()
+    return "-".join([w for w in words if w not in ("r", "tm", "cpu", "processor")][:4])
 
 
 def merge(path: Path, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -60,18 +64,29 @@ def merge(path: Path, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         What the file now holds.
     """
-    earlier: list[dict[str, Any]] = []
-    if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        earlier = content["cases"] if content.get("format") == FORMAT else []
+    content = load(path)
     fresh = {case["key"] for case in cases}
-    kept = [case for case in earlier if case["key"] not in fresh]
-    content = {"format": FORMAT, "cases": [*kept, *cases]}
+    kept = [case for case in content["cases"] if case["key"] not in fresh]
+    content = {**content, "cases": [*kept, *cases]}
+    save(path, content)
+    return content
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What a results file holds; an empty one if there is none, or none of this format."""
+    empty: dict[str, Any] = {"format": FORMAT, "cases": []}
+    if not path.exists():
+        return empty
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content if content.get("format") == FORMAT else empty
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a results file so that whoever reads it, or kills this, finds the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-    return content
 
 
 def _version(name: str) -> str:

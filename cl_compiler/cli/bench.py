@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -111,6 +112,26 @@ def bench(
     repeats: Annotated[
         int, typer.Option("--repeats", "-r", min=1, help="Repetitions of each, interleaved.")
     ] = 5,
+    compare_files: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Measure nothing: show FILES of the repository's benchmarks as tables, ratios, "
+            "a verdict and figures.",
+        ),
+    ] = False,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Results files, with --compare.", metavar="[FILES]..."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder of the figures. [default: beside the first file]",
+            show_default=False,
+        ),
+    ] = None,
     json: opt.Json = False,
 ) -> None:
     """Measure a compiled loss and the dense formula side by side: forward and backward.
@@ -118,6 +139,9 @@ def bench(
     One thread is timed in CPU time, several in wall time. Memory is what a step takes beyond its
     inputs, gradients included.
     """
+    if compare_files or files or out is not None:
+        _show_files(compare_files, files or [], out)
+        return
     from cl_compiler.cli.requests import ask, problem_of
     from cl_compiler.cli.user_loss import find_loss
 
@@ -141,6 +165,17 @@ def bench(
         write_json(asdict(found))
     else:
         _print(found)
+
+
+def _show_files(is_asked: bool, files: list[Path], out: Path | None) -> None:
+    if not (is_asked and files):
+        raise typer.BadParameter(
+            "--compare and the results files belong together: "
+            "cl-compiler bench --compare benchmarks/results/FILE.json"
+        )
+    from cl_compiler.cli.compare import show
+
+    show(files, out or files[0].parent)
 
 
 def compare(

@@ -24,7 +24,7 @@ def dense_clip(x: Tensor, y: Tensor, *, logit_scale: Tensor) -> Tensor:
     import torch.nn.functional as F
 
     logits = logit_scale * x @ y.T
-    labels = torch.arange(len(x))
+    labels = torch.arange(len(x), device=x.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T[: len(x)], labels)) / 2
 
 
@@ -33,7 +33,7 @@ def dense_infonce(x: Tensor, y: Tensor, *, logit_scale: Tensor) -> Tensor:
     import torch
     import torch.nn.functional as F
 
-    return F.cross_entropy(logit_scale * x @ y.T, torch.arange(len(x)))
+    return F.cross_entropy(logit_scale * x @ y.T, torch.arange(len(x), device=x.device))
 
 
 def dense_siglip(x: Tensor, y: Tensor, *, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def dense_siglip(x: Tensor, y: Tensor, *, logit_scale: Tensor, logit_bias: Tenso
     import torch.nn.functional as F
 
     logits = logit_scale * x @ y.T + logit_bias
-    labels = 2 * torch.eye(len(x), len(y), dtype=x.dtype) - 1
+    labels = 2 * torch.eye(len(x), len(y), dtype=x.dtype, device=x.device) - 1
     return -F.logsigmoid(labels * logits).sum() / len(x)
 
 
@@ -53,7 +53,8 @@ def dense_nt_xent(z: Tensor, *, logit_scale: Tensor) -> Tensor:
 
     logits = logit_scale * z @ z.T
     logits.fill_diagonal_(-torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z) // 2))
+    views = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+    return F.cross_entropy(logits, views)
 
 
 DENSE: Mapping[str, DenseFormula] = {

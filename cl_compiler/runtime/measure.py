@@ -275,20 +275,27 @@ def thread_limit(threads: int) -> Iterator[None]:
 
 
 def planted_pairs(
-    rows: int, cols: int, width: int, dtype: torch.dtype = torch.float32, *, seed: int = 0
+    rows: int,
+    cols: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    cosine: float = 0.5**0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit-length features as in training: each row resembles the column with its number.
 
-    The cosine of a positive pair is about 0.7, that of any other pair about 0 ± 1/√width.
+    The cosine of a positive pair is about ``cosine``, that of any other pair about 0 ± 1/√width.
 
     Returns:
         x [rows, width] and y [cols, width].
     """
-    source = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, width, generator=source)
-    y = torch.randn(cols, width, generator=source)
+    source = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(rows, width, generator=source, device=device)
+    y = torch.randn(cols, width, generator=source, device=device)
     shared = min(rows, cols)
-    y[:shared].add_(x[:shared])
+    y[:shared].add_(x[:shared], alpha=cosine / (1 - cosine**2) ** 0.5)
     for features in (x, y):
         features.div_(torch.linalg.vector_norm(features, dim=1, keepdim=True))
     return x.to(dtype), y.to(dtype)

@@ -1,0 +1,123 @@
+"""The results file while it grows, and a note beside it of what is being done right now.
+
+Everything is on disk as soon as it exists: whoever kills a run loses the measurement in hand, and
+the note says which that was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import load, save
+
+__all__ = ["Journal", "read_note"]
+
+Entry = dict[str, Any]
+
+
+class Journal:
+    """One run's view of a results file.
+
+    The file holds ``runs`` (by id: device, versions, clocks) and ``cases`` (by key: rows by
+    provider).  An entry is ``done`` when nothing is left to measure in it.
+    """
+
+    def __init__(self, path: Path, run: str, *, resume: bool = False) -> None:
+        self.path, self.run, self.resume = path, run, resume
+        self.content = load(path)
+        self.content.setdefault("runs", {})
+
+    @property
+    def note_path(self) -> Path:
+        """Where the note of the measurement in hand lies."""
+        return self.path.with_suffix(".now")
+
+    def begin_run(self, described: Mapping[str, Any]) -> None:
+        """Record what this run runs on; the first worker of a run does so.
+
+        Raises:
+            ValueError: the file holds another device's results.
+        """
+        name = described["device"]["name"]
+        others = {r["device"]["name"] for r in self.content["runs"].values()} - {name}
+        if others:
+            raise ValueError(
+                f"{self.path.name} holds results of {', '.join(sorted(others))}, this is {name}; "
+                "give another file with --out"
+            )
+        self.content["runs"].setdefault(self.run, dict(described))
+        self.save()
+
+    def end_run(self, **more: Any) -> None:
+        """Add to what is known of this run."""
+        self.content["runs"].get(self.run, {}).update(more)
+        self.save()
+
+    def entry(self, key: str) -> Entry | None:
+        """This run's entry, or an earlier run's finished one that is resumed; else None."""
+        for entry in self.content["cases"]:
+            if entry["key"] == key and (entry["run"] == self.run or self.resume):
+                found: Entry = entry
+                return found
+        return None
+
+    def is_done(self, key: str) -> bool:
+        """Whether nothing is left to measure."""
+        entry = self.entry(key)
+        return entry is not None and bool(entry["done"])
+
+    def failed_for_good(self, key: str) -> dict[str, Entry]:
+        """Rows of providers that took this run's worker down, and so are not tried again."""
+        entry = self.entry(key)
+        if entry is None or entry["run"] != self.run:
+            return {}
+        return {name: row for name, row in entry["rows"].items() if row.get("fatal")}
+
+    def write(self, entry: Entry) -> None:
+        """Put an entry in place of the earlier one with its key, and save."""
+        entry["run"] = self.run
+        cases = self.content["cases"]
+        for index, other in enumerate(cases):
+            if other["key"] == entry["key"]:
+                cases[index] = entry
+                break
+        else:
+            cases.append(entry)
+        self.save()
+
+    def save(self) -> None:
+        save(self.path, self.content)
+
+    @contextmanager
+    def doing(self, key: str, provider: str) -> Iterator[None]:
+        """Leave a note while something runs that may never come back."""
+        note = {"key": key, "provider": provider, "since": time.time(), "run": self.run}
+        temporary = self.note_path.with_suffix(".now.tmp")
+        temporary.write_text(json.dumps(note), encoding="utf-8")
+        temporary.replace(self.note_path)
+        yield
+        self.note_path.unlink(missing_ok=True)  # not in a finally: what kills this must leave it
+
+    def blame(self, note: Mapping[str, Any], error: str) -> None:
+        """Write down what a provider did that took the worker with it."""
+        entry = self.entry(note["key"])
+        if entry is None or entry["run"] != self.run:
+            return
+        entry["rows"].setdefault(note["provider"], {})
+        entry["rows"][note["provider"]] |= {"error": error, "fatal": True}
+        self.save()
+        self.note_path.unlink(missing_ok=True)
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """The note of a measurement in hand, if there is one."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found

@@ -1,0 +1,227 @@
+"""``cl-compiler bench --compare FILE…``: results files as tables, ratios, a verdict and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cl_compiler.cli.output import Table, write, write_table
+from cl_compiler.cli.results import Ceiling, Judged, Line, Results, read_results
+from cl_compiler.units import format_bytes, format_flops, format_rate, format_seconds
+
+__all__ = ["show", "tables_of"]
+
+WORST_ERROR = 0.05
+"""Relative error of a gradient above which a provider's time is not comparable; bf16 inputs give
+0.2 to 2 %."""
+GRADIENTS = ("d_x", "d_y", "d_z")
+
+
+def show(paths: Sequence[Path], folder: Path | None = None) -> None:
+    """Print every file's tables, what changed between files, and draw figures.
+
+    Args:
+        paths: results files.
+        folder: for the figures; None draws none.
+
+    Raises:
+        ArgumentError: a file cannot be read or is no results file.
+    """
+    found = [read_results(path) for path in paths]
+    for results in found:
+        write(f"{results.device or results.path.name}: {results.about}")
+        for table in tables_of(results):
+            write_table(table)
+        if results.early:
+            write(f"{results.path.name} ended early: {results.early}; go on with --resume")
+    if len(found) > 1 and (changed := _between(found)).rows:
+        write_table(changed)
+    if folder is not None:
+        from cl_compiler.cli.compare_plots import draw
+
+        for results in found:
+            for picture in draw(results, folder):
+                write(str(picture))
+    for results in found:
+        write(str(results.path))
+
+
+def tables_of(results: Results) -> Iterator[Table]:
+    """Limits, correctness, speed and verdict, as far as the file has them."""
+    if results.ceilings:
+        yield _ceilings(results)
+    if results.judged:
+        yield _correctness(results.judged)
+    if results.lines:
+        yield _without_empty_columns(_speed(results))
+        verdict = _verdict(results)
+        if verdict.rows:
+            yield verdict
+
+
+def _ceilings(results: Results) -> Table:
+    rows = []
+    for c in results.ceilings:
+        name = c.key.removeprefix("ceilings: ")
+        rows.append((name, c.error or _rate(c), "" if c.error else f"{c.spread:.1%}"))
+    return Table("Limits", ("what", "rate", "spread"), tuple(rows), frozenset({1, 2}))
+
+
+def _rate(ceiling: Ceiling) -> str:
+    match ceiling.unit:
+        case "FLOP/s":
+            return format_flops(ceiling.rate)
+        case "B/s":
+            return format_rate(ceiling.rate)
+        case _:
+            return f"{ceiling.rate:.3g} {ceiling.unit}"
+
+
+def _correctness(judged: Sequence[Judged]) -> Table:
+    rows: list[tuple[str, ...]] = []
+    last = ""
+    for j in judged:
+        title, last = ("" if j.case == last else j.case), j.case
+        if j.error:
+            rows.append((title, j.provider, "", "", "", "", "", j.error))
+            continue
+        left = j.errors.get("d_x", j.errors.get("d_z"))
+        cells = (j.errors.get("value"), left, j.errors.get("d_y"),
+                 j.errors.get("d_logit_scale"), j.errors.get("d_logit_bias"))  # fmt: skip
+        said = "the same bits twice" if j.repeats else ""
+        rows.append((title, j.provider, *(_error(e) for e in cells), said))
+    heads = ("errors against float64", "provider", "value", "dX", "dY", "dscale", "dbias", "")
+    return Table("Correctness", heads, tuple(rows), frozenset(range(2, 7)))
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _speed(results: Results) -> Table:
+    rows: list[tuple[str, ...]] = []
+    last = ""
+    for line in results.lines:
+        title, last = ("" if line.key == last else line.size), line.key
+        name = line.provider + (f" ({line.note})" if line.note else "")
+        if line.error or line.seconds is None:
+            rows.append((title, name, *[""] * 8, line.error or "no time left"))
+            continue
+        ours = _ours(results.lines, line.key)
+        ratio = line.seconds / ours.seconds if ours and ours.seconds and line is not ours else None
+        rows.append((
+            title, name, _seconds(line.forward_s), _seconds(line.backward_s),
+            format_seconds(line.seconds), "" if ratio is None else f"{ratio:.2f}",
+            format_flops(line.flops / line.seconds) if line.flops else "",
+            _share(line.ceiling), _share(line.same_width),
+            "-" if line.live_bytes is None else format_bytes(line.live_bytes),
+            _caution(results, line),
+        ))  # fmt: skip
+    heads = ("speed", "provider", "forward", "backward", "both", "it/ours", "least work",
+             "of best", "of K=D", "memory", "")  # fmt: skip
+    return Table("Speed and memory beyond the inputs", heads, tuple(rows), frozenset(range(2, 10)))
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """A CPU's file does not tell the forward from the backward, nor count the least work."""
+    kept = [i for i, head in enumerate(table.columns) if not head or any(r[i] for r in table.rows)]
+    rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
+    numbers = frozenset(new for new, old in enumerate(kept) if old in table.numbers)
+    return Table(table.title, tuple(table.columns[i] for i in kept), rows, numbers)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else format_seconds(value)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _caution(results: Results, line: Line) -> str:
+    """What keeps a time from being taken at its face value."""
+    said = []
+    worst = _worst_error(results.judged, line)
+    if worst is not None and worst > WORST_ERROR:
+        said.append(f"gradients wrong by {worst:.0%}")
+    if line.spread is not None and line.spread > 0.1:
+        said.append(f"spread {line.spread:.0%}")
+    return ", ".join(said)
+
+
+def _worst_error(judged: Sequence[Judged], line: Line) -> float | None:
+    found = [
+        value
+        for j in judged
+        if (j.loss, j.scale, j.provider) == (line.loss, line.scale, line.provider)
+        for name, value in j.errors.items()
+        if name in GRADIENTS and value is not None
+    ]
+    # NaN compares false with everything, and is the worst of all.
+    return max((float("inf") if v != v else v for v in found), default=None)
+
+
+def _ours(lines: Sequence[Line], key: str) -> Line | None:
+    """The compiled loss whose schedule the planner chose, else the fastest one."""
+    found = [line for line in lines if line.key == key and line.is_ours and line.seconds]
+    chosen = next((line for line in found if ":" not in line.provider), None)
+    return chosen or min(found, key=lambda line: line.seconds or 0.0, default=None)
+
+
+def _verdict(results: Results) -> Table:
+    """For each size: the compiled loss beside the fastest and the leanest of the others."""
+    rows = []
+    for key in dict.fromkeys(line.key for line in results.lines):
+        ours = _ours(results.lines, key)
+        others = [line for line in results.lines if line.key == key and not line.is_ours]
+        others = [line for line in others if line.seconds and line.provider != "gemm"
+                  and (_worst_error(results.judged, line) or 0.0) <= WORST_ERROR]  # fmt: skip
+        if not others:
+            continue
+        if ours is None or ours.seconds is None:
+            size = next(line.size for line in results.lines if line.key == key)
+            rival = min(others, key=lambda line: line.seconds or 0.0)
+            rows.append((size, "-", rival.provider, "", "DID NOT RUN", "", "", ""))
+            continue
+        rival = min(others, key=lambda line: line.seconds or 0.0)
+        ratio = (rival.seconds or 0.0) / ours.seconds
+        lean = min(others, key=lambda line: line.live_bytes or float("inf"))
+        rows.append((
+            ours.size, format_seconds(ours.seconds), rival.provider, f"{ratio:.2f}",
+            "ahead" if ratio >= 1 else "BEHIND", _memory(ours), f"{_memory(lean)} {lean.provider}",
+            _promise(ours),
+        ))  # fmt: skip
+    heads = ("verdict", "ours", "fastest other", "it/ours", "", "memory", "leanest other",
+             "promise")  # fmt: skip
+    return Table("Verdict", heads, tuple(rows), frozenset({1, 3, 5}))
+
+
+def _memory(line: Line) -> str:
+    return "-" if line.live_bytes is None else format_bytes(line.live_bytes)
+
+
+def _promise(line: Line) -> str:
+    if line.target is None or line.ceiling is None:
+        return ""
+    verdict = "met" if line.ceiling >= line.target else "MISSED"
+    return f">= {line.target:.2f} of the best product: {line.ceiling:.2f}, {verdict}"
+
+
+def _between(found: Sequence[Results]) -> Table:
+    """The same measurements in several files: the first file's time, and others' over it."""
+    first, *rest = found
+    rows = []
+    for c in first.ceilings:
+        others = [next((o.rate for o in r.ceilings if o.key == c.key), 0.0) for r in rest]
+        if c.rate and any(others):
+            ratios = [f"{c.rate / o:.3f}" if o else "-" for o in others]
+            rows.append((c.key.removeprefix("ceilings: "), "library", "", *ratios))
+    for line in first.lines:
+        same = [next((o for o in r.lines if (o.key, o.provider) == (line.key, line.provider)), None)
+                for r in rest]  # fmt: skip
+        if line.seconds and any(o and o.seconds for o in same):
+            ratios = [f"{o.seconds / line.seconds:.3f}" if o and o.seconds else "-" for o in same]
+            rows.append((line.size, line.provider, format_seconds(line.seconds), *ratios))
+    names = [f"{r.path.stem} / it" for r in rest]
+    heads = ("between files, in time", "provider", first.path.stem, *names)
+    return Table("Between files", heads, tuple(rows), frozenset(range(2, 3 + len(rest))))
