@@ -1,0 +1,241 @@
+"""(Plan, Program) → variables of the Triton templates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy as sp
+
+from cl_compiler.codegen.context import build_context
+from cl_compiler.codegen.names import Names
+from cl_compiler.codegen.symbols import operand_scale
+from cl_compiler.codegen.triton.core import CoreTile, core_tile
+from cl_compiler.codegen.triton.sweeps import StageText, SweepPrinter
+from cl_compiler.lang.ir import View
+from cl_compiler.lang.program import Pass, Program
+from cl_compiler.lang.sweeps import SweepPlan
+from cl_compiler.lang.tile_ir import Mode
+from cl_compiler.plan.types import DTYPE_BYTES, Plan
+
+HELPERS = (
+    "_exp",
+    "_sigmoid",
+    "_softplus",
+    "_relu",
+    "_maximum",
+    "_expm1",
+    "_logaddexp",
+    "_power",
+    "_fold",
+    "_crosses",
+    "_logsumexp",
+    "_softmean",
+    "_merge_logsumexp",
+    "_merge_softmean",
+    "_log1p",
+    "_finish_logsumexp",
+    "_inverse",
+    "_ratio",
+    "_present",
+    "_to_columns",
+    "_logsubexp",
+    "_one_minus_exp",
+    "_largest_norm",
+    "TIE_TOLERANCE",
+)
+NEEDED_BY = {
+    "_softplus": ("_log1p",),
+    "_logaddexp": ("_log1p",),
+    "_merge_softmean": (),
+    "_logsubexp": ("_one_minus_exp",),
+}
+
+
+@dataclass
+class LateText:
+    """A gradient at the positives that is only known after the sweep over its matrix."""
+
+    coefficient: str
+    left: str
+    right: str
+    d_left: str
+    d_right: str
+
+
+def build_triton_context(
+    plan: Plan, program: Program, arch: str, core: CoreTile | None = None
+) -> dict[str, Any]:
+    """Everything that the templates read; ``core``: a tile for all kernels, else one for each."""
+    if program.fused and "bounded" in program.modes:
+        # A guard is known when the gradients are formed already: the safe kernel alone, then.
+        program = replace(program, modes=("running",))
+    common = build_context(plan, program)
+    names = Names(program.plan)
+    operands = {op.name: plan.problem.operands.get(op.name, plan.problem.D) for op in _ops(program)}
+
+    def tile_of(pass_: Pass, mode: Mode) -> CoreTile:
+        return core_tile(plan, pass_, mode, arch) if core is None else core
+
+    descriptors = _has_descriptors(arch) and _aligned(operands.values(), plan)
+    printer = SweepPrinter(program, names, tile_of, operands, _dot_precision(plan), descriptors)
+    forward = [printer.stage(s, "forward", True) for s in program.forward]
+    backward = [printer.stage(s, "backward", False) for s in program.backward]
+    own = _texts(program, printer)
+    stages = [*forward, *backward]
+    sweeps = [s for stage in stages for call in stage.calls for s in call.sweeps]
+    lines = [line for s in stages for c in s.calls for line in c.lines]
+    lines += [line for s in stages for line in s.vectors]
+    kernels = [k for s in sweeps for k in s.kernels]
+    lines += [t for k in kernels for t in (*k.body, *k.start, *k.finish)]
+    lines += _strings(own)
+    unsure = {message for message, _ in common["required"]}  # type: ignore[attr-defined]
+    tile = _panel(plan, [k.tile for k in kernels])
+    return {
+        **common,
+        **own,
+        "required": [r for r in own["required"] if r[0] in unsure],
+        "arch": arch,
+        "descriptors": descriptors,
+        "forward": forward,
+        "backward": backward,
+        "sweeps": sweeps,
+        "panel": tile,
+        "guarded": len(program.modes) > 1,
+        "inverses": _inverses(program, printer),
+        "saved": [names(n) for n in program.plan.saved],
+        "helpers": _helpers("\n".join(lines)),
+        "kinds": {p.kind for k in kernels for p in k.partials},
+        "has_strips": any(k.in_strips for k in kernels),
+        "has_products": any(k.gradients for k in kernels),
+        "anchor": printer.host.anchor,
+        "nvidia": arch.startswith("sm_"),
+        "precision": _dot_precision(plan),
+        "sixteen": DTYPE_BYTES[plan.problem.dtype] == 2,
+        "needs_rows": "_largest_norm" in "".join(lines)
+        or bool(common["dots"] or common["positive_sims"] or common["norms"]),
+    }
+
+
+def _has_descriptors(arch: str) -> bool:
+    """Whether the machine copies tiles by descriptors, which spares registers of addresses."""
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+
+
+def _aligned(widths: Iterable[int], plan: Plan) -> bool:
+    """Whether rows start at multiples of 16 bytes, as descriptors require."""
+    return all(w * DTYPE_BYTES[plan.problem.dtype] % 16 == 0 for w in widths)
+
+
+def _ops(program: Program) -> tuple[Any, ...]:
+    return program.plan.ir.operands
+
+
+def _dot_precision(plan: Plan) -> str:
+    if DTYPE_BYTES[plan.problem.dtype] == 2:
+        return ""
+    return {"auto": "bf16x3", "bf16": "bf16x3"}.get(plan.precision, plan.precision)
+
+
+def _panel(plan: Plan, cores: Iterable[CoreTile]) -> tuple[int, int]:
+    """Rows and columns of one launch: what the plan says, in whole tiles."""
+    cores = list(cores)
+    rows = max((c.rows for c in cores), default=1)
+    cols = max((c.cols for c in cores), default=1)
+    return -(-plan.tile.rows // rows) * rows, -(-plan.tile.cols // cols) * cols
+
+
+def _inverses(program: Program, printer: SweepPrinter) -> list[str]:
+    if "bounded" not in program.modes or program.fused:
+        return []
+    return [printer.host.inverse(r) for r in program.logsumexps]
+
+
+def _texts(program: Program, printer: SweepPrinter) -> dict[str, Any]:
+    """What ``build_context`` prints for tensors on a CPU, for tensors on a device."""
+    plan, names, vectors = program.plan, printer.names, printer.host.vectors()
+    ir, gradient = plan.ir, plan.gradient
+    grads: dict[str, str] = {}
+    norms: dict[str, list[tuple[str, str, str]]] = {op.name: [] for op in ir.operands}
+    if gradient is not None:
+        explicit: dict[str, sp.Expr] = {}
+        for n, expr in gradient.vectors.items():
+            leaf = plan.leaves[n]
+            if leaf.kind == "input":
+                explicit[n] = expr
+            elif leaf.kind == "norm" and leaf.left is not None:
+                part = "" if leaf.left.prefix is None else f"[:, :{leaf.left.prefix}]"
+                norms[leaf.left.operand].append((vectors.text(expr), names(n), part))
+        for n in ir.parameters:
+            if n in plan.needs:
+                explicit[n] = gradient.parameters.get(n, sp.Integer(0))
+        for n, expr in explicit.items():
+            terms = [
+                f"{'' if w == 1 else f'{float(w)} * '}_inner({op}, d_{op})"
+                for op, w in gradient.dots.get(n, ())
+            ]
+            if expr != 0 or not terms:
+                terms.insert(0, _as_tensor(vectors.text(expr), expr, n, plan, printer))
+            grads[names(n)] = " + ".join(terms)
+    return {
+        "value": vectors.text(ir.value),
+        "value_is_number": printer.host.numbers(ir.value),
+        "output_texts": [_as_tensor(vectors.text(e), e, "", plan, printer) for _, e in ir.outputs],
+        "required": [(m, vectors.text(e)) for m, e in ir.required],
+        "gradients": grads,
+        "late": _late(plan, printer),
+        "norm_gradients": norms,
+    }
+
+
+def _as_tensor(text: str, expr: sp.Expr, name: str, plan: SweepPlan, printer: SweepPrinter) -> str:
+    """Text that is a tensor also where the expression is a number."""
+    if not (expr.is_number or printer.host.numbers(expr)):
+        return f"({text})" if name else text
+    shape = "()"
+    if name and plan.leaves[name].kind == "input":
+        shape = f"{printer.names(name)}.shape"
+    anchor = printer.host.anchor
+    return f"torch.full({shape}, {text}, dtype=torch.float64, device={anchor}.device)"
+
+
+def _late(plan: SweepPlan, printer: SweepPrinter) -> list[LateText]:
+    result = []
+    for sim in plan.late_positives:
+        leaf = plan.leaves[sim]
+        assert plan.gradient is not None and leaf.left is not None and leaf.right is not None
+        text = printer.host.vectors().text(plan.gradient.positives[sim])
+        for side, view in (("left", leaf.left), ("right", leaf.right)):
+            if view.operand not in plan.needs or view.stop:
+                continue
+            own = leaf.scale and operand_scale(plan, view.operand) == "mixed"
+            scaled = f"({text}) * {printer.names(leaf.scale or '')}" if own else text
+            targets = ["None", "None"]
+            targets[side == "right"] = f"d_{_whole(view)}"
+            result.append(LateText(scaled, _whole(leaf.left), _whole(leaf.right), *targets))
+    return result
+
+
+def _whole(view: View) -> str:
+    return view.operand if view.prefix is None else f"{view.operand}[:, :{view.prefix}]"
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in _strings(v)]
+    if isinstance(value, LateText):
+        return [value.coefficient]
+    return [t for v in value for t in _strings(v)] if isinstance(value, (list, tuple)) else []
+
+
+def _helpers(text: str) -> set[str]:
+    found = {h for h in HELPERS if (f"{h}(" in text or (h == "TIE_TOLERANCE" and h in text))}
+    for name in tuple(found):
+        found.update(NEEDED_BY.get(name, ()))
+    return found
+
+
+__all__ = ["StageText", "build_triton_context"]

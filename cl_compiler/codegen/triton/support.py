@@ -1,0 +1,17 @@
+"""Which programs the Triton back end serves; for the others, why not."""
+
+from __future__ import annotations
+
+from cl_compiler.lang.program import Program
+from cl_compiler.plan.types import Plan
+
+
+def obstacle(plan: Plan, program: Program) -> str:
+    """Why this plan cannot run as Triton kernels; "" where it can."""
+    if plan.problem.dtype == "float64":
+        return "float64 has no tensor cores; the torch template runs it on any device"
+    if program.schedule != "spill":
+        return f"schedule {program.schedule!r} has no Triton template yet; use 'spill'"
+    if any(p.is_slots for p in program.passes):
+        return "slots (a row's own candidates) have no Triton template yet"
+    return ""

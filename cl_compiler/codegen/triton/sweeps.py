@@ -1,0 +1,316 @@
+"""Passes as kernels with a launcher each, and the statements around their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cl_compiler.codegen.names import Names
+from cl_compiler.codegen.symbols import LENGTH, operand_scale, shift_owner
+from cl_compiler.codegen.triton.core import CoreTile
+from cl_compiler.codegen.triton.kernels import KernelPrinter
+from cl_compiler.codegen.triton.text import KernelText, Partial
+from cl_compiler.codegen.triton.vectors import DeviceStages
+from cl_compiler.lang.ir import View
+from cl_compiler.lang.lower import shift_of
+from cl_compiler.lang.lower_pass import bounded_logits
+from cl_compiler.lang.program import Pass, Program, Stage
+from cl_compiler.lang.tile_ir import GradientTile, Mode
+
+TileOf = Callable[[Pass, Mode], CoreTile]
+
+
+@dataclass
+class ProductText:
+    """``_add_product(total, left, right)``: a gradient tile into an operand's gradient."""
+
+    total: str
+    left: str
+    right: str
+    scale: str
+    mirrored: bool
+
+
+@dataclass
+class SweepText:
+    """The host function that launches the kernels of one pass, panel by panel."""
+
+    name: str
+    kernels: list[KernelText]
+    params: list[str]
+    accumulators: list[tuple[str, str, str]]
+    """(identifier, axis length, initial value)."""
+    folds: list[str]
+    """Statements after a launch."""
+    row_length: str
+    col_length: str
+    symmetric: bool
+
+    @property
+    def doc(self) -> str:
+        which = "one of two kernels, by ``unsafe``," if len(self.kernels) > 1 else "the kernel"
+        half = "the upper panels" if self.symmetric else "panels"
+        return f"Launch {which} on {half} of TILE_M by TILE_N, and fold what it leaves."
+
+    @property
+    def tile_name(self) -> str:
+        """The constant whose blocks all kernels of the launcher share."""
+        return self.kernels[0].tile_name
+
+    @property
+    def in_strips(self) -> bool:
+        return any(k.in_strips for k in self.kernels)
+
+    @property
+    def guarded(self) -> bool:
+        return any(k.guarded for k in self.kernels)
+
+    @property
+    def pointers(self) -> list[tuple[str, str]]:
+        return list(dict.fromkeys(p for k in self.kernels for p in k.pointers))
+
+    @property
+    def descriptors(self) -> list[tuple[str, str, str]]:
+        return list(dict.fromkeys(d for k in self.kernels for d in k.descriptors))
+
+    def scalars_of(self, kernel: KernelText) -> str:
+        """The name of a kernel's vector of scalars."""
+        return "scalars" if len(self.kernels) == 1 else f"scalars_{kernel.mode}"
+
+    @property
+    def results(self) -> list[str]:
+        return [a[0] for a in self.accumulators]
+
+    @property
+    def partials(self) -> list[Partial]:
+        return self.kernels[0].partials
+
+    @property
+    def gradients(self) -> list[str]:
+        return [g.workspace for g in self.kernels[0].gradients]
+
+
+@dataclass
+class SweepCall:
+    """Statements that run a pass: what comes before, the call or two, what comes after."""
+
+    lines: list[str] = field(default_factory=list)
+    sweeps: list[SweepText] = field(default_factory=list)
+
+
+@dataclass
+class StageText:
+    calls: list[SweepCall]
+    vectors: list[str]
+
+
+class SweepPrinter:
+    """Prints the passes of a program and everything around them."""
+
+    def __init__(
+        self,
+        program: Program,
+        names: Names,
+        tile_of: TileOf,
+        widths: dict[str, int],
+        precision: str,
+        descriptors: bool,
+    ) -> None:
+        self.program, self.plan, self.names = program, program.plan, names
+        self.tile_of, self.widths, self.precision = tile_of, widths, precision
+        self.descriptors = descriptors
+        self.host = DeviceStages(program, names)
+
+    def stage(self, stage: Stage, name: str, forward: bool) -> StageText:
+        stages = self.program.forward if forward else self.program.backward
+        alone = sum(bool(s.passes) for s in stages) == 1
+        calls = []
+        for index, pass_ in enumerate(stage.passes):
+            number = "" if alone else f"_{stage.level}"
+            letter = f"_{'abcdefgh'[index]}" if len(stage.passes) > 1 else ""
+            calls.append(self.call(pass_, f"_{name}_sweep{number}{letter}"))
+        return StageText(calls, [self.host.node(v) for v in stage.vectors])
+
+    # -- one pass --------------------------------------------------------------------------------
+
+    def call(self, pass_: Pass, name: str) -> SweepCall:
+        modes = self.program.modes
+        printers = [
+            KernelPrinter(
+                self.program,
+                pass_,
+                mode,
+                self.names,
+                f"{name}_{mode}" if len(modes) > 1 else name,
+                self.tile_of(pass_, mode),
+                self.descriptors,
+            )
+            for mode in modes
+        ]
+        kernels = [p.text(self.widths, self.precision) for p in printers]
+        for kernel in kernels:
+            kernel.guarded = len(modes) > 1
+        call = SweepCall()
+        if len(modes) == 1:
+            call.lines += self._hoisted(printers[0])
+            self._launch(call, pass_, name, kernels, "")
+            call.lines += self._finish(pass_, "", "")
+        elif pass_.gradients:
+            for printer in printers:
+                call.lines += self._hoisted(printer)
+            self._launch(call, pass_, name, kernels, "")
+        else:
+            self._guarded(call, pass_, printers, kernels)
+        return call
+
+    def _guarded(
+        self, call: SweepCall, pass_: Pass, printers: list[KernelPrinter], kernels: list[KernelText]
+    ) -> None:
+        """The bounded sweep, its guard, and the sweep that runs where the guard tripped."""
+        owners = bounded_logits(self.plan)
+        here = [r for r in self.program.logsumexps if r in pass_.reductions]
+        first, second = pass_.grid
+        terms = f"max({LENGTH[first]}, {LENGTH[second]})"
+        for expr, owner in owners.items():
+            if owner in {r.name for r in here}:
+                shift = self.names(shift_of(owner).name)
+                call.lines.append(f"{shift} = _shift({self.host.bound(expr)}, {terms})")
+        call.lines += self._hoisted(printers[0])
+        self._launch(call, pass_, kernels[0].name, kernels[:1], "")
+        for red in here:
+            shift = self.names(shift_of(shift_owner(self.program, red)).name)
+            sums = self.names(f"sum_{red.name}")
+            call.lines.append(f"unsafe = unsafe | _out_of_range({shift}, {sums}, {terms})")
+        call.lines += self._hoisted(printers[1])
+        self._launch(call, pass_, kernels[1].name, kernels[1:], "_safe")
+        call.lines += self._finish(pass_, "", "_safe")
+
+    def _hoisted(self, printer: KernelPrinter) -> list[str]:
+        vectors = self.host.vectors_of(printer.leaves, printer.is_python, printer.symbol)
+        return [f"{name} = {vectors.text(expr)}" for name, expr in printer.hoisted]
+
+    def _finish(self, pass_: Pass, suffix: str, safe: str) -> list[str]:
+        """Statistics from accumulators; of two modes, whichever ran."""
+        lines = []
+        for red in pass_.reductions:
+            if safe:
+                fast = self.host.finish(red, "bounded")
+                text = f"torch.where(unsafe, {self.host.finish(red, 'running', safe)}, {fast})"
+            else:
+                text = self.host.finish(red, self.program.modes[0], suffix)
+            target = self.names(red.name)
+            if text != target:
+                lines.append(f"{target} = {text}")
+        if safe:
+            here = [r for r in self.program.logsumexps if r in pass_.reductions]
+            lines += [self.host.inverse(r) for r in here]
+        return lines
+
+    def _launch(
+        self, call: SweepCall, pass_: Pass, name: str, kernels: list[KernelText], suffix: str
+    ) -> None:
+        sweep = self._sweep(pass_, name, kernels)
+        call.sweeps.append(sweep)
+        results = ", ".join(f"{r}{suffix}" for r in sweep.results)
+        call.lines.append(f"{results}{' = ' if results else ''}{name}({', '.join(sweep.params)})")
+
+    def _sweep(self, pass_: Pass, name: str, kernels: list[KernelText]) -> SweepText:
+        products = [p for g in _code(pass_).gradients for p in self.products(pass_, g)]
+        params: dict[str, None] = {}
+        for k in kernels:
+            params.update(dict.fromkeys(k.operands))
+        params = params or {self.host.anchor: None}  # a count of ids makes no products
+        params.update(dict.fromkeys(sorted({p.total.partition("[")[0] for p in products})))
+        params.update(dict.fromkeys([LENGTH[pass_.grid[0]], LENGTH[pass_.grid[1]]]))
+        params.update(dict.fromkeys(["half"] if any(k.halves for k in kernels) else []))
+        for k in kernels:
+            for _, host in [*k.scalars, *k.numbers, *k.pointers]:
+                params.update(dict.fromkeys(_identifiers(host)))
+        params.update(dict.fromkeys(p.scale for p in products if p.scale))
+        params.update({"unsafe": None} if kernels[0].guarded else {})
+        return SweepText(
+            name,
+            kernels,
+            list(params),
+            self._accumulators(pass_, kernels),
+            self._folds(kernels[0], products),
+            LENGTH[pass_.grid[0]],
+            LENGTH[pass_.grid[1]],
+            pass_.symmetric,
+        )
+
+    def _accumulators(self, pass_: Pass, kernels: list[KernelText]) -> list[tuple[str, str, str]]:
+        result: dict[str, tuple[str, str, str]] = {}
+        for partial in kernels[0].partials:
+            for position, target in enumerate(partial.targets):
+                if partial.mirrored:
+                    continue
+                largest = partial.kind == "max" or (partial.kind != "sum" and position == 0)
+                axis = LENGTH[pass_.grid[1 - partial.dim]]
+                result[target] = (target, axis, "-math.inf" if largest else "0.0")
+        same = all(
+            [(p.kind, p.targets) for p in k.partials]
+            == [(p.kind, p.targets) for p in kernels[0].partials]
+            for k in kernels
+        )
+        assert same, f"{self.plan.ir.name}: kernels of one launcher must have the same statistics"
+        return list(result.values())
+
+    def _folds(self, kernel: KernelText, products: list[ProductText]) -> list[str]:
+        """Partial statistics into vectors, gradient tiles into gradients."""
+        lines = []
+        for p in kernel.partials:
+            at, count, length = ("[i:i1]", "tiles", "m") if p.dim else ("[j:j1]", "strips", "n")
+            parts = [f"{n}[: {count} * {length}].view({count}, {length})" for n in p.names]
+            targets = [f"{t}{at}" for t in p.targets]
+            name = "_add_sums" if p.kind == "sum" else f"_add_{p.kind}"
+            statement = f"{name}({', '.join([*targets, *parts])})"
+            lines += ["if j != i:", f"    {statement}"] if p.mirrored else [statement]
+        for q in products:
+            scale = f", {q.scale}" if q.scale else ""
+            statement = f"_add_product({q.total}, {q.left}, {q.right}{scale})"
+            lines += ["if j != i:", f"    {statement}"] if q.mirrored else [statement]
+        return lines
+
+    # -- gradients -------------------------------------------------------------------------------
+
+    def products(self, pass_: Pass, g: GradientTile) -> list[ProductText]:
+        """What multiplies a gradient tile into the operands' gradients."""
+        assert not g.row_scale, "row scales belong to panels"
+        leaf = self.plan.leaves[g.similarity]
+        left, right = leaf.left, leaf.right
+        assert left is not None and right is not None
+        tile = f"g_{g.similarity}[:m, :n]"
+        result = []
+        for view, other, at, there, side in (
+            (left, right, "i:i1", "j:j1", "left"),
+            (right, left, "j:j1", "i:i1", "right"),
+        ):
+            if side not in pass_.sides or view.operand not in self.plan.needs or view.stop:
+                continue
+            own = leaf.scale and operand_scale(self.plan, view.operand) == "mixed"
+            result.append(
+                ProductText(
+                    _part(f"d_{view.operand}", at, view),
+                    tile if side == "left" else f"{tile}.T",
+                    _part(other.operand, there, other),
+                    self.names(leaf.scale) if own and leaf.scale else "",
+                    pass_.symmetric and side == "right",
+                )
+            )
+        return result
+
+
+def _code(pass_: Pass):  # type: ignore[no-untyped-def]
+    return next(iter(pass_.programs.values()))
+
+
+def _part(matrix: str, rows: str, view: View) -> str:
+    return f"{matrix}[{rows}]" if view.prefix is None else f"{matrix}[{rows}, :{view.prefix}]"
+
+
+def _identifiers(text: str) -> list[str]:
+    import re
+
+    found = re.findall(r"(?<![\w.])[A-Za-z_]\w*", text)
+    return [f for f in found if f not in ("LOG2_E", "torch", "math", "DTYPE", "TIE_TOLERANCE")]
