@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["SECTIONS", "UNITS", "Ceiling", "Contest", "Item", "items_of"]
+__all__ = ["LOSSES", "SECTIONS", "UNITS", "Ceiling", "Contest", "Item", "items_of"]
 
 SECTIONS = ("ceilings", "correctness", "speed")
+LOSSES = ("clip", "siglip", "infonce", "nt_xent")
 
 UNITS = {"clip": 4.0, "infonce": 3.0, "siglip": 3.0, "nt_xent": 2.0}
 """Least work of a forward and backward in 2·M·N·D FLOP where the matrix is not kept: one product
@@ -112,6 +113,7 @@ FORMULA = {"clip": "open_clip", "siglip": "open_clip", "infonce": "dense", "nt_x
 def items_of(
     *,
     only: Sequence[str] = SECTIONS,
+    losses: Sequence[str] = LOSSES,
     providers: Sequence[str] | None = None,
     quick: bool = False,
 ) -> list[Item]:
@@ -119,11 +121,13 @@ def items_of(
 
     Args:
         only: sections.
+        losses: of contests.
         providers: instead of every case's own ones, as far as they apply to its loss; those that
             fail on purpose ("broken:…") apply to every loss.
         quick: tiny sizes without torch.compile: shows that it runs, no more.
     """
     found: list[Item] = [*_ceilings(quick), *_correctness(), *_speed()]
+    found = [i for i in found if isinstance(i, Ceiling) or i.loss in losses]
     if quick:
         found = [_tiny(item) for item in found]
         found = list({item.key: item for item in reversed(found)}.values())[::-1]

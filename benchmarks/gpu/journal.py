@@ -78,6 +78,11 @@ class Journal:
             return {}
         return {name: row for name, row in entry["rows"].items() if row.get("fatal")}
 
+    def strikes(self, provider: str) -> int:
+        """How often a provider has taken this run's worker down."""
+        mine = (e for e in self.content["cases"] if e["run"] == self.run)
+        return sum(bool(e["rows"].get(provider, {}).get("fatal")) for e in mine)
+
     def write(self, entry: Entry) -> None:
         """Put an entry in place of the earlier one with its key, and save."""
         entry["run"] = self.run

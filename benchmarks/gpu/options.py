@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.cases import SECTIONS
+from benchmarks.gpu.cases import LOSSES, SECTIONS
 
 __all__ = ["parse"]
 
@@ -17,6 +17,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="tiny sizes, seconds: shows that it runs, no more")
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections")
+    add("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="of contests")
     add(
         "--providers",
         nargs="+",

@@ -94,6 +94,7 @@ def _one_worker(options: Namespace, run: str, search_path: str) -> tuple[int, st
 def _command(options: Namespace, run: str) -> list[str]:
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", run]
     command += ["--deadline", repr(options.deadline), "--only", *options.only]
+    command += ["--losses", *options.losses]
     for name in ("out", "resume", "device", "commit"):
         value = getattr(options, name)
         if value and not (name == "out" and options.resume):

@@ -49,6 +49,8 @@ DONE, REFUSED, BROKEN, STOPPED = 0, 2, 3, 4
 """How a worker ends: nothing is left; what was asked for cannot be; its device context is of no
 more use; time is up."""
 ENOUGH_TURNS = 3
+MOST_STRIKES = 2
+"""A crash or a hang costs a new process, or the whole time that a step may take."""
 
 Row = dict[str, Any]
 
@@ -77,7 +79,12 @@ def work(options: Namespace) -> int:
     bench = _Bench(journal, device, options.deadline)
     ending = DONE
     try:
-        for item in items_of(only=options.only, providers=options.providers, quick=options.quick):
+        for item in items_of(
+            only=options.only,
+            losses=options.losses,
+            providers=options.providers,
+            quick=options.quick,
+        ):
             if not journal.is_done(item.key):
                 bench.run(item)
     except TimeUp:
@@ -137,6 +144,8 @@ class _Bench:
             self.attempt(entry, "library", lambda: measure_ceiling(item, self.device, turns))
         else:
             self._contest(item, entry)
+            names = [n for n in ("inputs", *item.providers) if n in entry["rows"]]
+            entry["rows"] = {name: entry["rows"][name] for name in names}
         entry |= {"done": True, "seconds": time.perf_counter() - started}
         entry["clocks"] = clocks(self.device)
         self.journal.write(entry)
@@ -191,6 +200,11 @@ class _Bench:
             self._speed(contest, entry, found["leaves"])
 
     def _open(self, contest: Contest, entry: Mapping[str, Any]) -> list[str]:
+        """Providers still to be measured; one that keeps taking the process down is not."""
+        for name in contest.providers:
+            if name not in entry["rows"] and self.journal.strikes(name) >= MOST_STRIKES:
+                text = "skipped: it took its process down before"
+                entry["rows"][name] = {"error": text}
         return [name for name in contest.providers if name not in entry["rows"]]
 
     # ---- correctness ------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def _correctness(judged: Sequence[Judged]) -> Table:
     for j in judged:
         title, last = ("" if j.case == last else j.case), j.case
         if j.error:
-            rows.append((title, j.provider, "", "", "", "", "", j.error))
+            rows.append((title, j.provider, "", "", "", "", "", _short(j.error)))
             continue
         left = j.errors.get("d_x", j.errors.get("d_z"))
         cells = (j.errors.get("value"), left, j.errors.get("d_y"),
@@ -92,6 +92,11 @@ def _correctness(judged: Sequence[Judged]) -> Table:
         rows.append((title, j.provider, *(_error(e) for e in cells), said))
     heads = ("errors against float64", "provider", "value", "dX", "dY", "dscale", "dbias", "")
     return Table("Correctness", heads, tuple(rows), frozenset(range(2, 7)))
+
+
+def _short(error: str) -> str:
+    """An error as far as a table has room for it; the file has all of it."""
+    return error if len(error) <= 90 else f"{error[:89]}…"
 
 
 def _error(value: float | None) -> str:
@@ -105,7 +110,7 @@ def _speed(results: Results) -> Table:
         title, last = ("" if line.key == last else line.size), line.key
         name = line.provider + (f" ({line.note})" if line.note else "")
         if line.error or line.seconds is None:
-            rows.append((title, name, *[""] * 8, line.error or "no time left"))
+            rows.append((title, name, *[""] * 8, _short(line.error) or "no time left"))
             continue
         ours = _ours(results.lines, line.key)
         ratio = line.seconds / ours.seconds if ours and ours.seconds and line is not ours else None
