@@ -1,0 +1,71 @@
+"""Emit a loss as Triton with a given tile, without the planner."""
+
+from __future__ import annotations
+
+from cl_compiler.codegen.triton.core import CoreTile
+from cl_compiler.codegen.triton.render import render_triton
+from cl_compiler.codegen.triton.support import obstacle
+from cl_compiler.lang.program import Program, build_program
+from cl_compiler.lang.sweeps import plan_sweeps
+from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
+from tests.zoo_case import Case
+
+SMALL = CoreTile(16, 16, 16, 1, 1)
+"""The smallest tile of matrix instructions: samples of tens of rows have whole and ragged ones."""
+PANEL = Tile(16, 32)
+REAL = Tile(8192, 8192)
+
+
+def plan_of(
+    case: Case,
+    dtype: str,
+    width: int,
+    panel: Tile,
+    needs: frozenset[str] | None = None,
+    precision: str = "ieee",
+) -> tuple[Plan, Program]:
+    """The plan and the program of a case under ``spill``."""
+    needs = case.needs if needs is None else needs
+    program = build_program(plan_sweeps(case.loss, case.positives, needs), "spill")
+    if any(p.symmetric for p in program.passes):
+        panel = Tile(panel.cols, panel.cols)
+    plan = Plan(
+        case.loss.name,
+        "test",
+        Problem(64, 64, width, dtype),  # type: ignore[arg-type]
+        case.positives,
+        needs,
+        precision,
+        MemoryBudget(1 << 30),
+        "spill",
+        panel,
+        0,
+        (),
+        (),
+        0,
+        0.0,
+        4.0,
+        template="triton",
+    )
+    return plan, program
+
+
+def emit(
+    case: Case,
+    *,
+    dtype: str = "float32",
+    width: int = 20,
+    arch: str = "sm_90",
+    panel: Tile = PANEL,
+    core: CoreTile | None = SMALL,
+    needs: frozenset[str] | None = None,
+    precision: str = "ieee",
+) -> str:
+    """The text of the file for one case."""
+    plan, program = plan_of(case, dtype, width, panel, needs, precision)
+    return render_triton(plan, program, "test", arch, core)
+
+
+def is_served(case: Case) -> bool:
+    """Whether the back end claims a case."""
+    return not obstacle(*plan_of(case, "float32", 20, PANEL))

@@ -1,0 +1,130 @@
+"""Runs emitted kernels in Triton's interpreter: a process of its own, one JSON request per line.
+
+Triton reads TRITON_INTERPRET while it is imported, so a process can interpret or compile, not both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from cl_compiler.runtime.loader import load_source
+from tests.codegen.triton.emit import emit
+from tests.losses_zoo import cases
+from tests.zoo_case import Sample, sample
+
+CASES = {case.name: case for case in cases()}
+
+
+def mend_bfloat16() -> None:
+    """The interpreter truncates where it should round to bf16, and multiplies bit patterns."""
+    builder = interpreter.InterpreterBuilder
+    handle = interpreter.TensorHandle
+    cast: Callable[..., Any] = builder.cast_impl
+    dot: Callable[..., Any] = builder.create_dot
+
+    def widened(data: np.ndarray) -> np.ndarray:
+        return (data.astype(np.uint32) << 16).view(np.float32)
+
+    def rounding_cast(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) == (tl.float32, tl.bfloat16):
+            bits = source.data.astype(np.float32).view(np.uint32).astype(np.uint64)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return handle(rounded.astype(np.uint16), tl.bfloat16)
+        if (source.dtype.scalar, target.scalar) == (tl.bfloat16, tl.float32):
+            return handle(widened(source.data), tl.float32)
+        return cast(self, source, target)
+
+    def widening_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (handle(widened(t.data), tl.float32) for t in (a, b))
+        return dot(self, a, b, *rest)
+
+    builder.cast_impl = rounding_cast
+    builder.create_dot = widening_dot
+
+
+def draw(request: dict[str, Any]) -> Sample:
+    """A sample whose operands are representable in the request's dtype."""
+    case = CASES[request["case"]]
+    given = request.get("parameters", {})
+    case = dataclasses.replace(case, parameters={**case.parameters, **given})
+    drawn = sample(case, request["m"], request["n"], request["d"], request["seed"])
+    dtype = getattr(torch, request["dtype"])
+    stretch = request.get("stretch", 1.0)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in drawn.tensors.items():
+        value = tensor.detach()
+        if value.dim() > 1:
+            spread = 1 + (stretch - 1) * torch.linspace(0, 1, len(value), dtype=value.dtype)
+            value = (value * spread[:, None]).to(dtype).double()
+        tensors[name] = value.requires_grad_(tensor.requires_grad)
+    if request.get("opposed"):  # a row that is far from every column
+        with torch.no_grad():
+            tensors["x"][0] = -tensors["y"].mean(0) / tensors["y"].mean(0).norm()
+            tensors["x"].copy_(tensors["x"].to(dtype))
+    return dataclasses.replace(drawn, tensors=tensors)
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Errors of the value and of every gradient against float64, and whether a guard tripped."""
+    inputs = draw(request)
+    dtype = getattr(torch, request["dtype"])
+    source = emit(inputs.case, dtype=request["dtype"], width=request["d"], arch=request["arch"])
+    module = load_source(source, "interpreted")
+    tripped = [False]
+    if hasattr(module, "_out_of_range"):
+        judge = module._out_of_range
+
+        def watched(*arguments: Any) -> Tensor:
+            verdict = judge(*arguments) | bool(request.get("force"))
+            tripped[0] |= bool(verdict)
+            return verdict
+
+        module._out_of_range = watched
+    values: dict[str, Tensor] = {}
+    for name, tensor in inputs.tensors.items():
+        kind = dtype if tensor.dim() > 1 else torch.float32
+        values[name] = tensor.detach().to(kind).requires_grad_(tensor.requires_grad)
+    for name, tensor in inputs.parameters.items():
+        values[name] = tensor.detach().clone().requires_grad_()
+    arguments = {**values, **inputs.ids}
+    value = module.Loss.apply(*(arguments[name] for name in module.ARGUMENTS))[0]
+    wanted_value = inputs.reference()
+    wanted = inputs.gradients(wanted_value)
+    gradients = torch.autograd.grad(value, [values[name] for name in module.GRADIENTS])
+    largest = max(float(g.norm()) for g in wanted.values())
+    expected = float(wanted_value.detach())
+    errors = {"value": abs(float(value.detach()) - expected) / max(1.0, abs(expected))}
+    for name, gradient in zip(module.GRADIENTS, gradients, strict=True):
+        # a scalar is an inner product of an operand with its gradient, whose rounding it has
+        share = 1.0 if wanted[name].dim() == 0 and dtype != torch.float32 else 1e-2
+        size = max(float(wanted[name].norm()), share * largest)
+        errors[name] = float((gradient.double() - wanted[name]).norm()) / size
+    return {"errors": errors, "tripped": tripped[0], "gradients": list(module.GRADIENTS)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    mend_bfloat16()
+    for line in sys.stdin:
+        try:
+            result = answer(json.loads(line))
+        except Exception as error:
+            import traceback
+
+            result = {"failure": f"{type(error).__name__}: {error}\n{traceback.format_exc()}"}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
