@@ -127,13 +127,18 @@ def store(result: Calibration) -> Path:
     return path
 
 
-def apply(spec: HardwareSpec, result: Calibration) -> HardwareSpec:
+def apply(spec: HardwareSpec, result: Calibration, said: str = "") -> HardwareSpec:
     """Put measured rates into a spec; ``measured`` names the fields, the rest stays as it is.
 
     GEMM rates are those at D = 512 (at the nearest D that was measured), and the efficiency at
     other D is relative to that; a dtype that was not measured keeps its ratio to float32.
+
+    Args:
+        spec: whose rates are replaced.
+        result: what was measured.
+        said: the source of every measured number; "" names this machine's calibration.
     """
-    said = f"measured on this machine (calibration {result.fingerprint})"
+    said = said or f"measured on this machine (calibration {result.fingerprint})"
     scalars = dict(result.rates)
     measured = set(scalars)
     sources = dict(spec.sources)

@@ -22,7 +22,7 @@ from cl_compiler.hardware.cpu import CpuFacts, cpu_facts, thread_count
 from cl_compiler.hardware.spec import HardwareSpec, Host, Level
 from cl_compiler.hardware.toml import read_preset
 
-__all__ = ["detect", "detect_cpu", "detect_nominal", "torch_version"]
+__all__ = ["detect", "detect_cpu", "detect_nominal", "slug", "torch_version"]
 
 # float32 FLOP per clock and core: lanes x 2 (fused multiply-add) x units.
 _FLOPS_PER_CLOCK = {
@@ -108,7 +108,7 @@ def cpu_spec(facts: CpuFacts, threads: int) -> HardwareSpec:
     gain = 1.0 if feature is None else _BF16_GAIN[feature]
     nominal = f"nominal: {per_clock} FLOP per clock ({arch}) x {ghz} x {_GEMM_FRACTION}"
     return HardwareSpec(
-        name=f"{_slug(facts.model)}-{cores}c",
+        name=f"{slug(facts.model)}-{cores}c",
         kind="cpu",
         arch=arch,
         levels=_cpu_levels(facts, cores),
@@ -227,7 +227,7 @@ def gpu_spec(properties: Any, host: HardwareSpec) -> HardwareSpec:
     beside = known.host.link_bandwidth_bytes_per_s if known.host is not None else 24e9
     return replace(
         known,
-        name=_slug(properties.name),
+        name=slug(properties.name),
         levels=tuple(found if level is device else level for level in known.levels),
         host=Host(
             memory_bytes=host.device_memory_bytes,
@@ -257,7 +257,7 @@ def _unknown_gpu(properties: Any) -> HardwareSpec:
     l2_bytes = int(getattr(properties, "L2_cache_size", 0) or 4 << 20)
     counts = f"nominal: {sms} units at {clock / 1e9:.2f} GHz, as PyTorch reports them"
     return HardwareSpec(
-        name=_slug(properties.name),
+        name=slug(properties.name),
         kind="hip" if hip else "cuda",
         arch=str(properties.gcnArchName).partition(":")[0]
         if hip
@@ -292,7 +292,7 @@ def _unknown_gpu(properties: Any) -> HardwareSpec:
     )
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """``"AMD EPYC 7B13"`` to ``"amd-epyc-7b13"``: a name for reports and files."""
     plain = re.sub(r"\((R|TM|tm|r)\)|CPU|Processor|@.*", " ", name)
     return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-") or "unknown"

@@ -225,4 +225,22 @@ def gemm_type(dtype: str, precision: str, spec: HardwareSpec) -> tuple[str, int]
             return "float32", 1
 
 
-__all__ = ["RATED_TILE", "Inner", "Machine", "Outer", "gemm_type", "machine_of"]
+def rates_in_words(spec: HardwareSpec, dtype: str, precision: str) -> str:
+    """Which of the rates that a plan's seconds rest on a calibration measured."""
+    product, _ = gemm_type(dtype, precision, spec)
+    device = spec.device_level.name
+    rates = {
+        f"{product} products": f"gemm_flops_per_s.{product}",
+        f"{device} memory": f"levels.{device}.bandwidth_bytes_per_s",
+        "exponentials": "exp_per_s",
+        "elementwise passes": "pass_per_s",
+        "launches": "op_overhead_s",
+    }
+    measured = [what for what, field in rates.items() if field in spec.measured]
+    nominal = [what for what in rates if what not in measured]
+    if not measured or not nominal:
+        return "measured" if measured else "nominal"
+    return f"measured: {', '.join(measured)}; nominal: {', '.join(nominal)}"
+
+
+__all__ = ["RATED_TILE", "Inner", "Machine", "Outer", "gemm_type", "machine_of", "rates_in_words"]

@@ -39,6 +39,7 @@ def _summary(plan: Plan) -> list[str]:
             "time",
             f"{format_seconds(plan.seconds)} predicted for {plan.units:.2f} units of 2*M*N*D FLOP",
         ),
+        ("rates", plan.rates),
         (
             "memory",
             f"{format_bytes(plan.peak_bytes)} predicted, {share:.0%} of "

@@ -13,6 +13,7 @@ from cl_compiler.lang.program import SCHEDULES, Schedule
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan.cost import PARTS
 from cl_compiler.plan.limits import budget_error, smallest
+from cl_compiler.plan.machine import rates_in_words
 from cl_compiler.plan.mapping import map_levels, notes_of
 from cl_compiler.plan.space import STEP, Point, Space, space_of
 from cl_compiler.plan.types import Candidate, Plan, Request, Tile
@@ -188,6 +189,7 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
             (what, s) for what, s in zip(PARTS, point.parts, strict=True) if s > 0
         ),
         peak_phase=phase,
+        rates=rates_in_words(space.machine.spec, request.problem.dtype, request.precision),
     )
 
 

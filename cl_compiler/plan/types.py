@@ -173,3 +173,5 @@ class Plan:
     """(what, seconds); they add up to ``seconds``."""
     peak_phase: str = ""
     """When the peak is reached."""
+    rates: str = "nominal"
+    """Which of the rates that seconds rest on were measured, and which are nominal."""
