@@ -181,7 +181,7 @@ class Specialiser:
             widths=tuple(sorted(problem.operands.items())),
             slots=problem.slots,
             bank=problem.bank,
-            positives="views" if self.ir.is_single_set else "diagonal",
+            positives=loss_signature(self.ir).positives(problem.M, problem.N),
             needs=frozenset(names),
         )
 

@@ -188,7 +188,7 @@ def request_of(question: Question) -> Request:
     loss = find_loss(question.loss)
     hardware = load_hardware(question.hardware)
     problem = problem_of(question)
-    positives = positives_of(question.positives, loss)
+    positives = positives_of(question.positives, loss, problem)
     _check_sizes(problem, loss, positives)
     return Request(
         loss,
@@ -239,18 +239,26 @@ def _check_sizes(problem: Problem, loss: LossIR, positives: Positives) -> None:
             raise typer.BadParameter(f"{loss.name} has {axis}: give their number with --{axis}")
 
 
-def positives_of(text: str, loss: LossIR) -> Positives:
-    """Which pairs are positive.
+def positives_of(text: str, loss: LossIR, problem: Problem) -> Positives:
+    """Which pairs are positive; "auto" is what a call without ids has.
 
     Raises:
         typer.BadParameter: the loss has no such positives.
     """
-    without_ids: Positives = "views" if loss.is_single_set else "diagonal"
-    if text in ("auto", without_ids):
-        return without_ids
-    if text == "ids":
-        return "ids"
-    raise typer.BadParameter(f"--positives {text!r}: {loss.name} takes {without_ids} or ids")
+    if loss.is_single_set:
+        known: tuple[Positives, ...] = ("views", "ids")
+    else:
+        square = loss.uses_positives and problem.M == problem.N
+        known = ("paired", "diagonal", "ids") if square else ("diagonal", "ids")
+    if text == "auto":
+        return known[0]
+    for kind in known:
+        if kind == text:
+            return kind
+    sizes = f"M={problem.M} N={problem.N}"
+    raise typer.BadParameter(
+        f"--positives {text!r}: {loss.name} at {sizes} takes {' or '.join(known)}"
+    )
 
 
 def gradients_of(text: str, loss: LossIR) -> frozenset[str]:

@@ -46,6 +46,8 @@ class OperandText:
     name: str
     is_slots: bool
     needed: bool
+    overwritten: bool
+    """Its gradient need not be cleared."""
     final_scale: str
     norms: list[tuple[str, str, str]]
     """(coefficient, norm, prefix slice) of gradients through norms."""
@@ -103,10 +105,11 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
         "argument_names": _tuple(f'"{given.get(a, a)}"' for a in arguments),
         "output_names": _tuple(f'"{n}"' for n, _ in ir.outputs),
         "output_values": _tuple(
-            f"torch.as_tensor({text(e)}, dtype=torch.float64)" if e.is_number else text(e)
+            f"torch.as_tensor({text(e)}, dtype=torch.float64)" if printer.numbers(e) else text(e)
             for _, e in ir.outputs
         ),
         "gradient_names": _tuple(f'"{g}"' for g in gradient_names),
+        "differentiated": _tuple([*(op.name for op in operands if op.needed), *grads]),
         "gradient_values": _tuple(
             [f"d_{op.name}" for op in operands if op.needed]
             + [f"d_{name} * grad_output" for name in grads]
@@ -124,6 +127,8 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
         "tile": plan.tile,
         "kept_tiles": plan.kept_tiles,
         "keeps": program.keeps_tiles,
+        "whole": program.schedule == "dense",
+        "store": "kept" if program.schedule == "dense" else "store",
         "row_scaled": any(
             tile.row_scale
             for pass_ in program.passes
@@ -138,11 +143,6 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
         "parameters": parameters,
         "ids": ids,
         "sizes": _sizes(program),
-        "counts": [
-            (names(n), n.removeprefix("n_"))
-            for n, leaf in sweep_plan.leaves.items()
-            if leaf.kind == "count"
-        ],
         "norms": [
             _norm(names, n, leaf.left)
             for n, leaf in sweep_plan.leaves.items()
@@ -213,7 +213,8 @@ def _operand(printer: StagePrinter, name: str, is_slots: bool) -> OperandText:
                 part = "" if leaf.left.prefix is None else f"[:, :{leaf.left.prefix}]"
                 norms.append((printer.vectors().text(expr), printer.names(n), part))
     needed = name in plan.needs and plan.gradient is not None
-    return OperandText(name, is_slots, needed, printer.final_scale(name), norms)
+    overwritten = name in printer.overwritten
+    return OperandText(name, is_slots, needed, overwritten, printer.final_scale(name), norms)
 
 
 def _norm(names: Names, name: str, view: View) -> tuple[str, str]:

@@ -90,8 +90,10 @@ class Names:
         for name, leaf in plan.leaves.items():
             if leaf.kind in ("parameter", "input"):
                 self.add(name, f"{name}_given" if _LOCAL.match(name) else name)
-            if leaf.kind in ("similarity_at_positive", "norm", "count"):
+            if leaf.kind in ("similarity_at_positive", "norm"):
                 self.add(name, name)
+            if leaf.kind == "count":
+                self.table[name] = name.removeprefix("n_")
         for node in plan.nodes:
             self.add(node.name, self._proposal(plan, node.name))
         for node in plan.nodes:

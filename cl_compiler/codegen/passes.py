@@ -10,7 +10,14 @@ import sympy as sp
 from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import TilePrinter, VectorPrinter, number
-from cl_compiler.codegen.symbols import LENGTH, finalise, operand_scale, shift_owner, symbol_table
+from cl_compiler.codegen.symbols import (
+    LENGTH,
+    PythonNumbers,
+    finalise,
+    operand_scale,
+    shift_owner,
+    symbol_table,
+)
 from cl_compiler.lang.ir import Leaf, Let, View, axes_of
 from cl_compiler.lang.lower import inverse_of, shift_of
 from cl_compiler.lang.program import Pass, Program
@@ -50,6 +57,7 @@ class PassText:
     remake: list[str]
     symmetric: bool
     whole_rows: bool
+    whole: bool
     slots: bool
     keep: str
     needs_block: str
@@ -70,7 +78,8 @@ class PassPrinter:
         self.active = self.code
         self.hoisted_by_code: dict[int, dict[str, str]] = {}
         self.local: set[str] = set()
-        self.after_barrier = False
+        self.fresh: set[str] = set()
+        """Operands whose gradient nothing was written to: the first product overwrites it."""
         self.leaves = dict(self.plan.leaves)
         known: dict[sp.Expr, str] = {}
         self.hoisted: list[tuple[str, sp.Expr, str]] = []
@@ -132,14 +141,35 @@ class PassPrinter:
         else:
             text = self.symbol(name)
         if dim == 1:
-            return text if self.pass_.whole_rows or self.pass_.is_slots else f"{text}[j:j1]"
-        return f"{text}[:, None]" if name in self.local else f"{text}[i:i1, None]"
+            return self.at_cols(text)
+        whole = name in self.local or self.pass_.whole
+        return f"{text}[:, None]" if whole else f"{text}[i:i1, None]"
+
+    def at_rows(self, vector: str) -> str:
+        """The tile's part of a vector of rows, or of a matrix of them."""
+        return vector if self.pass_.whole else f"{vector}[i:i1]"
+
+    def at_cols(self, vector: str) -> str:
+        """The tile's part of a vector of columns, or of a matrix of them."""
+        p = self.pass_
+        return vector if p.whole or p.whole_rows or p.is_slots else f"{vector}[j:j1]"
 
     def printer(self, names: object, *, block: bool = False) -> VectorPrinter:
         def is_vector(expr: sp.Expr) -> bool:
             return bool(axes_of(expr, self.all_leaves))
 
-        return VectorPrinter(names, is_vector, self.plan.positives, block=block)  # type: ignore[arg-type]
+        return VectorPrinter(
+            names,  # type: ignore[arg-type]
+            is_vector,
+            self.numbers,
+            self.plan.positives,
+            block=block,
+        )
+
+    @property
+    def numbers(self) -> PythonNumbers:
+        """Which scalars are Python numbers."""
+        return PythonNumbers(self.plan, self.active.hoisted)
 
     @property
     def all_leaves(self) -> dict[str, Leaf]:
@@ -156,12 +186,14 @@ class PassPrinter:
         return leaf.left, leaf.right
 
     def row(self, view: View) -> str:
-        return _prefix(f"{view.operand}_i", view)
+        whole = self.pass_.whole and not self.cast
+        return _prefix(view.operand if whole else f"{view.operand}_i", view)
 
     def col(self, view: View) -> str:
-        whole = self.pass_.whole_rows and not self.cast
-        text = f"{view.operand}_i" if self.pass_.is_slots else f"{view.operand}_j"
-        return _prefix(view.operand if whole and not self.pass_.is_slots else text, view)
+        p = self.pass_
+        if (p.whole or (p.whole_rows and not p.is_slots)) and not self.cast:
+            return _prefix(view.operand, view)
+        return _prefix(f"{view.operand}_i" if p.is_slots else f"{view.operand}_j", view)
 
     # -- text ------------------------------------------------------------------------------------
 
@@ -178,7 +210,8 @@ class PassPrinter:
         block = self._block_width()
         products = [line for g in self.code.gradients for line in self.products(g)]
         outputs = sorted({f"d_{o}" for g in p.gradients for o in self._grad_operands(g)})
-        fixed = [*operands, *outputs, *(["store"] if p.keep else [])]
+        store = "kept" if p.whole else "store"
+        fixed = [*operands, *outputs, *([store] if p.keep else [])]
         lengths = [LENGTH[p.grid[0]], LENGTH[p.grid[1]]]
         if any(isinstance(i, Diagonal) and i.where == "positive" for i in self.code.instructions):
             lengths.append("half") if self.plan.positives == "views" else None
@@ -191,7 +224,7 @@ class PassPrinter:
         row_ops = [
             f"{o}_i = " + self._slice(o, "i")
             for o in operands
-            if o in lefts or (p.is_slots and o in rights)
+            if (o in lefts or (p.is_slots and o in rights)) and not (p.whole and not self.cast)
         ]
         col_ops = (
             []
@@ -199,11 +232,11 @@ class PassPrinter:
             else [
                 f"{o}_j = " + self._slice(o, "j")
                 for o in operands
-                if o in rights and not (p.whole_rows and not self.cast)
+                if o in rights and not ((p.whole or p.whole_rows) and not self.cast)
             ]
         )
         casts = []
-        if self.cast:
+        if self.cast and not p.whole:
             casts = [(f"{o}_row_tile", "TILE_M", o) for o in operands if o in lefts or p.is_slots]
             if not p.is_slots:
                 length = "cols" if p.whole_rows else "TILE_N"
@@ -211,7 +244,7 @@ class PassPrinter:
         return PassText(
             name=self.name,
             doc=self._doc(),
-            params=[*fixed, *dict.fromkeys(lengths), *extra],
+            params=[*fixed, *dict.fromkeys([*lengths, *extra])],
             accumulators=accumulators,
             buffers=[(b, "torch.bool" if b.startswith("m") else "DTYPE") for b in buffers],
             row_length=lengths[0],
@@ -223,10 +256,11 @@ class PassPrinter:
             remake=remake,
             symmetric=p.symmetric,
             whole_rows=p.whole_rows,
+            whole=p.whole,
             slots=p.is_slots,
             keep=p.keep,
             needs_block=block,
-            results=[a[0] for a in accumulators],
+            results=self._targets(),
         )
 
     def _doc(self) -> str:
@@ -244,12 +278,16 @@ class PassPrinter:
         }[self.mode]
         half = "upper " if p.symmetric else ""
         first = f"Sweep the {half}{p.grid[0]} by {p.grid[1]} tiles{how}."
+        if p.whole:
+            first = f"All {p.grid[0]} by {p.grid[1]} in one tile{how}."
         lines = [line for w in what for line in wrap(w, 4).split("\n")]
         return "\n    ".join([first, "", *lines, ""]).replace("\n    \n", "\n\n")
 
     def _slice(self, operand: str, index: str) -> str:
         if not self.cast:
             return f"{operand}[{index}:{index}1]"
+        if self.pass_.whole:
+            return f"{operand}.to(DTYPE)"
         side = "row" if index == "i" else "col"
         length = "m" if index == "i" else ("cols" if self.pass_.whole_rows else "n")
         stop = f"{operand}[{index}:{index}1]"
@@ -263,7 +301,7 @@ class PassPrinter:
             if not isinstance(a, Accumulate):
                 continue
             for target in a.targets:
-                if target in seen or a.mirrored:
+                if target in seen or a.mirrored or self._assigned(a):
                     continue
                 seen.add(target)
                 start = "-math.inf" if a.kind == "max" or target.startswith("max_") else "0.0"
@@ -271,9 +309,22 @@ class PassPrinter:
                 result.append((self.names(target), axis, start))
         return result
 
+    def _assigned(self, a: Accumulate) -> bool:
+        """Whether one tile is all there is, so that its fold is the result."""
+        return self.pass_.whole and a.kind in ("sum", "max")
+
+    def _targets(self) -> list[str]:
+        found = {
+            self.names(target): None
+            for a in self.code.instructions
+            if isinstance(a, Accumulate) and not a.mirrored
+            for target in a.targets
+        }
+        return list(found)
+
     def body(self, code: TileProgram) -> list[str]:
         self.active = code
-        printer = TilePrinter(code.buffers, self.scalar, self.vector, {})
+        printer = TilePrinter(code.buffers, self.scalar, self.vector, self.numbers)
         lines: list[str] = []
         for instruction in code.instructions:
             match instruction:
@@ -295,10 +346,11 @@ class PassPrinter:
         return lines
 
     def _accumulate(self, printer: TilePrinter, a: Accumulate) -> list[str]:
-        whole = self.pass_.whole_rows or self.pass_.is_slots
-        at_col = "" if whole else "[j:j1]"
-        where = "[i:i1]" if a.dim == 1 else at_col
-        statement = printer.accumulate(a, tuple(f"{self.names(t)}{where}" for t in a.targets))
+        where = self.at_rows if a.dim == 1 else self.at_cols
+        targets = tuple(where(self.names(t)) for t in a.targets)
+        if self._assigned(a):
+            return [printer.fold(a, targets[0])]
+        statement = printer.accumulate(a, targets)
         return ["if j != i:", f"    {statement}"] if a.mirrored else [statement]
 
     def _diagonal(self, printer: TilePrinter, d: Diagonal) -> list[str]:
@@ -312,7 +364,8 @@ class PassPrinter:
             assert isinstance(d.expr, sp.Symbol)
             name = d.expr.name
             if not axes_of(d.expr, self.all_leaves):
-                text = f"{self.symbol(name)}.to(DTYPE)"
+                text = self.symbol(name)
+                text = text if self.numbers(d.expr) else f"{text}.to(DTYPE)"
             elif name in self.local:
                 text = f"{self.symbol(name)}[r0 - i : r1 - i]"
             else:
@@ -324,16 +377,15 @@ class PassPrinter:
             vectors.is_vector = lambda e: bool(axes_of(e, table))
             text = vectors.text(d.expr)
             if not d.reads and d.how == "set":
-                text = f"torch.as_tensor({text})"
+                text = f"torch.as_tensor({text}, dtype=DTYPE)"
         *copy, statement = printer.diagonal(d, text)
-        stop = "cols" if self.pass_.whole_rows else "j1"
-        start = "0" if self.pass_.whole_rows else "j"
-        if self.pass_.whole_rows:
-            stop = LENGTH[self.pass_.grid[1]]
+        rows, cols = (LENGTH[axis] for axis in self.pass_.grid)
+        block = f"0, {rows}" if self.pass_.whole else "i, i1"
+        span = f"0, {cols}" if self.pass_.whole or self.pass_.whole_rows else "j, j1"
         used = [
             n if re.search(rf"\b{n}\b", statement) else "_" for n in ("k", "r0", "r1", "q0", "q1")
         ]
-        loop = f"for {', '.join(used)} in _crossings(i, i1, {start}, {stop}, {offsets}):"
+        loop = f"for {', '.join(used)} in _crossings({block}, {span}, {offsets}):"
         return [*copy, loop, f"    {statement}"]
 
     def _on_diagonal(self, printer: TilePrinter, marks: dict[str, Ref], name: str) -> str:
@@ -427,12 +479,10 @@ class PassPrinter:
         outs = self._grad_operands(g.similarity)
         to_left = left.operand in outs and "left" in self.pass_.sides
         to_right = right.operand in outs and "right" in self.pass_.sides
-        d_left = _prefix(f"d_{left.operand}[i:i1]", left, at="[i:i1")
+        d_left = _prefix(self.at_rows(f"d_{left.operand}"), left)
         if self.pass_.is_slots:
             return self._slot_products(g, left, right, tile, to_left, to_right)
-        whole = self.pass_.whole_rows
-        at = f"d_{right.operand}" if whole else f"d_{right.operand}[j:j1]"
-        d_right = _prefix(at, right, at="[j:j1" if not whole else "")
+        d_right = _prefix(self.at_cols(f"d_{right.operand}"), right)
         x_i, y_j = self.row(left), self.col(right)
         extra_left = self._alpha(g, left)
         extra_right = self._alpha(g, right)
@@ -452,9 +502,11 @@ class PassPrinter:
                 ]
             return lines
         if to_left:
-            lines.append(f"{d_left}.addmm_({tile}, {y_j}{extra_left})")
+            first = self._first(left)
+            lines.append(f"{d_left}.addmm_({tile}, {y_j}{first}{extra_left})")
         if to_right:
-            statement = f"{d_right}.addmm_({tile}.T, {x_i}{extra_right})"
+            first = self._first(right)
+            statement = f"{d_right}.addmm_({tile}.T, {x_i}{first}{extra_right})"
             lines += ["if j != i:", f"    {statement}"] if self.pass_.symmetric else [statement]
         return lines
 
@@ -463,30 +515,39 @@ class PassPrinter:
     ) -> list[str]:
         lines = []
         if to_left:
-            product = f"torch.bmm({tile}.unsqueeze(1), {right.operand}_i).squeeze(1)"
-            lines.append(f"d_{left.operand}[i:i1].add_({product}{self._alpha(g, left)})")
+            product = f"torch.bmm({tile}.unsqueeze(1), {self.col(right)}).squeeze(1)"
+            d_left = self.at_rows(f"d_{left.operand}")
+            lines.append(f"{d_left}.add_({product}{self._alpha(g, left)})")
         if to_right:
             lines.append(
-                f"d_{right.operand}[i:i1].addcmul_({tile}.unsqueeze(2), "
-                f"{left.operand}_i.unsqueeze(1){self._alpha(g, right, 'value')})"
+                f"{self.at_rows(f'd_{right.operand}')}.addcmul_({tile}.unsqueeze(2), "
+                f"{self.row(left)}.unsqueeze(1){self._alpha(g, right, 'value')})"
             )
         return lines
+
+    def _first(self, view: View) -> str:
+        """Whether a product is the first into a gradient, which it then overwrites."""
+        if view.operand not in self.fresh:
+            return ""
+        self.fresh.discard(view.operand)
+        return ", beta=0"
 
     def _alpha(self, g: GradientTile, view: View, keyword: str = "alpha") -> str:
         """The scalars that a product with the gradient tile carries, as a keyword argument."""
         factors = []
         if g.scale != 1:
-            factors.append(f"float({self.printer(self.symbol).text(g.scale)})")
+            text = self.printer(self.symbol).text(g.scale)
+            factors.append(text if self.numbers(g.scale) else f"float({text})")
         leaf = self.plan.leaves[g.similarity]
         if leaf.scale and operand_scale(self.plan, view.operand) == "mixed":
             factors.append(f"{self.symbol(leaf.scale)}.item()")
         return f", {keyword}={' * '.join(factors)}" if factors else ""
 
 
-def _prefix(text: str, view: View, at: str = "") -> str:
+def _prefix(text: str, view: View) -> str:
     """Restrict to a prefix of the columns, merging with a row slice if there is one."""
     if view.prefix is None:
         return text
-    if at and text.endswith("]"):
+    if text.endswith("]"):
         return f"{text[:-1]}, :{view.prefix}]"
     return f"{text}[:, :{view.prefix}]"

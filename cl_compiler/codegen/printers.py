@@ -9,6 +9,7 @@ import sympy as sp
 from sympy.printing.precedence import PRECEDENCE, precedence
 from sympy.printing.str import StrPrinter
 
+from cl_compiler.lang.resolve import ONE_TO_ONE
 from cl_compiler.lang.tile_ir import (
     Accumulate,
     Compute,
@@ -37,25 +38,33 @@ _CALLS = {
 
 
 class VectorPrinter(StrPrinter):
-    """Prints expressions of vectors [length] and scalars (0-d tensors), no pair among them.
+    """Prints expressions of vectors [length] and scalars, no pair among them.
 
     ``names`` maps a symbol's name to text; ``is_vector`` tells whether an expression varies along
-    an axis; ``positives`` is the kind of positives, which decides how vectors change axes.
+    an axis, ``is_python`` whether it is a Python number (other scalars are 0-d tensors);
+    ``positives`` is the kind of positives, which decides how vectors change axes.
     """
 
     def __init__(
         self,
         names: Callable[[str], str],
         is_vector: Callable[[sp.Expr], bool],
+        is_python: Callable[[sp.Expr], bool],
         positives: str,
         *,
         block: bool = False,
     ) -> None:
         super().__init__({"order": None})
-        self.names, self.is_vector, self.positives, self.block = names, is_vector, positives, block
+        self.names, self.is_vector, self.is_python = names, is_vector, is_python
+        self.positives, self.block = positives, block
 
     def text(self, expr: sp.Expr) -> str:
         return spaced(str(self.doprint(expr)))
+
+    def _as_ordered_terms(self, expr: sp.Expr, order: str | None = None) -> list[sp.Expr]:
+        """Subtract rather than negate: one operator less."""
+        terms = super()._as_ordered_terms(expr, order=order)
+        return sorted(terms, key=lambda term: term.could_extract_minus_sign())
 
     def _print_Symbol(self, expr: sp.Symbol) -> str:
         return self.names(expr.name)
@@ -77,11 +86,14 @@ class VectorPrinter(StrPrinter):
             return repr(float(expr))
         base, exponent = expr.args
         inner = self.parenthesize(base, precedence(expr))
+        if self.is_python(base) and not self.is_python(expr):
+            inner = self.tensor(base)
+            base = sp.Symbol("tensor")
         if exponent == -1:
             return f"1 / {inner}"
         if exponent == sp.Rational(1, 2):
-            return f"torch.sqrt({self._print(base)})"
-        if exponent == 2 and self.is_vector(base):
+            return f"torch.sqrt({self.tensor(expr.base)})"
+        if exponent == 2 and self.is_vector(expr.base):
             return f"torch.square({self._print(base)})"
         power = self.parenthesize(exponent, precedence(expr))
         simple = all(re.fullmatch(r"\w[\w.]*", t) for t in (inner, power))
@@ -91,7 +103,7 @@ class VectorPrinter(StrPrinter):
         if expr.is_number:
             return repr(float(expr))
         name = type(expr).__name__
-        args = [str(self._print(a)) for a in expr.args]
+        args = [self._argument(a) for a in expr.args]
         if name in _CALLS:
             return f"{_CALLS[name]}({', '.join(args)})"
         match name:
@@ -111,9 +123,7 @@ class VectorPrinter(StrPrinter):
             case "maximum":
                 return self._extreme(expr, args)
             case "logaddexp":
-                return (
-                    f"torch.logaddexp({self._tensor(expr.args[0])}, {self._tensor(expr.args[1])})"
-                )
+                return f"torch.logaddexp({self.tensor(expr.args[0])}, {self.tensor(expr.args[1])})"
             case "select":
                 return self._select(*expr.args)
             case "to_rows" | "to_cols":
@@ -130,19 +140,27 @@ class VectorPrinter(StrPrinter):
             return f"torch.clamp({args[1]}, min={args[0]})"
         return f"torch.maximum({args[0]}, {args[1]})"
 
-    def _tensor(self, expr: sp.Expr) -> str:
+    def tensor(self, expr: sp.Expr, dtype: str = "torch.float64") -> str:
+        """The text of something that must be a tensor."""
         text = str(self._print(expr))
-        return f"torch.tensor({text}, dtype=torch.float64)" if expr.is_number else text
+        if expr.is_number or self.is_python(expr):
+            return f"torch.tensor({text}, dtype={dtype})"
+        return text
+
+    def _argument(self, expr: sp.Expr) -> str:
+        """Of a function: a tensor, or a literal."""
+        return str(self._print(expr)) if expr.is_number else self.tensor(expr)
 
     def _select(self, mask: sp.Expr, a: sp.Expr, b: sp.Expr) -> str:
         on, off = self._print(a), self._print(b)
-        if a.is_number and b.is_number:
+        numbers = [e.is_number or self.is_python(e) for e in (a, b)]
+        if all(numbers):
             dtype = "DTYPE" if self.is_vector(mask) else "torch.float64"
             if (a, b) == (1, 0):
                 return f"{self._print(mask)}.to({dtype})"
-            on, off = (f"torch.tensor({t}, dtype={dtype})" for t in (on, off))
+            on, off = self.tensor(a, dtype), self.tensor(b, dtype)
         text = f"torch.where({bare(self._print(mask))}, {on}, {off})"
-        if self.is_vector(mask) and not (self.is_vector(a) or self.is_vector(b)):
+        if self.is_vector(mask) and not (self.is_vector(a) or self.is_vector(b) or all(numbers)):
             text += ".to(DTYPE)"  # two scalars would make an fp64 vector
         return text
 
@@ -152,10 +170,12 @@ class VectorPrinter(StrPrinter):
         if self.block:
             assert not varies, "a row block cannot read across rows"
             return f"torch.as_tensor({text}, dtype=DTYPE).expand(m)"
-        if not varies and (name == "to_rows" or self.positives == "views"):
+        if not varies and (name == "to_rows" or self.positives in ONE_TO_ONE):
             return f"torch.as_tensor({text}, dtype=DTYPE).expand(rows)"
         if self.positives == "views":
             return f"torch.roll({text}, half)"
+        if self.positives == "paired":
+            return f"{text}" if vector.is_Symbol else f"({text})"
         if name == "to_rows":
             return f"{text}[:rows]" if vector.is_Symbol else f"({text})[:rows]"
         return f"_to_columns({text}, rows, cols)"
@@ -197,12 +217,24 @@ class TilePrinter:
         buffers: Mapping[int, str],
         scalar: Callable[[sp.Expr], str],
         vector: Callable[[str, int], str],
-        rename: Mapping[str, str],
+        is_python: Callable[[sp.Expr], bool],
     ) -> None:
-        self.buffers, self.scalar, self.vector, self.rename = buffers, scalar, vector, rename
+        self.buffers, self.scalar, self.vector, self.is_python = buffers, scalar, vector, is_python
 
     def tile(self, value: int) -> str:
-        return self.rename.get(self.buffers[value], self.buffers[value])
+        return self.buffers[value]
+
+    def number(self, expr: sp.Expr) -> str:
+        """A scalar as a Python number."""
+        if expr.is_number:
+            return number(expr)
+        text = self.scalar(expr)
+        return text if self.is_python(expr) else f"{text}.item()"
+
+    def _is_literal(self, ref: Ref) -> bool:
+        """Whether a scalar's text is a Python number."""
+        number = isinstance(ref, ScalarRef) and (ref.expr.is_number or self.is_python(ref.expr))
+        return bool(number)
 
     def ref(self, ref: Ref) -> str:
         match ref:
@@ -216,9 +248,7 @@ class TilePrinter:
     def compute(self, c: Compute) -> str:
         """One elementwise operation, in place where a buffer is taken over."""
         out, args = self.tile(c.value), [self.ref(a) for a in c.args]
-        first_is_tensor = bool(args) and not (
-            isinstance(c.args[0], ScalarRef) and c.args[0].expr.is_number
-        )
+        first_is_tensor = bool(args) and not self._is_literal(c.args[0])
         match c.op:
             case "fill" | "mask_fill":
                 if isinstance(c.args[0], ScalarRef):
@@ -230,8 +260,6 @@ class TilePrinter:
             case "fill_where":
                 copy = "" if args[0] == out else f"{out}.copy_({args[0]})\n"
                 return f"{copy}{out}.masked_fill_({args[1]}, {args[2]})"
-            case "where":
-                return f"torch.where({', '.join(args)}, out={out})"
             case "positive_tile":
                 return (
                     f"torch.eq({self.vector('row_ids', 0)}, {self.vector('col_ids', 1)}, out={out})"
@@ -250,7 +278,7 @@ class TilePrinter:
                 return f"torch.{name}({args[0]}, {args[1]}, out={out})"
             case "maximum":
                 for a, b in (c.args, c.args[::-1]):
-                    if isinstance(b, ScalarRef) and b.expr.is_number:
+                    if self._is_literal(b):
                         return f"torch.clamp({self.ref(a)}, min={self.ref(b)}, out={out})"
                 return f"torch.maximum({args[0]}, {args[1]}, out={out})"
             case "add" | "mul":
@@ -268,7 +296,7 @@ class TilePrinter:
                 if args[0] == out:
                     return f"{out}.{c.op}_()"
         tensors = [
-            f"torch.tensor({t}, dtype=DTYPE)" if _is_literal(a) else t
+            f"torch.tensor({t}, dtype=DTYPE)" if self._is_literal(a) else t
             for a, t in zip(c.args, args, strict=True)
         ]
         return f"torch.{c.op}({', '.join(tensors)}, out={out})"
@@ -278,13 +306,11 @@ class TilePrinter:
         out = self.tile(g.value)
         factors = [] if scale is None else [f"{scale}.item()"]
         if g.alpha != 1:
-            factors.append(
-                number(g.alpha) if g.alpha.is_number else f"{self.scalar(g.alpha)}.item()"
-            )
+            factors.append(self.number(g.alpha))
         alpha = " * ".join(factors)
         beta = ""
         if g.beta != 0:
-            beta = number(g.beta) if g.beta.is_number else f"{self.scalar(g.beta)}.item()"
+            beta = self.number(g.beta)
         if slots:
             lines = [f"torch.bmm({right}, {left}.unsqueeze(2), out={out}.unsqueeze(2))"]
             lines += [f"{out}.mul_({alpha})"] if alpha else []
@@ -295,6 +321,10 @@ class TilePrinter:
         if alpha:
             return f"{out}.addmm_({left}, {right}.T, beta=0, alpha={alpha})"
         return f"torch.mm({left}, {right}.T, out={out})"
+
+    def fold(self, a: Accumulate, target: str) -> str:
+        """A sum or maximum of the only tile there is."""
+        return f"{target} = {self.tile(a.args[0])}.{'sum' if a.kind == 'sum' else 'amax'}({a.dim})"
 
     def accumulate(self, a: Accumulate, targets: tuple[str, ...]) -> str:
         tiles = [self.tile(v) for v in a.args]
@@ -324,10 +354,6 @@ class TilePrinter:
             case _:
                 statement = f"{out}.diagonal(k).copy_({text})"
         return [*lines, statement]
-
-
-def _is_literal(ref: Ref) -> bool:
-    return isinstance(ref, ScalarRef) and bool(ref.expr.is_number)
 
 
 __all__ = ["SOFTPLUS_THRESHOLD", "TilePrinter", "VectorPrinter", "number"]

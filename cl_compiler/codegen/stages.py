@@ -9,9 +9,10 @@ import sympy as sp
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.passes import PassPrinter, PassText
-from cl_compiler.codegen.printers import VectorPrinter, bare
+from cl_compiler.codegen.printers import VectorPrinter, bare, spaced
 from cl_compiler.codegen.symbols import (
     LENGTH,
+    PythonNumbers,
     finalise,
     operand_scale,
     shift_owner,
@@ -60,11 +61,16 @@ class StagePrinter:
     def __init__(self, program: Program, names: Names, cast: bool) -> None:
         self.program, self.plan, self.names, self.cast = program, program.plan, names, cast
         self.leaves: dict[str, Leaf] = symbol_table(self.plan)
-        self.calls = 0
+        self.numbers = PythonNumbers(self.plan)
+        self.overwritten = overwritten_gradients(program)
+        self._fresh = set(self.overwritten)
 
     def vectors(self, lookup: Callable[[str], str] | None = None) -> VectorPrinter:
         return VectorPrinter(
-            lookup or self.names, lambda e: bool(axes_of(e, self.leaves)), self.plan.positives
+            lookup or self.names,
+            lambda e: bool(axes_of(e, self.leaves)),
+            self.numbers,
+            self.plan.positives,
         )
 
     # -- vectors ---------------------------------------------------------------------------------
@@ -83,6 +89,8 @@ class StagePrinter:
 
     def _reduced(self, red: Reduction, printer: VectorPrinter) -> str:
         value = printer.text(red.operand)
+        if self.numbers(red.operand) and red.operand != 1:
+            value = spaced(printer.tensor(red.operand, "DTYPE"))
         varies = bool(axes_of(red.operand, self.leaves))
         mask = "" if red.where == 1 else printer.text(red.where)
         match red.monoid:
@@ -125,6 +133,8 @@ class StagePrinter:
                     factors.append(repr(abs(float(factor))))
                 elif axes_of(factor, self.leaves):
                     factors.append(f"{self._method(factor)}.abs().max().item()")
+                elif self.numbers(factor):
+                    factors.append(f"abs({self.vectors().text(factor)})")
                 else:
                     factors.append(f"abs({self._method(factor)}.item())")
             terms.append(" * ".join(factors))
@@ -143,6 +153,7 @@ class StagePrinter:
             printer = PassPrinter(
                 self.program, pass_, mode, self.names, f"_{name}{suffix}", self.cast
             )
+            printer.fresh = set(self._fresh)
             text = printer.text()
             hoisted = [
                 self._hoisted(printer, *item)
@@ -150,6 +161,7 @@ class StagePrinter:
                 if item[2] not in printer.local
             ]
             modes[mode] = ModeText(text, hoisted, self._finish(pass_, mode))
+        self._fresh = printer.fresh
         call = PassCall(modes)
         if len(modes) == 2:
             self._choose(call, pass_, forward)
@@ -159,6 +171,7 @@ class StagePrinter:
         printer.active = next(c for c in printer.codes if c.hoisted.get(symbol, (0,))[0] == expr)
         vectors = self.vectors(lambda n: printer.hoisted_names.get(n) or self.names(n))
         vectors.is_vector = lambda e: bool(axes_of(e, printer.all_leaves))
+        vectors.is_python = printer.numbers
         return f"{name} = {vectors.text(expr)}"
 
     def _finish(self, pass_: Pass, mode: Mode) -> list[str]:
@@ -224,6 +237,20 @@ class StagePrinter:
     def final_scale(self, operand: str) -> str:
         scale = operand_scale(self.plan, operand)
         return "" if scale in ("", "mixed") else self.names(scale)
+
+
+def overwritten_gradients(program: Program) -> frozenset[str]:
+    """Operands whose gradient need not be cleared: one product makes all of its first value."""
+    first: dict[str, bool] = {}
+    for pass_ in program.passes:
+        code = next(iter(pass_.programs.values()))
+        for tile in code.gradients:
+            leaf = program.plan.leaves[tile.similarity]
+            for side, view in (("left", leaf.left), ("right", leaf.right)):
+                if view is not None and side in pass_.sides:
+                    complete = pass_.whole and not pass_.is_slots and view.prefix is None
+                    first.setdefault(view.operand, complete)
+    return frozenset(name for name, complete in first.items() if complete)
 
 
 def _shifts_read(program: Program, pass_: Pass) -> set[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import sympy as sp
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.lang.ir import Leaf, Reduction
+from cl_compiler.lang.ir import Leaf, Let, Reduction
 from cl_compiler.lang.lower import TIE_TOLERANCE, inverse_of, shift_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
@@ -33,6 +35,39 @@ def symbol_table(plan: SweepPlan) -> dict[str, Leaf]:
     return table
 
 
+class PythonNumbers:
+    """Which scalars emitted code holds as Python numbers rather than as tensors.
+
+    Axis lengths and shifts, and what arithmetic makes of them where no division by zero can occur:
+    Python raises where a tensor would be infinite.
+    """
+
+    def __init__(
+        self, plan: SweepPlan, hoisted: Mapping[str, tuple[sp.Expr, tuple[str, ...]]] | None = None
+    ) -> None:
+        self.hoisted = hoisted or {}
+        self.known = {
+            name
+            for name, leaf in symbol_table(plan).items()
+            if leaf.kind == "count" or name.startswith("shift_")
+        }
+        for node in plan.nodes:
+            if isinstance(node, Let) and self(node.expr):
+                self.known.add(node.name)
+
+    def __call__(self, expr: sp.Expr) -> bool:
+        if isinstance(expr, sp.Symbol):
+            if expr.name in self.hoisted:
+                return self(self.hoisted[expr.name][0])
+            return expr.name in self.known
+        if expr.is_number:
+            return bool(expr.is_finite)
+        if isinstance(expr, sp.Pow) and expr.exp.is_Integer:
+            whole = isinstance(expr.base, sp.Symbol) and expr.base.is_positive
+            return bool(whole or expr.exp > 0) and self(expr.base)
+        return isinstance(expr, (sp.Add, sp.Mul)) and all(self(a) for a in expr.args)
+
+
 def operand_scale(plan: SweepPlan, operand: str) -> str:
     """The parameter that scales every similarity of an operand: applied once, at the end.
 
@@ -57,7 +92,8 @@ def finalise(
         case "logsumexp" if mode == "bounded":
             shift = names(shift_of(shift_owner(program, red)).name)
             yield red.name, f"torch.log({parts['sum']}) + {shift}"
-            yield inverse_of(red.name).name, f"_inverse({parts['sum']})"
+            inverse = "torch.reciprocal" if red.where == 1 else "_inverse"
+            yield inverse_of(red.name).name, f"{inverse}({parts['sum']})"
         case "logsumexp":
             yield red.name, f"_finish_logsumexp({parts['max']}, {parts['sum']})"
         case "softmean" if mode == "bounded":

@@ -16,6 +16,8 @@ import sympy as sp
 
 from cl_compiler.lang import functions as fn
 from cl_compiler.lang.ir import (
+    COLS,
+    ROWS,
     GradientIR,
     Leaf,
     Let,
@@ -123,11 +125,14 @@ def differentiate(
     ir: LossIR,
     needs: frozenset[str],
     dots: Mapping[str, tuple[tuple[str, Fraction], ...]] = MappingProxyType({}),
+    *,
+    one_to_one: bool = False,
 ) -> GradientIR:
     """Gradients of ``ir.value`` with respect to ``needs``: operands, inputs and parameters.
 
     ``ir`` must be resolved.  ``dots`` (see ``fold_scales``) names what is read off afterwards; the
-    similarities' gradients are then with respect to the scaled similarity.
+    similarities' gradients are then with respect to the scaled similarity.  ``one_to_one``: every
+    column is the positive of exactly one row.
 
     Raises:
         LossDefinitionError: a gradient would need triples.
@@ -147,10 +152,12 @@ def differentiate(
             continue
         adjoint = work.let(f"a_{red.name}", total)
         if red.monoid in ("to_rows", "to_cols"):
+            varies = bool(axes_of(adjoint, work.leaves))
             if red.monoid == "to_rows":
-                back = fn.to_cols(adjoint)
+                back = fn.to_cols(adjoint) if varies or not one_to_one else adjoint
             else:  # every row has a positive, so a scalar read there stays a scalar
-                back = fn.to_rows(adjoint) if axes_of(adjoint, work.leaves) else adjoint
+                back = fn.to_rows(adjoint) if varies else adjoint
+            source = COLS if red.monoid == "to_rows" else ROWS
             terms = [(red.operand, back, fn.ONE)]
             adjoint = fn.ONE
         else:
@@ -165,7 +172,7 @@ def differentiate(
                     continue
                 to = frozenset(ir.leaves[symbol.name].axes)
                 if red.monoid in ("to_rows", "to_cols"):
-                    into[symbol.name].append(_reduce_vector(work, local * derivative, to))
+                    into[symbol.name].append(_sum_vector(work, local * derivative, source, to))
                 else:
                     into[symbol.name].append(
                         work.spread(red, adjoint, local * derivative, where, to)
@@ -202,11 +209,13 @@ def _used(steps: list[Let | Reduction], results: Iterable[sp.Expr]) -> tuple[Let
     return tuple(reversed(kept))
 
 
-def _reduce_vector(work: _Reverse, expr: sp.Expr, to: frozenset[str]) -> sp.Expr:
-    """Sum a vector to a scalar where the target is a scalar."""
-    for axis in ordered(axes_of(expr, work.leaves) - to):
-        expr = work.sum_over(axis, expr, fn.ONE)
-    return expr
+def _sum_vector(work: _Reverse, expr: sp.Expr, axis: str, to: frozenset[str]) -> sp.Expr:
+    """Sum what holds for every element of ``axis`` where the target is a scalar."""
+    if axis in to:
+        return expr
+    if axis not in axes_of(expr, work.leaves):
+        return expr * work.count(axis)
+    return work.sum_over(axis, expr, fn.ONE)
 
 
 def _is_needed(leaf: Leaf, needs: frozenset[str]) -> bool:

@@ -29,7 +29,8 @@ class Pass:
     """One loop nest over the tiles of a grid.
 
     ``programs`` has one tile program per mode.  ``sides``: which operands' gradients its gradient
-    tiles are multiplied into.  ``whole_rows``: a tile spans all columns (a row panel).
+    tiles are multiplied into.  ``whole_rows``: a tile spans all columns (a row panel).  ``whole``:
+    one tile spans the grid, so that there is no loop.
     """
 
     level: int
@@ -40,6 +41,7 @@ class Pass:
     sides: tuple[Side, ...]
     symmetric: bool
     whole_rows: bool
+    whole: bool
     keep: Literal["", "write", "read"]
     programs: Mapping[Mode, TileProgram]
     remake: Mapping[Mode, TileProgram] = field(default_factory=dict)
@@ -176,7 +178,6 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
             if schedule in ("retain", "dense") and not valid_schedules(plan)["retain"]:
                 keep = "write" if level <= plan.forward_levels else "read"
                 keep = keep if plan.gradient_levels else ""
-            whole = schedule == "panel"
             split = schedule == "recompute" and sweep.gradients and sweep.grid[1] != SLOTS
             if not split:
                 passes.append(
@@ -188,7 +189,8 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
                         sweep.reductions,
                         sweep.gradients,
                         symmetric=symmetric,
-                        whole_rows=whole,
+                        whole_rows=schedule == "panel",
+                        whole=schedule == "dense",
                         keep=keep,
                     )
                 )
@@ -243,6 +245,7 @@ def _make(
     sides: tuple[Side, ...] | None = None,
     symmetric: bool = False,
     whole_rows: bool = False,
+    whole: bool = False,
     barrier: bool = False,
     keep: Literal["", "write", "read"] = "",
 ) -> Pass:
@@ -275,6 +278,7 @@ def _make(
         _needed_sides(plan, gradients) if sides is None else sides,
         symmetric,
         whole_rows,
+        whole,
         keep,
         programs,
         remake,

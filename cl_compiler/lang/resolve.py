@@ -2,13 +2,17 @@
 
 ``resolve`` rewrites a traced loss for one kind of positives:
 
-* ``diagonal``: the positive of row i is column i (N ≥ M);
+* ``diagonal``: the positive of row i is column i (N ≥ M; columns beyond M have none);
+* ``paired``: the same where M = N, so that every column has a positive too;
 * ``views``: of one set of 2b embeddings, rows i and i + b are positives of each other;
 * ``ids``: positive where ids are equal; masks become tiles, several positives are averaged.
 
-For the first two every row has exactly one positive, so whatever touches positives only becomes a
-vector computed in O(M·D), and no sweep over the matrix is needed for it.  ``fold_scales`` then
-finds parameters that multiply a similarity in its every use; the product is what a tile holds.
+For the first three every row has exactly one positive, so whatever touches positives only becomes a
+vector computed in O(M·D), and no sweep over the matrix is needed for it.  ``paired`` and ``views``
+are one to one: no column is without a positive, and no mask or count of such columns remains.
+
+``fold_scales`` then finds parameters that multiply a similarity in its every use; the product is
+what a tile holds.
 """
 
 from __future__ import annotations
@@ -24,13 +28,16 @@ import sympy as sp
 from cl_compiler.lang import functions as fn
 from cl_compiler.lang.ir import COLS, ROWS, Leaf, LossIR, Reduction, axes_of, ordered
 
-Positives = Literal["diagonal", "views", "ids"]
+Positives = Literal["diagonal", "paired", "views", "ids"]
+ONE_TO_ONE: frozenset[Positives] = frozenset({"paired", "views"})
+"""Kinds for which rows and their positive columns are a bijection."""
 IS_POSITIVE = sp.Symbol("is_positive", real=True)
 
 
 class _Resolver:
     def __init__(self, ir: LossIR, positives: Positives) -> None:
         self.ir, self.by_ids = ir, positives == "ids"
+        self.one_to_one = positives in ONE_TO_ONE
         self.leaves: dict[str, Leaf] = dict(ir.leaves)
         self.reductions: list[Reduction] = []
         self.values: dict[sp.Symbol, sp.Expr] = {}
@@ -46,9 +53,12 @@ class _Resolver:
     def move(self, expr: sp.Expr, to: str) -> sp.Expr:
         """Carry a vector to the other axis along the pairing of rows and their positives."""
         monoid = "to_rows" if to == ROWS else "to_cols"
-        if isinstance(expr, sp.Symbol) and to == ROWS:
+        if self.one_to_one and not axes_of(expr, self.leaves):
+            return expr  # a number that every column has
+        if isinstance(expr, sp.Symbol) and (to == ROWS or self.one_to_one):
+            back = "to_cols" if to == ROWS else "to_rows"
             for red in self.reductions:  # every row has a positive, so there and back is nothing
-                if red.name == expr.name and red.monoid == "to_cols":
+                if red.name == expr.name and red.monoid == back:
                     return red.operand
         over = COLS if to == ROWS else ROWS
         name = f"p{sum(r.monoid in ('to_rows', 'to_cols') for r in self.reductions)}"

@@ -25,7 +25,7 @@ from cl_compiler.lang.ir import (
     ordered,
     reduction_axes,
 )
-from cl_compiler.lang.resolve import Positives, fold_scales, resolve
+from cl_compiler.lang.resolve import ONE_TO_ONE, Positives, fold_scales, resolve
 
 Grid = tuple[str, str]
 Node = Let | Reduction
@@ -200,7 +200,8 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
     """
     scaled = fold_scales(resolve(loss, positives), needs)
     ir = scaled.ir
-    gradient = differentiate(ir, needs, scaled.dots) if needs else None
+    one_to_one = positives in ONE_TO_ONE
+    gradient = differentiate(ir, needs, scaled.dots, one_to_one=one_to_one) if needs else None
     leaves = ir.leaves if gradient is None else gradient.leaves
     nodes: list[Node] = [*ir.reductions, *(gradient.steps if gradient else ())]
     levels: dict[str, int] = {}

@@ -25,6 +25,17 @@ class LossSignature:
     def single_set(self) -> bool:
         return any(axes == ("rows", "cols") for _, axes in self.operands)
 
+    @property
+    def positional(self) -> tuple[str, ...]:
+        """Operands that may be given by position."""
+        return tuple(n for n, _ in self.operands if n in ("x", "y", "z"))
+
+    def positives(self, rows: int, cols: int) -> str:
+        """The kind of positives (see ``cl_compiler.lang.resolve``) of a call without ids."""
+        if self.single_set:
+            return "views"
+        return "paired" if self.uses_positives and rows == cols else "diagonal"
+
 
 @dataclass(frozen=True)
 class CallSignature:

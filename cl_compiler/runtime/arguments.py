@@ -1,0 +1,284 @@
+"""What a compiled loss is called with: names, shapes and dtypes checked, tensors made ready.
+
+A call like an earlier one (same names, shapes, strides, dtypes and gradients wanted) is recognised
+and not checked again: for small batches the checks would take longer than the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_compiler.errors import ArgumentError, NonFiniteError
+from cl_compiler.runtime.signatures import CallSignature, LossSignature
+
+_DTYPES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+_REMEMBERED = 256
+"""Kinds of calls that are recognised, at most."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: its arguments by name, ready for emitted code, and what decides that code."""
+
+    values: Mapping[str, Tensor]
+    signature: CallSignature
+    outer_dtype: torch.dtype
+
+
+class ArgumentChecker:
+    """Checks the arguments of one loss; ``nonfinite``: also look at every element."""
+
+    def __init__(self, signature: LossSignature, *, nonfinite: bool) -> None:
+        self.signature, self._nonfinite = signature, nonfinite
+        self._known: dict[tuple[Any, ...], tuple[CallSignature, torch.dtype]] = {}
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """Check one call.
+
+        Raises:
+            ArgumentError: wrong names, shapes, dtypes or devices.
+            NonFiniteError: an element is not finite, and that was asked for.
+        """
+        if self._nonfinite:
+            return self._check(args, kwargs)
+        kind = (
+            torch.is_grad_enabled(),
+            *(_kind(value) for value in args),
+            *((name, _kind(value)) for name, value in kwargs.items()),
+        )
+        known = self._known.get(kind)
+        if known is not None:
+            return self._ready(args, kwargs, *known)
+        call = self._check(args, kwargs)
+        if not call.signature.contiguous_copies:  # nothing was copied or cast
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[kind] = call.signature, call.outer_dtype
+        return call
+
+    def _ready(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        signature: CallSignature,
+        dtype: torch.dtype,
+    ) -> Call:
+        """A call that was recognised."""
+        sig = self.signature
+        values = dict(zip(sig.positional, args, strict=False)) | dict(kwargs)
+        for name, _ in sig.inputs:
+            values[name] = values[name].reshape(-1).to(dtype)
+        for name in sig.parameters:
+            values[name] = _scalar(values[name])
+        for name in ("ids", "row_ids", "col_ids"):
+            if values.get(name) is not None:
+                values[name] = values[name].to(torch.int64).contiguous()
+        return Call(values, signature, dtype)
+
+    def _check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        given = self._bind(args, kwargs)
+        sig = self.signature
+        operands = {n: self._operand(n, axes, given.pop(n)) for n, axes in sig.operands}
+        dtype = torch.float32
+        dtypes = {t.dtype for t in operands.values()}
+        for found in dtypes:
+            dtype = found if len(dtypes) == 1 else torch.promote_types(dtype, found)
+        if dtype not in _DTYPES:
+            raise ArgumentError(
+                f"{sig.name}: operands of {dtype}; use {', '.join(_DTYPES.values())}."
+            )
+        copies = 0
+        for name, tensor in operands.items():
+            ready = tensor.to(dtype)
+            if ready.stride(-1) != 1 or any(s < ready.shape[-1] for s in ready.stride()[:-1]):
+                ready = ready.contiguous()
+            if ready is not tensor:
+                copies += ready.numel() * ready.element_size()
+            operands[name] = ready
+        lengths = self._lengths(operands)
+        outer = torch.float64 if dtype == torch.float64 else torch.float32
+        inputs = {n: self._input(n, axis, given.pop(n), lengths, outer) for n, axis in sig.inputs}
+        parameters = {n: self._parameter(n, given.pop(n)) for n in sig.parameters}
+        ids = self._ids(given, lengths)
+        positives = "ids"
+        if not ids:
+            positives = sig.positives(lengths["rows"], lengths["cols"])
+        if sig.uses_positives:
+            self._check_positives(positives, lengths)
+        everything = {**operands, **inputs, **parameters}
+        needs: frozenset[str] = frozenset()
+        if torch.is_grad_enabled():
+            needs = frozenset(
+                n for n, t in everything.items() if t.requires_grad and n not in sig.stops
+            )
+        if self._nonfinite:
+            for name, tensor in everything.items():
+                if not torch.isfinite(tensor).all():
+                    raise NonFiniteError(f"{sig.name}: {name} has NaN or infinite elements.")
+        first = "z" if sig.single_set else sig.operands[0][0]
+        signature = CallSignature(
+            M=lengths["rows"],
+            N=lengths["cols"],
+            D=operands[first].shape[-1],
+            dtype=_DTYPES[dtype],
+            widths=tuple((n, t.shape[-1]) for n, t in operands.items() if n not in "xyz"),
+            slots=lengths.get("slots", 0),
+            bank=lengths.get("bank", 0),
+            positives=positives,
+            needs=needs,
+            contiguous_copies=copies,
+        )
+        return Call({**everything, **ids}, signature, outer)
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        sig = self.signature
+        positional = sig.positional
+        if len(args) > len(positional):
+            raise ArgumentError(
+                f"{sig.name} takes {len(positional)} positional arguments "
+                f"({', '.join(positional)}), got {len(args)}; pass the others by keyword."
+            )
+        given = dict(zip(positional, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given:
+                raise ArgumentError(f"{sig.name}: {name!r} is given twice.")
+            given[name] = value
+        required = [n for n, _ in sig.operands] + [n for n, _ in sig.inputs] + list(sig.parameters)
+        optional = ["ids"] if sig.single_set else ["row_ids", "col_ids"]
+        missing = [n for n in required if n not in given]
+        unknown = [n for n in given if n not in required + optional]
+        if missing or unknown:
+            parts = [f"missing: {', '.join(missing)}"] if missing else []
+            parts += [f"unknown: {', '.join(unknown)}"] if unknown else []
+            raise ArgumentError(
+                f"{sig.name}: {'; '.join(parts)}. It takes {', '.join(required)}"
+                + (f" and optionally {', '.join(optional)}." if sig.uses_positives else ".")
+            )
+        return given
+
+    def _operand(self, name: str, axes: tuple[str, ...], value: Any) -> Tensor:
+        dims = 3 if "slots" in axes else 2
+        shape = "[M, K, D]" if dims == 3 else "[length, D]"
+        if not isinstance(value, Tensor) or value.dim() != dims:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
+            raise ArgumentError(
+                f"{self.signature.name}: {name} must be a tensor {shape}, got {got}."
+            )
+        if value.device.type != "cpu":
+            raise ArgumentError(
+                f"{self.signature.name}: {name} is on {value.device}; this package emits code for "
+                "CPUs so far. Move it with .cpu()."
+            )
+        if 0 in value.shape:
+            raise ArgumentError(
+                f"{self.signature.name}: {name} is empty (shape {list(value.shape)}); a loss needs "
+                "at least one row, one column and one feature. Skip empty batches."
+            )
+        return value
+
+    def _lengths(self, operands: Mapping[str, Tensor]) -> dict[str, int]:
+        lengths: dict[str, int] = {}
+        for name, axes in self.signature.operands:
+            tensor = operands[name]
+            found = [(a, tensor.shape[0]) for a in axes if a != "slots"]
+            found += [("slots", tensor.shape[1])] if "slots" in axes else []
+            for axis, length in found:
+                if lengths.setdefault(axis, length) != length:
+                    raise ArgumentError(
+                        f"{self.signature.name}: {name} has {length} {axis}, another operand has "
+                        f"{lengths[axis]}; they must be equal."
+                    )
+        widths = {operands[n].shape[-1] for n in ("x", "y") if n in operands}
+        if len(widths) > 1:
+            raise ArgumentError(
+                f"{self.signature.name}: x has D={operands['x'].shape[-1]} and y has "
+                f"D={operands['y'].shape[-1]}; both live in one space, so D must be equal."
+            )
+        lengths.setdefault("rows", lengths.get("cols", 1))
+        lengths.setdefault("cols", lengths["rows"])
+        return lengths
+
+    def _input(
+        self, name: str, axis: str, value: Any, lengths: Mapping[str, int], dtype: torch.dtype
+    ) -> Tensor:
+        length = lengths[axis]
+        if not isinstance(value, Tensor) or value.numel() != length or value.dim() > 2:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
+            raise ArgumentError(
+                f"{self.signature.name}: {name} must be a vector of {length} {axis}, got {got}."
+            )
+        return value.reshape(length).to(dtype)
+
+    def _parameter(self, name: str, value: Any) -> Tensor:
+        number = isinstance(value, (int, float))
+        if not number and (not isinstance(value, Tensor) or value.numel() != 1):
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
+            raise ArgumentError(
+                f"{self.signature.name}: {name} must be a number or a tensor of shape [] or [1], "
+                f"got {got}."
+            )
+        return _scalar(value)
+
+    def _ids(self, given: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, Tensor]:
+        names = (
+            {"ids": "rows"} if self.signature.single_set else {"row_ids": "rows", "col_ids": "cols"}
+        )
+        present = [n for n in names if given.get(n) is not None]
+        if not present:
+            return {}
+        if not self.signature.uses_positives:
+            raise ArgumentError(f"{self.signature.name} has no positives; it takes no ids.")
+        if len(present) < len(names):
+            raise ArgumentError(
+                f"{self.signature.name}: give both row_ids and col_ids, or neither."
+            )
+        result = {}
+        for name, axis in names.items():
+            value = given[name]
+            ok = isinstance(value, Tensor) and not value.is_floating_point()
+            if not ok or value.shape != (lengths[axis],):
+                raise ArgumentError(
+                    f"{self.signature.name}: {name} must be integers [{lengths[axis]}]."
+                )
+            result[name] = value.to(torch.int64).contiguous()
+        return result
+
+    def _check_positives(self, positives: str, lengths: Mapping[str, int]) -> None:
+        rows, cols = lengths["rows"], lengths["cols"]
+        if positives == "diagonal" and rows > cols:
+            raise ArgumentError(
+                f"{self.signature.name}: {rows} rows and {cols} columns: the positive of row i is "
+                "column i, so there may not be more rows. Pass row_ids and col_ids otherwise."
+            )
+        if positives == "views" and rows % 2:
+            raise ArgumentError(
+                f"{self.signature.name}: z has {rows} rows; without ids rows i and i + b of 2b are "
+                "two views, so their number must be even. Pass ids= otherwise."
+            )
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument decides whether it is valid, and what is done with it."""
+    if not isinstance(value, Tensor):
+        return type(value)
+    return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+
+
+def _scalar(value: float | Tensor) -> Tensor:
+    """A parameter as a tensor; emitted code reads it in fp64."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
+__all__ = ["ArgumentChecker", "Call"]
