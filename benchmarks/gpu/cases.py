@@ -71,7 +71,7 @@ class Contest:
     scale: float = 1 / 0.07
     dtype: str = "bfloat16"
     turns: int = 10
-    seconds: float = 1.5
+    seconds: float = 1.0
 
     @property
     def key(self) -> str:
