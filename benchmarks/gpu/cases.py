@@ -101,6 +101,7 @@ OURS = {
     "siglip": ("ours", "ours:panel", "ours:spill"),
     "nt_xent": ("ours", "ours:spill"),
 }
+KERNELS = ("triton", f"triton:{PANEL}x65536")
 PEERS = {
     "clip": ("memeff", "inf_cl"),
     "infonce": ("cce", "cce:filtered", "liger", "memeff", "inf_cl"),
@@ -179,24 +180,26 @@ def _speed() -> Iterable[Contest]:
         yield case("siglip", n, 768, *_everybody("siglip"))
     for loss in ("infonce", "nt_xent"):
         yield case(loss, 32768, 768, *_everybody(loss))
-    few = ("ours", "chunked", "chunked:compiled", "memeff", "inf_cl", "open_clip")
+    few = ("ours", "triton", "chunked", "chunked:compiled", "memeff", "inf_cl", "open_clip")
     for width in (768, 1024, 256):
         yield case("clip", 65536, width, *few)
-    yield replace(case("clip", 262144, 512, "ours", "memeff", "chunked:compiled"), turns=3)
+    yield replace(
+        case("clip", 262144, 512, "ours", "triton", "memeff", "chunked:compiled"), turns=3
+    )
     for n in (32768, 16384):
         for width in (768, 1024, 256, 512):
             if (n, width) != (32768, 512):
                 yield case("clip", n, width, *few)
     for loss in ("infonce", "nt_xent"):
         yield case(loss, 65536, 768, *_everybody(loss, compiled=False))
-    yield replace(case("siglip", 262144, 768, "ours", "siglip_kernel"), turns=3)
-    yield replace(case("clip", 1 << 20, 256, "ours", "memeff"), turns=1)
+    yield replace(case("siglip", 262144, 768, "ours", "triton", "siglip_kernel"), turns=3)
+    yield replace(case("clip", 1 << 20, 256, "ours", "triton", "memeff"), turns=1)
 
 
 def _everybody(loss: str, *, compiled: bool = True) -> tuple[str, ...]:
     """Ours, what PyTorch offers, and the packages that do the same work."""
     formula = FORMULA[loss]
-    names = (*OURS[loss], "chunked", "chunked:compiled", formula, f"{formula}:compiled")
+    names = (*OURS[loss], *KERNELS, "chunked", "chunked:compiled", formula, f"{formula}:compiled")
     found = (*names, *PEERS[loss])
     return found if compiled else tuple(n for n in found if n != f"{formula}:compiled")
 

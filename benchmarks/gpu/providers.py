@@ -37,6 +37,7 @@ BIAS = -10.0
 
 DESCRIPTIONS = {
     "ours": "compile_loss, schedule chosen by the planner or named",
+    "triton": "the Triton back end's spill schedule without the planner, panels of the named size",
     "chunked": "torch.mm over panels of rows; elementwise PyTorch, or torch.compile, between",
     "open_clip": "open_clip 3.3's formula, one rank, bf16 autocast: the matrix exists",
     "dense": "the textbook formula, bf16 autocast: the matrix exists",
@@ -98,6 +99,10 @@ def prepare(name: str, contest: Contest, leaves: Mapping[str, Tensor]) -> Entran
     everything = tuple(leaves.values())
     if family == "ours":
         return _ours(variant, contest, leaves)
+    if family == "triton":
+        from benchmarks.gpu.kernels import triton_loss
+
+        return Entrant(Step(triton_loss(variant, contest, leaves), everything))
     if family in PEERS:
         return Entrant(Step(peer_loss(name, contest, leaves), everything))
     return Entrant(Step(_formula(family, variant, contest, leaves), everything))

@@ -169,7 +169,7 @@ def _worst_error(judged: Sequence[Judged], line: Line) -> float | None:
 def _ours(lines: Sequence[Line], key: str) -> Line | None:
     """The compiled loss whose schedule the planner chose, else the fastest one."""
     found = [line for line in lines if line.key == key and line.is_ours and line.seconds]
-    chosen = next((line for line in found if ":" not in line.provider), None)
+    chosen = next((line for line in found if line.provider in ("ours", "compiled")), None)
     return chosen or min(found, key=lambda line: line.seconds or 0.0, default=None)
 
 

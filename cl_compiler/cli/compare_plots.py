@@ -48,7 +48,7 @@ class _Kind:
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write the figures that the file has data for; returns their paths."""
     shown = [line for line in results.lines if line.seconds and line.provider != "gemm"]
-    shown = [line for line in shown if not line.provider.startswith("ours:")]
+    shown = [line for line in shown if not line.provider.startswith(("ours:", "triton:"))]
     if not shown:
         return []
     kinds: tuple[_Kind, ...] = (

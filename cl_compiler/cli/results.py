@@ -12,8 +12,8 @@ from cl_compiler.errors import ArgumentError
 
 __all__ = ["OURS", "Ceiling", "Judged", "Line", "Results", "read_results"]
 
-OURS = ("ours", "compiled")
-"""What a compiled loss is called in results of a GPU and of a CPU."""
+OURS = ("ours", "compiled", "triton")
+"""A compiled loss in results of a GPU and of a CPU; the GPU's kernels without a planner."""
 
 Entry = Mapping[str, Any]
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from cl_compiler.lang.reference import evaluate
 from cl_compiler.losses import find
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 SIZES = ((96, 24), (70, 16))
 
 
@@ -151,3 +157,32 @@ def test_least_work():
     contest = Contest("speed", "nt_xent", 64, 64, 16, ())
     assert contest.flops == 2 * 2 * 64 * 64 * 16
     assert UNITS == {"clip": 4, "infonce": 3, "siglip": 3, "nt_xent": 2}
+
+
+KERNELS = """
+import json, sys, torch
+from benchmarks.gpu import oracle
+from benchmarks.gpu.cases import Contest
+from benchmarks.gpu.providers import inputs_of, prepare
+torch.set_num_threads(1)
+found = {}
+for loss in sys.argv[1:]:
+    contest = Contest("correctness", loss, 96, 96, 32, (), 14.3, "float32")
+    leaves = inputs_of(contest, torch.device("cpu"), 1)
+    truth = oracle.truth_of(loss, leaves)
+    found[loss] = oracle.errors_of(truth, prepare("triton:64x64", contest, leaves).step(), leaves)
+print(json.dumps(found))
+"""
+
+
+def test_the_kernels_are_right_without_the_planner():
+    """In Triton's interpreter, with panels that do not divide the batch."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KERNELS, "clip", "siglip"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for errors in json.loads(done.stdout).values():
+        assert max(errors.values()) < 2**-10  # tf32 products and better
