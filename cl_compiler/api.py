@@ -5,7 +5,7 @@ request → key → (cached, or: sweeps → plan → program → text) → verif
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from cl_compiler.codegen.templates import template_root
 from cl_compiler.errors import ArgumentError, LossDefinitionError
 from cl_compiler.hardware import HardwareSpec, load_hardware
 from cl_compiler.lang.ir import LossIR
+from cl_compiler.plan.precision import PRECISIONS, products_of
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Request
 from cl_compiler.runtime.loader import load_source
 from cl_compiler.runtime.signatures import CallSignature, LoadedVariant, LossSignature
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 BUDGET_SHARE = 0.25
 """Of the free memory, where no budget is given."""
-
-PRECISIONS = ("auto", "ieee", "bf16")
 
 
 def compile_loss(
@@ -90,9 +89,15 @@ def compile_loss(
         specialise,
         planned=planned,
         nonfinite=nonfinite,
-        verify=Verifier(ir) if verify else None,
+        verify=_verifier(ir) if verify else None,
         refusal=_refusal(hardware),
     )
+
+
+def _verifier(ir: LossIR) -> Callable[[CompiledLoss, Mapping[str, Any]], None]:
+    from cl_compiler.verify import Verifier
+
+    return Verifier(ir)
 
 
 def _refusal(hardware: HardwareSpec) -> str:
@@ -187,9 +192,7 @@ class Specialiser:
 
     def request(self, call: CallSignature) -> Request:
         """Everything that the plan depends on."""
-        precision = self.precision
-        if precision == "auto":
-            precision = "bf16" if call.dtype == "bfloat16" else "ieee"
+        precision = products_of(self.precision, call.dtype, self.hardware)
         problem = Problem(
             call.M,
             call.N,
@@ -308,54 +311,6 @@ def loss_to_json(ir: LossIR) -> dict[str, Any]:
         "required": [[n, str(e)] for n, e in ir.required],
         "constants": [[n, repr(v)] for n, v in ir.constants],
     }
-
-
-SAMPLE_ROWS = 64
-"""Rows that ``verify=True`` compares with the reference."""
-
-
-@dataclass(frozen=True)
-class Verifier:
-    """Compares a compiled loss with the dense float64 reference on the first rows of a call."""
-
-    ir: LossIR
-
-    def __call__(self, loss_fn: CompiledLoss, values: Mapping[str, Any]) -> None:
-        """Raise if the value on a sample differs from the reference by more than rounding.
-
-        Raises:
-            ArithmeticError: the compiled value is wrong; please report it.
-        """
-        import torch
-
-        from cl_compiler.lang.reference import evaluate
-
-        def cut(axes: tuple[str, ...], tensor: torch.Tensor) -> torch.Tensor:
-            if axes == ("rows", "cols"):  # two views: the first rows of each half
-                half = tensor.shape[0] // 2
-                step = min(SAMPLE_ROWS, half)
-                return torch.cat([tensor[:step], tensor[half : half + step]]).detach()
-            return tensor[:SAMPLE_ROWS].detach()
-
-        axes = {op.name: op.axes for op in self.ir.operands}
-        axes |= {n: leaf.axes for n, leaf in self.ir.leaves.items() if leaf.kind == "input"}
-        single = ("rows", "cols") if self.ir.is_single_set else ("rows",)
-        axes |= {"ids": single, "row_ids": ("rows",), "col_ids": ("cols",)}
-        sample = {n: cut(a, values[n]) for n, a in axes.items() if n in values}
-        ids = {n: sample.pop(n) for n in ("ids", "row_ids", "col_ids") if n in sample}
-        parameters = {n: values[n].item() for n in self.ir.parameters}
-        with torch.no_grad():
-            got = loss_fn(**sample, **parameters, **ids)
-            got = got[0] if isinstance(got, tuple) else got
-            want = evaluate(self.ir, sample, parameters, **ids)
-        tolerance = 1e-9 if values["dtype"] == torch.float64 else 1e-3
-        error = abs(float(got) - float(want)) / max(1.0, abs(float(want)))
-        if not error <= tolerance and torch.isfinite(want):
-            raise ArithmeticError(
-                f"{self.ir.name}: compiled value {float(got)!r}, reference {float(want)!r} on "
-                f"{SAMPLE_ROWS} rows: relative error {error:.1e} above {tolerance:.0e}. Do not use "
-                "this variant; please report it with loss_fn.source."
-            )
 
 
 __all__ = ["Plan", "Specialiser", "compile_loss", "find_loss", "request_to_json"]

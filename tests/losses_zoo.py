@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_compiler import lang as cl
-from tests.zoo_case import Case
+from tests.zoo_case import Case, paired
 
 NINF = float("-inf")
 
@@ -467,7 +467,12 @@ def sinkhorn_formula(t, pos, p):
 
 
 def cases() -> tuple[Case, ...]:
-    """Every entry of the zoo."""
+    """Every entry; with one positive per row also as many rows as columns."""
+    some = [c for c in _entries() if c.positives == "diagonal" and c.loss.uses_positives]
+    return (*_entries(), *map(paired, some))
+
+
+def _entries() -> tuple[Case, ...]:
     scale, deb = {"logit_scale": 7.0}, {"logit_scale": 3.0, "tau_plus": 0.1}
     sigmoid = {"logit_scale": 7.0, "logit_bias": -3.0}
     ranks = {"tau_rank": 0.3, "tau_k": 0.7}

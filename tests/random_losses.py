@@ -38,6 +38,8 @@ def draw(seed: int) -> Case:
     single = rng.random() < 0.3
     options: tuple[Positives, ...] = ("views", "ids") if single else ("diagonal", "ids")
     positives = options[rng.random() < 0.4]
+    if positives == "diagonal" and seed % 2:
+        positives = "paired"
 
     def random_loss(logit_scale, bias, weight):
         names = dict(zip(PARAMETERS, (logit_scale, bias, weight), strict=True))
@@ -47,7 +49,8 @@ def draw(seed: int) -> Case:
     loss = cl.define_loss(random_loss)
     values = {name: round(rng.uniform(*bounds), 3) for name, bounds in PARAMETERS.items()}
     ranges = dict.fromkeys(("row_in", "col_in"), (-1.0, 1.0))
-    return Case(f"random{seed}", loss, values, positives=positives, ranges=ranges)
+    square = positives == "paired"
+    return Case(f"random{seed}", loss, values, None, positives, square=square, ranges=ranges)
 
 
 @dataclass

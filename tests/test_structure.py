@@ -31,13 +31,21 @@ ALLOWED = {
     "codegen": {*BASE, "lang", "hardware", "plan"},
     "cache": BASE,
     "runtime": BASE,
-    "api": {*BASE, "lang", "losses", "hardware", "plan", "codegen", "cache", "runtime"},
+    "api": {*BASE, "lang", "losses", "hardware", "plan", "codegen", "cache", "runtime", "verify"},
+    "verify": {*BASE, "lang", "runtime"},
 }
 """Folder or module → what it may import of the package, itself aside; others may import anything
 but each other's private parts: they stand above ``api``."""
 
 TORCH_FOLDERS = ("runtime", "step", "integrations", "cli/demo")
-TORCH_LAZILY = ("lang/reference.py", "api.py", "cli", "hardware/detect.py", "hardware/calibrate.py")
+TORCH_LAZILY = (
+    "lang/reference.py",
+    "api.py",
+    "verify.py",
+    "cli",
+    "hardware/detect.py",
+    "hardware/calibrate.py",
+)
 """Where torch may be imported inside functions only."""
 
 
@@ -177,7 +185,7 @@ def test_emitted_text_does_not_depend_on_the_hash_seed():
 
 LIMIT = 450
 LONGER = {
-    "cl_compiler/codegen/passes.py": 500,
+    "cl_compiler/codegen/passes.py": 480,
     "cl_compiler/lang/lower.py": 470,
     "tests/losses_zoo.py": 530,
 }

@@ -8,7 +8,7 @@ ids for one; ``Sample.expected`` is the formula's value in float64, with autogra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class Case:
         """Everything that can have a gradient."""
         operands = {op.name for op in self.loss.operands if not op.stop}
         return frozenset(operands | set(self.inputs) | set(self.loss.parameters))
+
+
+def paired(case: Case) -> Case:
+    """The same loss of as many rows as columns."""
+    return replace(case, name=f"{case.name}_paired", positives="paired", square=True)
 
 
 @dataclass(frozen=True)
@@ -135,4 +140,4 @@ def _ids(case: Case, m: int, n: int, generator: torch.Generator) -> dict[str, Te
     return {"row_ids": row_ids, "col_ids": col_ids}
 
 
-__all__ = ["Case", "Formula", "Sample", "sample"]
+__all__ = ["Case", "Formula", "Sample", "paired", "sample"]

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUDGET_SHARE",
-    "PRECISIONS",
     "Question",
     "ask",
     "budget_of",
@@ -35,7 +34,6 @@ __all__ = [
 
 BUDGET_SHARE = 0.25
 """Of the free memory, where no budget is given: what ``compile_loss`` takes."""
-PRECISIONS = ("auto", "ieee", "bf16")
 """What ``compile_loss`` takes."""
 
 
@@ -197,22 +195,23 @@ def request_of(question: Question) -> Request:
         problem,
         positives,
         gradients_of(question.gradients, loss),
-        precision_of(question.precision, problem),
+        precision_of(question.precision, problem, hardware),
         question.schedule,
     )
 
 
-def precision_of(text: str, problem: Problem) -> str:
+def precision_of(text: str, problem: Problem, hardware: HardwareSpec) -> str:
     """How similarities are multiplied: what ``compile_loss`` makes of its argument.
 
     Raises:
         typer.BadParameter: the templates do not multiply like that.
+        CompilerError: these inputs, or this machine, have no such products.
     """
+    from cl_compiler.plan.precision import PRECISIONS, products_of
+
     if text not in PRECISIONS:
         raise typer.BadParameter(f"--precision {text!r}: use one of {', '.join(PRECISIONS)}")
-    if text == "auto":
-        return "bf16" if problem.dtype == "bfloat16" else "ieee"
-    return text
+    return products_of(text, problem.dtype, hardware)
 
 
 def _check_sizes(problem: Problem, loss: LossIR, positives: Positives) -> None:

@@ -10,11 +10,12 @@ import sympy as sp
 from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import TilePrinter, VectorPrinter, number
+from cl_compiler.codegen.products import ProductPrinter
 from cl_compiler.codegen.symbols import (
     LENGTH,
     PythonNumbers,
     finalise,
-    operand_scale,
+    prefixed,
     shift_owner,
     symbol_table,
 )
@@ -27,7 +28,6 @@ from cl_compiler.lang.tile_ir import (
     Compute,
     Diagonal,
     Gemm,
-    GradientTile,
     Mode,
     Ref,
     TileProgram,
@@ -69,17 +69,23 @@ class PassPrinter:
     """Prints one pass in one mode."""
 
     def __init__(
-        self, program: Program, pass_: Pass, mode: Mode, names: Names, name: str, cast: bool
+        self,
+        program: Program,
+        pass_: Pass,
+        mode: Mode,
+        names: Names,
+        name: str,
+        cast: bool,
+        fresh: set[str],
     ) -> None:
         self.program, self.plan, self.pass_, self.mode = program, program.plan, pass_, mode
         self.names, self.name, self.cast = names, name, cast
+        self.products = ProductPrinter(self, fresh)
         self.code: TileProgram = pass_.programs[mode]
         self.params: dict[str, None] = {}
         self.active = self.code
         self.hoisted_by_code: dict[int, dict[str, str]] = {}
         self.local: set[str] = set()
-        self.fresh: set[str] = set()
-        """Operands whose gradient nothing was written to: the first product overwrites it."""
         self.leaves = dict(self.plan.leaves)
         known: dict[sp.Expr, str] = {}
         self.hoisted: list[tuple[str, sp.Expr, str]] = []
@@ -187,13 +193,13 @@ class PassPrinter:
 
     def row(self, view: View) -> str:
         whole = self.pass_.whole and not self.cast
-        return _prefix(view.operand if whole else f"{view.operand}_i", view)
+        return prefixed(view.operand if whole else f"{view.operand}_i", view)
 
     def col(self, view: View) -> str:
         p = self.pass_
         if (p.whole or (p.whole_rows and not p.is_slots)) and not self.cast:
-            return _prefix(view.operand, view)
-        return _prefix(f"{view.operand}_i" if p.is_slots else f"{view.operand}_j", view)
+            return prefixed(view.operand, view)
+        return prefixed(f"{view.operand}_i" if p.is_slots else f"{view.operand}_j", view)
 
     # -- text ------------------------------------------------------------------------------------
 
@@ -208,8 +214,8 @@ class PassPrinter:
         remake = self.body(p.remake[self.mode]) if p.keep == "read" else []
         body = self.body(self.code)
         block = self._block_width()
-        products = [line for g in self.code.gradients for line in self.products(g)]
-        outputs = sorted({f"d_{o}" for g in p.gradients for o in self._grad_operands(g)})
+        products = [line for g in self.code.gradients for line in self.products.lines(g)]
+        outputs = sorted({f"d_{o}" for g in p.gradients for o in self.grad_operands(g)})
         store = "kept" if p.whole else "store"
         fixed = [*operands, *outputs, *([store] if p.keep else [])]
         lengths = [LENGTH[p.grid[0]], LENGTH[p.grid[1]]]
@@ -269,7 +275,7 @@ class PassPrinter:
         if p.reductions:
             what += [f"{self.names(r.name)}: {r.monoid} over {r.over}" for r in p.reductions]
         for g in p.gradients:
-            outs = ", ".join(f"d_{o}" for o in self._grad_operands(g))
+            outs = ", ".join(f"d_{o}" for o in self.grad_operands(g))
             what.append(f"{outs}: plus the products with the gradient tile of {g}")
         how = {
             "bounded": "; one exponential, shifted by a bound of the logits",
@@ -460,7 +466,7 @@ class PassPrinter:
 
     # -- gradients -------------------------------------------------------------------------------
 
-    def _grad_operands(self, sim: str) -> list[str]:
+    def grad_operands(self, sim: str) -> list[str]:
         left, right = self.views(sim)
         result = []
         for side, view in (("left", left), ("right", right)):
@@ -471,83 +477,3 @@ class PassPrinter:
 
     def _block_width(self) -> str:
         return "D" if any(g.row_scale for g in self.code.gradients) else ""
-
-    def products(self, g: GradientTile) -> list[str]:
-        """Multiply a gradient tile into its operands' gradients."""
-        left, right = self.views(g.similarity)
-        tile = self.code.buffers[g.value]
-        outs = self._grad_operands(g.similarity)
-        to_left = left.operand in outs and "left" in self.pass_.sides
-        to_right = right.operand in outs and "right" in self.pass_.sides
-        d_left = _prefix(self.at_rows(f"d_{left.operand}"), left)
-        if self.pass_.is_slots:
-            return self._slot_products(g, left, right, tile, to_left, to_right)
-        d_right = _prefix(self.at_cols(f"d_{right.operand}"), right)
-        x_i, y_j = self.row(left), self.col(right)
-        extra_left = self._alpha(g, left)
-        extra_right = self._alpha(g, right)
-        lines = []
-        if g.row_scale:
-            scale = f"{self.symbol(g.row_scale)}[:, None]"
-            if to_left:
-                lines += [
-                    f"torch.mm({tile}, {y_j}, out=block[:m])",
-                    f"block[:m].mul_({scale})",
-                    f"{d_left}.add_(block[:m]{extra_left})",
-                ]
-            if to_right:
-                lines += [
-                    f"torch.mul({x_i}, {scale}, out=block[:m])",
-                    f"{d_right}.addmm_({tile}.T, block[:m]{extra_right})",
-                ]
-            return lines
-        if to_left:
-            first = self._first(left)
-            lines.append(f"{d_left}.addmm_({tile}, {y_j}{first}{extra_left})")
-        if to_right:
-            first = self._first(right)
-            statement = f"{d_right}.addmm_({tile}.T, {x_i}{first}{extra_right})"
-            lines += ["if j != i:", f"    {statement}"] if self.pass_.symmetric else [statement]
-        return lines
-
-    def _slot_products(
-        self, g: GradientTile, left: View, right: View, tile: str, to_left: bool, to_right: bool
-    ) -> list[str]:
-        lines = []
-        if to_left:
-            product = f"torch.bmm({tile}.unsqueeze(1), {self.col(right)}).squeeze(1)"
-            d_left = self.at_rows(f"d_{left.operand}")
-            lines.append(f"{d_left}.add_({product}{self._alpha(g, left)})")
-        if to_right:
-            lines.append(
-                f"{self.at_rows(f'd_{right.operand}')}.addcmul_({tile}.unsqueeze(2), "
-                f"{self.row(left)}.unsqueeze(1){self._alpha(g, right, 'value')})"
-            )
-        return lines
-
-    def _first(self, view: View) -> str:
-        """Whether a product is the first into a gradient, which it then overwrites."""
-        if view.operand not in self.fresh:
-            return ""
-        self.fresh.discard(view.operand)
-        return ", beta=0"
-
-    def _alpha(self, g: GradientTile, view: View, keyword: str = "alpha") -> str:
-        """The scalars that a product with the gradient tile carries, as a keyword argument."""
-        factors = []
-        if g.scale != 1:
-            text = self.printer(self.symbol).text(g.scale)
-            factors.append(text if self.numbers(g.scale) else f"float({text})")
-        leaf = self.plan.leaves[g.similarity]
-        if leaf.scale and operand_scale(self.plan, view.operand) == "mixed":
-            factors.append(f"{self.symbol(leaf.scale)}.item()")
-        return f", {keyword}={' * '.join(factors)}" if factors else ""
-
-
-def _prefix(text: str, view: View) -> str:
-    """Restrict to a prefix of the columns, merging with a row slice if there is one."""
-    if view.prefix is None:
-        return text
-    if text.endswith("]"):
-        return f"{text[:-1]}, :{view.prefix}]"
-    return f"{text}[:, :{view.prefix}]"

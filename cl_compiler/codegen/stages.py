@@ -149,11 +149,11 @@ class StagePrinter:
     def call(self, pass_: Pass, name: str, forward: bool) -> PassCall:
         modes: dict[Mode, ModeText] = {}
         for mode in self.program.modes:
+            fresh = set(self._fresh)
             suffix = "" if len(self.program.modes) == 1 else f"_{mode}"
             printer = PassPrinter(
-                self.program, pass_, mode, self.names, f"_{name}{suffix}", self.cast
+                self.program, pass_, mode, self.names, f"_{name}{suffix}", self.cast, fresh
             )
-            printer.fresh = set(self._fresh)
             text = printer.text()
             hoisted = [
                 self._hoisted(printer, *item)
@@ -161,7 +161,7 @@ class StagePrinter:
                 if item[2] not in printer.local
             ]
             modes[mode] = ModeText(text, hoisted, self._finish(pass_, mode))
-        self._fresh = printer.fresh
+        self._fresh = fresh
         call = PassCall(modes)
         if len(modes) == 2:
             self._choose(call, pass_, forward)

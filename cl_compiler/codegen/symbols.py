@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import sympy as sp
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.lang.ir import Leaf, Let, Reduction
+from cl_compiler.lang.ir import Leaf, Let, Reduction, View
 from cl_compiler.lang.lower import TIE_TOLERANCE, inverse_of, shift_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
@@ -117,3 +117,12 @@ def softmean_partner(program: Program, red: Reduction) -> str:
         for r in program.logsumexps
         if (r.operand, r.where, r.over) == (red.logits, red.where, red.over)
     )
+
+
+def prefixed(text: str, view: View) -> str:
+    """Restrict to a prefix of the columns, merging with a row slice if there is one."""
+    if view.prefix is None:
+        return text
+    if text.endswith("]"):
+        return f"{text[:-1]}, :{view.prefix}]"
+    return f"{text}[:, :{view.prefix}]"

@@ -106,7 +106,7 @@ def valid_schedules(plan: SweepPlan) -> dict[Schedule, str]:
     reasons: dict[Schedule, str] = dict.fromkeys(SCHEDULES, "")
     if not plan.gradient_levels:
         for name in ("recompute", "panel", "retain"):
-            reasons[name] = "no gradient is needed, so there is one sweep and nothing to keep"
+            reasons[name] = "no gradient is needed: without one it is what spill is"
         return reasons
     if not (plan.is_fused or plan.panel_sweeps):
         reasons["panel"] = "a gradient tile needs statistics that a panel of rows cannot complete"

@@ -170,6 +170,8 @@ class Space:
             raise ScheduleError(
                 f"schedule {wanted!r} is unknown: use 'auto' or one of {', '.join(SCHEDULES)}."
             )
+        if self.reasons[wanted] and not self.sweep_plan.gradient_levels:
+            return ("spill",)  # without gradients all tiled schedules are the same sweep
         return (wanted,)  # building it says why it is impossible
 
     def option(self, schedule: Schedule) -> Option:

@@ -50,7 +50,6 @@ class CompiledLoss(nn.Module):
         self._nonfinite = nonfinite
         self._check = ArgumentChecker(signature, nonfinite=nonfinite == "error")
         self._verify = verify
-        self._verified = False
         self._refusal = refusal
         self._variants: list[LoadedVariant] = []
         self._chosen: dict[CallSignature, LoadedVariant] = {}
@@ -127,11 +126,23 @@ class CompiledLoss(nn.Module):
         for variant in reversed(self._variants):
             known = variant.signature
             same_class = known.size_class == wanted.size_class
-            if known.covers(wanted) and same_class:
+            if same_class and (known.covers(wanted) or self._gives_more(known, wanted)):
                 return variant
         variant = self._specialise(wanted)
         self._variants.append(variant)
         return variant
+
+    def _gives_more(self, known: CallSignature, wanted: CallSignature) -> bool:
+        """Whether a variant differs from what is wanted in gradients of scalars only.
+
+        They cost next to nothing, unlike an operand's.
+        """
+        return (
+            bool(wanted.needs)
+            and known.needs - wanted.needs <= frozenset(self.signature.parameters)
+            and wanted.needs <= known.needs
+            and known.covers(replace(wanted, needs=known.needs))
+        )
 
     # -- calling ---------------------------------------------------------------------------------
 
@@ -153,16 +164,13 @@ class CompiledLoss(nn.Module):
         variant = self._variant(call.signature)
         module = variant.module
         values = call.values
-        if self._verify is not None and not self._verified:
-            self._verified = True
-            self._verify(self, {**values, "dtype": call.outer_dtype})
+        if self._verify is not None:
+            self._run_verification({**values, "dtype": call.outer_dtype})
         with torch.autocast("cpu", enabled=False):
             try:
                 results = module.Loss.apply(*(values[name] for name in module.ARGUMENTS))
-            except ValueError as error:
-                if "positive" in str(error):
-                    raise NoPositiveError(str(error)) from None
-                raise
+            except getattr(module, "NoPositiveError", ()) as error:
+                raise NoPositiveError(str(error)) from None
         value = results[0]
         if self._nonfinite == "error" and not torch.isfinite(value):
             raise NonFiniteError(
@@ -173,6 +181,19 @@ class CompiledLoss(nn.Module):
             return value
         outputs = {n: r.detach() for n, r in zip(module.OUTPUTS, results[1:], strict=True)}
         return value, outputs
+
+    def _run_verification(self, values: Mapping[str, Any]) -> None:
+        """Once: after it succeeded the loss is trusted.  It calls this object on a sample."""
+        verify, latest = self._verify, self._latest
+        assert verify is not None
+        self._verify = None
+        try:
+            verify(self, values)
+        except BaseException:
+            self._verify = verify
+            raise
+        finally:
+            self._latest = latest
 
     # -- state -----------------------------------------------------------------------------------
 

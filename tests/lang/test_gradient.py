@@ -52,6 +52,8 @@ def draw_sample(seed: int) -> tuple[Case, Sample, frozenset[str]]:
 def test_every_gradient_of_the_zoo(case, size):
     if case.positives == "ids" and size == (1, 3) and case.loss.is_single_set:
         pytest.skip("two embeddings may share no id")
+    if case.positives == "paired" and size == (1, 3):
+        pytest.skip("one row and one column: there may be no negatives")
     drawn = sample(case, *size, seed=sum(size))
     assert_plan_equals_oracle(drawn, case.needs, 1e-10)
 

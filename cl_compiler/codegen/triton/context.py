@@ -11,7 +11,7 @@ import sympy as sp
 from cl_compiler.codegen.context import build_context
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
-from cl_compiler.codegen.triton.core import CoreTile, core_tile
+from cl_compiler.codegen.triton.core import CoreTile, column_sums, core_tile, has_descriptors
 from cl_compiler.codegen.triton.sweeps import StageText, SweepPrinter
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.program import Pass, Program
@@ -78,8 +78,16 @@ def build_triton_context(
     def tile_of(pass_: Pass, mode: Mode) -> CoreTile:
         return core_tile(plan, pass_, mode, arch) if core is None else core
 
-    descriptors = _has_descriptors(arch) and _aligned(operands.values(), plan)
-    printer = SweepPrinter(program, names, tile_of, operands, _dot_precision(plan), descriptors)
+    descriptors = has_descriptors(arch) and _aligned(operands.values(), plan)
+    printer = SweepPrinter(
+        program,
+        names,
+        tile_of,
+        operands,
+        _dot_precision(plan),
+        descriptors,
+        column_sums(arch),
+    )
     forward = [printer.stage(s, "forward", True) for s in program.forward]
     backward = [printer.stage(s, "backward", False) for s in program.backward]
     own = _texts(program, printer)
@@ -116,11 +124,6 @@ def build_triton_context(
         "needs_rows": "_largest_norm" in "".join(lines)
         or bool(common["dots"] or common["positive_sims"] or common["norms"]),
     }
-
-
-def _has_descriptors(arch: str) -> bool:
-    """Whether the machine copies tiles by descriptors, which spares registers of addresses."""
-    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
 
 
 def _aligned(widths: Iterable[int], plan: Plan) -> bool:

@@ -71,7 +71,7 @@ class Affine:
     @property
     def text(self) -> Text:
         if self.beta:
-            return Text(f"tl.fma({self.dots}, {self.alpha or '1.0'}, {self.beta})")
+            return Text(f"_fma({self.dots}, {self.alpha or '1.0'}, {self.beta})")
         return Text(f"{self.dots} * {self.alpha}", 2) if self.alpha else Text(self.dots)
 
 
@@ -261,7 +261,7 @@ class Expressions:
         factors = self.names.gemm(gemm, False)
         if tile.value in self.variables or factors.beta or not factors.alpha:
             return Text(f"{self.ref(tile).inside(0)} + {self.ref(other).inside(1)}", 1)
-        return Text(f"tl.fma({factors.dots}, {factors.alpha}, {self.ref(other).text})")
+        return Text(f"_fma({factors.dots}, {factors.alpha}, {self.ref(other).text})")
 
     # -- exponentials ----------------------------------------------------------------------------
 
@@ -284,8 +284,8 @@ class Expressions:
             if isinstance(gemm, Gemm):
                 factors = self.names.gemm(gemm, True)
                 if not factors.beta:
-                    return Text(f"_exp2(tl.fma({factors.dots}, {factors.alpha}, {offset}))")
-            return Text(f"_exp2(tl.fma({self.ref(tile).text}, LOG2E, {offset}))")
+                    return Text(f"_exp2(_fma({factors.dots}, {factors.alpha}, {offset}))")
+            return Text(f"_exp2(_fma({self.ref(tile).text}, LOG2E, {offset}))")
         return Text(f"_exp2({self.ref(ref).inside(1)} * LOG2E)")
 
     def _base_2(self, ref: Ref) -> str:

@@ -10,7 +10,7 @@ from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import VectorPrinter, bare
 from cl_compiler.codegen.symbols import symbol_table
-from cl_compiler.codegen.triton.core import CoreTile
+from cl_compiler.codegen.triton.core import Columns, CoreTile
 from cl_compiler.codegen.triton.expressions import (
     Affine,
     DiagonalPrinter,
@@ -57,10 +57,11 @@ class KernelPrinter:
         name: str,
         tile: CoreTile,
         descriptors: bool,
+        columns: Columns,
     ) -> None:
         self.program, self.plan, self.pass_, self.mode = program, program.plan, pass_, mode
         self.names, self.name, self.tile = names, name, tile
-        self.descriptors = descriptors
+        self.descriptors, self.columns = descriptors, columns
         self.code: TileProgram = pass_.programs[mode]
         self.hoisted: list[tuple[str, sp.Expr]] = []
         """(identifier, expression) of what is evaluated before the sweep."""
@@ -340,7 +341,7 @@ class KernelPrinter:
         values = [f"{t}_part" for t in targets]
         match a.kind:
             case "sum":
-                fold = f"tl.sum({tiles[0]}, 1)" if a.dim else f"_fold({tiles[0]}, ROW_WARPS)"
+                fold = f"tl.sum({tiles[0]}, 1)"
             case "max":
                 fold = f"tl.max({tiles[0]}, {a.dim})"
             case _:
@@ -355,9 +356,15 @@ class KernelPrinter:
         running = [f"{t}_j" for t in targets]
         match a.kind:
             case "sum":
-                k.start.append(f"{running[0]} = tl.zeros([8 * ROW_WARPS, BLOCK_N], tl.float32)")
-                k.body.append(f"{running[0]} += {fold}")
-                k.finish.append(f"{running[0]} = tl.sum({running[0]}, 0)")
+                shape, part = {
+                    "fold": ("8 * ROW_WARPS, BLOCK_N", f"_fold({tiles[0]}, ROW_WARPS)"),
+                    "whole": ("BLOCK_M, BLOCK_N", tiles[0]),
+                    "reduce": ("BLOCK_N", f"tl.sum({tiles[0]}, 0)"),
+                }[self.columns]
+                k.start.append(f"{running[0]} = tl.zeros([{shape}], tl.float32)")
+                k.body.append(f"{running[0]} += {part}")
+                if self.columns != "reduce":
+                    k.finish.append(f"{running[0]} = tl.sum({running[0]}, 0)")
             case "max":
                 k.start.append(f'{running[0]} = tl.full([BLOCK_N], float("-inf"), tl.float32)')
                 k.body.append(f"{running[0]} = tl.maximum({running[0]}, {fold})")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import LENGTH, operand_scale, shift_owner
-from cl_compiler.codegen.triton.core import CoreTile
+from cl_compiler.codegen.triton.core import Columns, CoreTile
 from cl_compiler.codegen.triton.kernels import KernelPrinter
 from cl_compiler.codegen.triton.text import KernelText, Partial
 from cl_compiler.codegen.triton.vectors import DeviceStages
@@ -115,10 +115,11 @@ class SweepPrinter:
         widths: dict[str, int],
         precision: str,
         descriptors: bool,
+        columns: Columns,
     ) -> None:
         self.program, self.plan, self.names = program, program.plan, names
         self.tile_of, self.widths, self.precision = tile_of, widths, precision
-        self.descriptors = descriptors
+        self.descriptors, self.columns = descriptors, columns
         self.host = DeviceStages(program, names)
 
     def stage(self, stage: Stage, name: str, forward: bool) -> StageText:
@@ -144,6 +145,7 @@ class SweepPrinter:
                 f"{name}_{mode}" if len(modes) > 1 else name,
                 self.tile_of(pass_, mode),
                 self.descriptors,
+                self.columns,
             )
             for mode in modes
         ]

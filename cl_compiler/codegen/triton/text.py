@@ -74,6 +74,10 @@ class KernelText:
         return f"{self.name.lstrip('_').upper()}_TILE"
 
     @property
+    def folds(self) -> bool:
+        return any("ROW_WARPS" in line for line in self.start)
+
+    @property
     def in_strips(self) -> bool:
         """Whether a program keeps something across row tiles."""
         return bool(self.start)
