@@ -6,12 +6,15 @@ loss function that is being run (see ``trace.define_loss``).
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral, Real
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import sympy as sp
 
@@ -186,6 +189,96 @@ class Expr:
     def __iter__(self) -> Any:
         raise LossDefinitionError("a symbolic value cannot be iterated; reduce it over an axis.")
 
+    def _not_smooth(self, *_: Any) -> NoReturn:
+        raise LossDefinitionError(
+            "`//` and `%` are not in the loss language: they have no useful derivative. Use / and "
+            "compare the quotient, e.g. cl.where(sim / 2 > 1, a, b)."
+        )
+
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = _not_smooth
+
+    def _no_product(self, *_: Any) -> NoReturn:
+        raise LossDefinitionError(
+            "`@` multiplies matrices, and the only product of matrices in the loss language is "
+            "cl.similarity(a, b) of two operands; * multiplies elementwise."
+        )
+
+    __matmul__ = __rmatmul__ = _no_product
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        raise LossDefinitionError(
+            "a symbolic value has no elements to pick: cl.at_positive(v, on=cl.rows) is the one at "
+            "each row's positive, where=mask in a reduction selects pairs, and operands take "
+            "prefixes, e.g. cl.x[:64]."
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # Python's own questions, such as copy's for __deepcopy__
+            raise AttributeError(name)
+        raise LossDefinitionError(
+            f"a symbolic value has no .{name}: it is neither a tensor nor an array. "
+            f"{_instead(name)}"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        name = getattr(function, "__name__", "…").strip("_")
+        if name.removeprefix("r") in _OPERATORS.values():
+            raise LossDefinitionError(
+                "a tensor cannot enter a loss expression: pass numbers as arguments of the loss, "
+                "and vectors as cl.row_input(name) or cl.col_input(name)."
+            )
+        raise LossDefinitionError(f"torch.{name} does not know a symbolic value. {_instead(name)}")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **_: Any) -> Any:
+        """NumPy's numbers may stand on the left of an operator; nothing else of it is known."""
+        word = _OPERATORS.get(ufunc.__name__)
+        numbers = [_plain(a) for a in args]
+        if method == "__call__" and word and all(isinstance(n, (Expr, Real)) for n in numbers):
+            return getattr(operator, word)(*numbers)
+        raise LossDefinitionError(
+            f"numpy.{ufunc.__name__} does not know a symbolic value. {_instead(ufunc.__name__)}"
+        )
+
+
+_OPERATORS: Mapping[str, str] = MappingProxyType(
+    {
+        "add": "add", "subtract": "sub", "multiply": "mul", "divide": "truediv",
+        "true_divide": "truediv", "power": "pow", "greater": "gt", "greater_equal": "ge",
+        "less": "lt", "less_equal": "le",
+    }
+)  # fmt: skip
+"""NumPy's word for an operator → Python's."""
+_WORDS = (
+    "exp", "log", "sqrt", "sigmoid", "softplus", "relu", "maximum", "clamp", "logaddexp", "where",
+    "sum", "max", "mean", "logsumexp",
+)  # fmt: skip
+_OTHER_WORDS: Mapping[str, str] = MappingProxyType(
+    {"abs": "abs(v)", "absolute": "abs(v)", "amax": "cl.max", "detach": "cl.stop_gradient"}
+)
+
+
+def _instead(name: str) -> str:
+    """The language's word for a function of torch or NumPy."""
+    if name in _OTHER_WORDS:
+        return f"Use {_OTHER_WORDS[name]}."
+    if name in _WORDS:
+        return f"Use cl.{name}."
+    return f"The functions of the language are {', '.join(f'cl.{w}' for w in _WORDS)}."
+
+
+def _plain(value: Any) -> Any:
+    """Python's number for one of NumPy's, or for an array that is one; anything else as it is."""
+    if isinstance(value, (Expr, sp.Basic)):
+        return value
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    if not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
 
 class _MaskConstant(Expr):
     """``is_positive`` and ``is_self``: leaves that join the trace when they are used."""
@@ -205,21 +298,30 @@ def _raw(value: Any) -> sp.Expr:
                     constant.expr.name, Leaf(constant.expr.name, constant.expr.name, axes)
                 )
         return value.expr
-    if isinstance(value, bool) or not isinstance(value, (int, float, sp.Expr)):
+    if isinstance(value, bool) or not isinstance(value, (Real, sp.Expr)):
         raise LossDefinitionError(
             f"{value!r} ({type(value).__name__}) cannot enter a loss expression; use numbers, the "
             "function's arguments and what cl.* returns."
         )
-    return sp.sympify(value)
+    return sp.sympify(_plain(value))
 
 
 def value_of(value: Any) -> sp.Expr:
-    """As a number: a mask becomes 1 where it holds, else 0."""
+    """As a number: a mask becomes 1 where it holds, else 0.
+
+    Raises:
+        LossDefinitionError: the value is none of the language's, and no number.
+    """
     raw = _raw(value)
     return fn.select(raw, fn.ONE, fn.ZERO) if isinstance(value, Expr) and value.is_mask else raw
 
 
 def mask_of(value: Any) -> sp.Expr:
+    """A mask as an expression that is 0 or 1.
+
+    Raises:
+        LossDefinitionError: the value is not a mask.
+    """
     if not (isinstance(value, Expr) and value.is_mask):
         raise LossDefinitionError(
             f"{value!r} is not a mask; masks are cl.is_positive, cl.is_self, comparisons and "
@@ -251,18 +353,22 @@ def _apply(function: Any, *args: Any) -> Expr:
 
 
 def exp(a: Any) -> Expr:
+    """``e^a``; prefer ``logsumexp`` and ``softplus`` to writing them out, they cannot overflow."""
     return _apply(sp.exp, a)
 
 
 def log(a: Any) -> Expr:
+    """Natural logarithm; -inf at 0 and NaN below, as in PyTorch."""
     return _apply(sp.log, a)
 
 
 def sqrt(a: Any) -> Expr:
+    """Square root; its derivative at 0 is infinite, so add a small number under the root."""
     return _apply(sp.sqrt, a)
 
 
 def sigmoid(a: Any) -> Expr:
+    """``1 / (1 + e^-a)`` without overflow."""
     return _apply(fn.sigmoid, a)
 
 
@@ -272,10 +378,15 @@ def softplus(a: Any) -> Expr:
 
 
 def relu(a: Any) -> Expr:
+    """``max(a, 0)``; its derivative at 0 is 0."""
     return _apply(fn.relu, a)
 
 
 def maximum(a: Any, b: Any) -> Expr:
+    """The larger of two values, elementwise; at a tie the gradient goes to ``b``.
+
+    ``cl.max`` is the maximum over an axis.
+    """
     return _apply(fn.maximum, a, b)
 
 
@@ -290,17 +401,24 @@ def clamp(a: Any, low: Any = None, high: Any = None) -> Expr:
 
 
 def logaddexp(a: Any, b: Any) -> Expr:
+    """``log(e^a + e^b)`` without overflow."""
     return _apply(fn.logaddexp, a, b)
 
 
 def logsubexp(a: Any, b: Any, floor: Any) -> Expr:
-    """``max(log(e^a - e^b), floor)``."""
+    """``max(log(e^a - e^b), floor)``, safe for any a and b; the gradient is zero at the floor."""
     return _apply(fn.logsubexp, a, b, floor)
 
 
 def where(mask: Any, a: Any, b: Any) -> Expr:
+    """``a`` where the mask holds, else ``b``; the other branch is never looked at.
+
+    Raises:
+        LossDefinitionError: ``mask`` is not a mask.
+    """
     return Expr(fn.select(mask_of(mask), value_of(a), value_of(b)))
 
 
 def stop_gradient(a: Any) -> Expr:
+    """The value without its gradient, as ``Tensor.detach``."""
     return _apply(fn.stop_gradient, a)

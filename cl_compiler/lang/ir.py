@@ -18,7 +18,6 @@ import sympy as sp
 from cl_compiler.errors import LossDefinitionError
 from cl_compiler.lang.functions import maximum, to_cols, to_rows
 
-Axis = Literal["rows", "cols", "rows2", "cols2", "slots", "bank"]
 ROWS, COLS, ROWS2, COLS2, SLOTS, BANK = AXES = ("rows", "cols", "rows2", "cols2", "slots", "bank")
 """rows2 and cols2: second copies of rows and cols; slots: K items per row; bank: a queue."""
 
@@ -105,7 +104,7 @@ class Reduction:
         return set().union(*(e.free_symbols for e in self.expressions))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LossIR:
     """A traced loss.  ``reductions`` are in dependency order; ``value`` is a scalar."""
 
@@ -121,6 +120,12 @@ class LossIR:
     """Structural constants of the factory that made this loss (prefixes, ks, directions)."""
     required: tuple[tuple[str, sp.Expr], ...] = ()
     """Scalars that must be above zero at run time, with the message of the error otherwise."""
+
+    def __repr__(self) -> str:
+        """What it is called with; the maths is in its fields."""
+        inputs = [name for name, leaf in self.leaves.items() if leaf.kind == "input"]
+        names = [*(op.name for op in self.operands), *inputs, *self.parameters]
+        return f"<loss {self.name}({', '.join(names)})>"
 
     def __reduce__(self) -> tuple[object, ...]:
         fields = {k: getattr(self, k) for k in self.__dataclass_fields__}

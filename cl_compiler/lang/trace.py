@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any
 
+import sympy as sp
+
 from cl_compiler.errors import LossDefinitionError
 from cl_compiler.lang.expr import RESERVED, SELF, Expr, Trace, is_self, tracing, value_of
 from cl_compiler.lang.ir import Leaf, LossIR, axes_of, ordered
@@ -66,9 +68,7 @@ def define_loss(
                 f"{trace.name} returns something that varies over {', '.join(ordered(axes))}; "
                 "a loss is a scalar. Reduce it, e.g. with cl.mean(…, over=cl.rows)."
             )
-    operands = {op for op in trace.operands}
-    if not operands:
-        raise LossDefinitionError(f"{trace.name} uses no similarity; there is nothing to tile.")
+    _check_similarity(trace, value)
     trace.leaves.pop(SELF, None)
     order = {"x": 0, "y": 1, "z": 0}
     return LossIR(
@@ -82,4 +82,30 @@ def define_loss(
         outputs=tuple(trace.outputs),
         constants=tuple(constants),
         required=tuple(trace.required),
+    )
+
+
+def _check_similarity(trace: Trace, value: sp.Expr) -> None:
+    """Whether the value depends on a similarity, directly or through what it reduces.
+
+    Raises:
+        LossDefinitionError: it does not, so there is nothing to tile and no gradient.
+    """
+    reductions = {red.name: red for red in trace.reductions}
+    waiting: list[sp.Expr] = [value]
+    seen: set[sp.Symbol] = set()
+    while waiting:
+        for symbol in waiting.pop().free_symbols - seen:
+            seen.add(symbol)
+            if trace.leaves[symbol.name].kind == "similarity":
+                return
+            if symbol.name in reductions:
+                waiting += reductions[symbol.name].expressions
+    made = ("reduction", "count")
+    used = ", ".join(sorted(s.name for s in seen if trace.leaves[s.name].kind not in made))
+    raise LossDefinitionError(
+        f"{trace.name}: the value depends on no similarity, {'only on ' * bool(used)}"
+        f"{used or 'on nothing at all'}; there is nothing to compile. Let what is returned use sim "
+        "or cl.similarity(a, b), e.g. "
+        "cl.mean(cl.logsumexp(logit_scale * sim, over=cl.cols), over=cl.rows)."
     )

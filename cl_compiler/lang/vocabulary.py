@@ -11,6 +11,7 @@ from cl_compiler.errors import LossDefinitionError
 from cl_compiler.lang import functions as fn
 from cl_compiler.lang.expr import RESERVED, Expr, is_positive, is_self, mask_of, running, value_of
 from cl_compiler.lang.ir import (
+    AXES,
     BANK,
     COLS,
     COLS2,
@@ -79,6 +80,9 @@ def operand(name: str, axis: str | tuple[str, str], *, stop: bool = False) -> Op
 
     ``axis``: ``cl.rows``, ``cl.cols``, ``cl.bank`` ([length, D]) or ``(cl.rows, cl.slots)``
     ([M, K, D]).  ``stop=True``: it never has a gradient.
+
+    Raises:
+        LossDefinitionError: other axes, or a reserved name.
     """
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     if axes not in ((ROWS,), (COLS,), (BANK,), (ROWS, SLOTS)):
@@ -99,6 +103,9 @@ def similarity(a: OperandRef, b: OperandRef) -> Expr:
 
     Axes: those of its operands.  Of a set with itself: (rows, rows2) for x, (cols, cols2) for y,
     (rows, cols) for z.  With an operand over (rows, slots): each row with its own K slots.
+
+    Raises:
+        LossDefinitionError: not two operands, axes that cannot be paired, different prefixes.
     """
     if not (isinstance(a, OperandRef) and isinstance(b, OperandRef)):
         raise LossDefinitionError("cl.similarity takes two operands, e.g. similarity(cl.x, cl.y)")
@@ -129,7 +136,11 @@ def similarity(a: OperandRef, b: OperandRef) -> Expr:
 
 
 def norm(a: OperandRef) -> Expr:
-    """Euclidean norm of each row of an operand (or of a prefix): a vector."""
+    """Euclidean norm of each row of an operand (or of a prefix): a vector.
+
+    Raises:
+        LossDefinitionError: of ``z``, whose rows and columns are one set, or of slots.
+    """
     if len(a.axes) > 1 and a.axes != (ROWS, COLS):
         raise LossDefinitionError(f"cl.norm({a.name}): slots have no norm vector.")
     if a.axes == (ROWS, COLS):
@@ -140,12 +151,16 @@ def norm(a: OperandRef) -> Expr:
 
 
 def row_input(name: str) -> Expr:
-    """A vector [M] that the caller passes by keyword; it may require a gradient."""
+    """A vector [M] that the caller passes by keyword; it may require a gradient.
+
+    Raises:
+        LossDefinitionError: the name is reserved.
+    """
     return _input(name, ROWS)
 
 
 def col_input(name: str) -> Expr:
-    """A vector [N] that the caller passes by keyword; it may require a gradient."""
+    """A vector [N] that the caller passes by keyword; errors are those of ``row_input``."""
     return _input(name, COLS)
 
 
@@ -156,7 +171,15 @@ def _input(name: str, axis: str) -> Expr:
 
 
 def size(axis: str) -> Expr:
-    """How many elements an axis has (no gradient)."""
+    """How many elements an axis has (no gradient).
+
+    Raises:
+        LossDefinitionError: there is no such axis.
+    """
+    if axis not in AXES:
+        raise LossDefinitionError(
+            f"cl.size({axis!r}): the axes are {', '.join(f'cl.{a}' for a in AXES)}."
+        )
     return Expr(_count_symbol(axis))
 
 
@@ -192,7 +215,17 @@ def _bind_self(exprs: list[sp.Expr], over: str) -> list[sp.Expr]:
 def _reduce(
     monoid: Monoid, value: Any, over: str, mask: Any = None, logits: Any = None
 ) -> sp.Symbol:
+    """Record a reduction; its symbol stands for the result.
+
+    Raises:
+        LossDefinitionError: no axis, or none of the expression's.
+    """
     trace = running()
+    if not over:
+        raise LossDefinitionError(
+            f"{trace.name}: {monoid} without over=: say which axis it folds, over=cl.rows or "
+            f"over=cl.cols (or {', '.join(f'cl.{axis}' for axis in AXES[2:])})."
+        )
     operand_, where_ = value_of(value), fn.ONE if mask is None else mask_of(mask)
     exprs = [operand_, where_, *([] if logits is None else [value_of(logits)])]
     exprs = _bind_self(exprs, over)
@@ -205,35 +238,77 @@ def _reduce(
     return trace.reduce(monoid, exprs[0], over, exprs[1], exprs[2] if logits is not None else None)
 
 
-def sum(value: Any, *, over: str, where: Any = None) -> Expr:
+def sum(value: Any, *, over: str = "", where: Any = None) -> Expr:
+    """Sum over an axis of the elements that the mask leaves; 0 where it leaves none.
+
+    Args:
+        value: what is added up; it varies over ``over``, and over at most one axis besides.
+        over: the axis that is folded: ``cl.rows``, ``cl.cols``, ….
+        where: a mask; what it excludes is never looked at, in the gradient either.
+
+    Returns:
+        A vector over the other axis, or a scalar.
+
+    Raises:
+        LossDefinitionError: no axis, not an axis of the value, or more than pairs.
+    """
     return Expr(_reduce("sum", value, over, where))
 
 
-def logsumexp(value: Any, *, over: str, where: Any = None) -> Expr:
-    """Safe for any logits; -inf with zero gradient where the mask leaves nothing."""
+def logsumexp(value: Any, *, over: str = "", where: Any = None) -> Expr:
+    """``log(sum(e^value))`` over an axis, safe for any logits.
+
+    -inf with zero gradient where the mask leaves nothing.  Arguments, result and errors are those
+    of ``cl.sum``.
+    """
     return Expr(_reduce("logsumexp", value, over, where))
 
 
-def max(value: Any, *, over: str, where: Any = None) -> Expr:
-    """The gradient is shared among ties, as in ``torch.amax``."""
+def max(value: Any, *, over: str = "", where: Any = None) -> Expr:
+    """The largest element over an axis; the gradient is shared among ties, as in ``torch.amax``.
+
+    -inf where the mask leaves nothing.  ``cl.maximum`` is the larger of two values.  Arguments,
+    result and errors are those of ``cl.sum``.
+    """
     return Expr(_reduce("max", value, over, where))
 
 
-def softmean(value: Any, logits: Any, *, over: str, where: Any = None) -> Expr:
-    """``sum(softmax(logits) * value)`` over an axis."""
+def softmean(value: Any, logits: Any, *, over: str = "", where: Any = None) -> Expr:
+    """``sum(softmax(logits) * value)`` over an axis; the mask restricts the softmax too.
+
+    Arguments, result and errors are those of ``cl.sum``.
+    """
     return Expr(_reduce("softmean", value, over, where, logits))
 
 
-def count(*, over: str, where: Any) -> Expr:
-    """How many elements of the axis the mask leaves."""
+def count(*, over: str = "", where: Any = None) -> Expr:
+    """How many elements of the axis the mask leaves (no gradient).
+
+    Raises:
+        LossDefinitionError: no axis or no mask was given.
+    """
+    if where is None:
+        raise LossDefinitionError(
+            "cl.count counts what a mask leaves: give where=, e.g. where=cl.is_positive; the "
+            "length of an axis is cl.size(cl.cols)."
+        )
     return Expr(_reduce("sum", 1, over, where))
 
 
-def mean(value: Any, *, over: str, where: Any = None, empty: str | float = "error") -> Expr:
+def mean(value: Any, *, over: str = "", where: Any = None, empty: str | float = "error") -> Expr:
     """Sum divided by the number of elements that the mask leaves.
 
-    A mean whose value uses ``at_positive`` skips elements without a positive.  ``empty``: what
-    the mean of nothing is, ``"error"`` (raised when it happens) or 0.
+    A mean whose value uses ``at_positive`` skips elements without a positive.
+
+    Args:
+        value: as in ``cl.sum``.
+        over: as in ``cl.sum``.
+        where: as in ``cl.sum``.
+        empty: what the mean of nothing is: a number, or "error": ``NoPositiveError`` when it
+            happens, in a call.
+
+    Raises:
+        LossDefinitionError: as ``cl.sum``.
     """
     trace = running()
     expr = value_of(value)
@@ -252,13 +327,20 @@ def mean(value: Any, *, over: str, where: Any = None, empty: str | float = "erro
     return Expr(fn.select(fn.greater(number, fn.ZERO), total / number, value_of(empty)))
 
 
-def at_positive(value: Any, *, on: str) -> Expr:
-    """The value at the positive of each row (``on=rows``) or column (``on=cols``).
+def at_positive(value: Any, *, on: str = "") -> Expr:
+    """The value at the positive of each row (``on=rows``) or column (``on=cols``): a vector.
 
     With several positives it is their mean.  A vector over the other axis is moved to this one.
+
+    Raises:
+        LossDefinitionError: ``on`` is neither, or the value runs over other axes.
     """
     if on not in (ROWS, COLS):
-        raise LossDefinitionError(f"at_positive(on={on!r}): positives join rows and cols only.")
+        given = f"on={on!r}" if on else "without on="
+        raise LossDefinitionError(
+            f"at_positive {given}: positives join rows and cols only. Say on=cl.rows for the value "
+            "at each row's positive, on=cl.cols for each column's."
+        )
     over = COLS if on == ROWS else ROWS
     trace = running()
     expr = _bind_self([value_of(value)], over)[0]
@@ -294,7 +376,13 @@ def _has_positive(expr: sp.Expr, axis: str) -> sp.Expr | None:
 
 
 def output(name: str, value: Any) -> None:
-    """Also return a row vector (or a scalar), detached, under ``name``."""
+    """Also return a vector or a scalar, detached, under ``name``.
+
+    The compiled loss then returns ``(value, {name: vector})``.
+
+    Raises:
+        LossDefinitionError: a matrix, or a name that was used before.
+    """
     trace = running()
     expr = value_of(value)
     if not axes_of(expr, trace.leaves) <= {ROWS} and not axes_of(expr, trace.leaves) <= {COLS}:

@@ -2,8 +2,10 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import sympy as sp
+import torch
 
 from cl_compiler import lang as cl
 from cl_compiler.errors import LossDefinitionError
@@ -116,9 +118,85 @@ def z_beside_sim(sim):
     return cl.mean(cl.sum(cl.similarity(cl.z, cl.z), over=cl.cols), over=cl.rows)
 
 
-@misuse(r"uses no similarity")
+@misuse(r"value depends on no similarity, only on scale;.*use sim or cl\.similarity")
 def nothing_to_tile(scale):
     return scale
+
+
+@misuse(r"value depends on no similarity, only on scale")
+def sim_that_is_not_used(sim, scale):
+    return 2 * scale
+
+
+@misuse(r"value depends on no similarity, only on weight")
+def sim_that_is_only_returned(sim):
+    cl.output("total", cl.sum(sim, over=cl.cols))
+    return cl.mean(cl.row_input("weight"), over=cl.rows)
+
+
+@misuse(r"value depends on no similarity, on nothing")
+def sim_that_cancels(sim):
+    return 1.0 + 0 * sim
+
+
+@misuse(r"`//` and `%` are not in the loss language.*Use / and compare")
+def floor_division(sim):
+    return cl.mean(cl.sum(sim // 2, over=cl.cols), over=cl.rows)
+
+
+@misuse(r"`@` multiplies matrices.*cl\.similarity\(a, b\)")
+def matrix_product(sim):
+    return cl.mean(cl.sum(sim @ sim, over=cl.cols), over=cl.rows)
+
+
+@misuse(r"no elements to pick: cl\.at_positive")
+def element(sim):
+    return cl.mean(cl.sum(sim[0], over=cl.cols), over=cl.rows)
+
+
+@misuse(r"torch\.exp does not know a symbolic value\. Use cl\.exp\.")
+def torch_function(sim):
+    return cl.mean(cl.sum(torch.exp(sim), over=cl.cols), over=cl.rows)
+
+
+@misuse(r"torch\.tanh does not know.*The functions of the language are cl\.exp")
+def torch_function_without_a_twin(sim):
+    return cl.mean(cl.sum(torch.tanh(sim), over=cl.cols), over=cl.rows)
+
+
+@misuse(r"a tensor cannot enter a loss expression.*cl\.row_input")
+def tensor_factor(sim):
+    return cl.mean(cl.sum(torch.ones(3) * sim, over=cl.cols), over=cl.rows)
+
+
+@misuse(r"numpy\.exp does not know a symbolic value\. Use cl\.exp\.")
+def numpy_function(sim):
+    return cl.mean(cl.sum(np.exp(sim), over=cl.cols), over=cl.rows)
+
+
+@misuse(r"has no \.logsumexp: it is neither a tensor.*Use cl\.logsumexp\.")
+def method_of_a_tensor(sim):
+    return cl.mean(sim.logsumexp(1), over=cl.rows)
+
+
+@misuse(r"at_positive without on=.*Say on=cl\.rows for")
+def positive_of_what(sim):
+    return cl.mean(cl.at_positive(sim), over=cl.rows)
+
+
+@misuse(r"logsumexp without over=: say which axis it folds, over=cl\.rows or over=cl\.cols")
+def reduction_of_what(sim):
+    return cl.mean(cl.logsumexp(sim), over=cl.rows)
+
+
+@misuse(r"cl\.count counts what a mask leaves: give where=")
+def count_of_what(sim):
+    return cl.mean(cl.sum(sim, over=cl.cols) / cl.count(over=cl.cols), over=cl.rows)
+
+
+@misuse(r"cl\.size\('diagonal'\): the axes are cl\.rows")
+def size_of_no_axis(sim):
+    return cl.mean(cl.sum(sim, over=cl.cols), over=cl.rows) / cl.size("diagonal")
 
 
 @misuse(r"is not a mask; masks are cl\.is_positive, cl\.is_self, comparisons")
@@ -315,3 +393,35 @@ def test_arithmetic_on_an_operand_is_refused():
         @cl.define_loss
         def loss(logit_scale):
             return cl.mean(cl.logsumexp(cl.x * 2, over=cl.cols), over=cl.rows)
+
+
+def test_numpys_numbers_are_numbers():
+    """On either side of an operator, and as exactly the number that they are."""
+
+    def loss(number):
+        @cl.define_loss
+        def weighted(sim):
+            pairs = number * sim + sim / number - (number - sim)
+            return cl.mean(cl.sum(pairs, over=cl.cols, where=number > sim), over=cl.rows)
+
+        return weighted
+
+    expected = [str(r) for r in loss(0.5).reductions]
+    for number in (np.float32(0.5), np.float64(0.5), np.float16(0.5)):
+        assert [str(r) for r in loss(number).reductions] == expected
+    assert loss(np.int64(3)).reductions == loss(3).reductions
+
+
+def test_a_loss_prints_as_what_it_is_called_with():
+    @cl.define_loss
+    def weighted(sim, logit_scale):
+        rows = cl.row_input("weight") * cl.logsumexp(logit_scale * sim, over=cl.cols)
+        return cl.mean(rows, over=cl.rows)
+
+    assert repr(weighted) == "<loss weighted(x, y, weight, logit_scale)>"
+
+
+def test_every_word_says_what_it_is():
+    words = {name: getattr(cl, name) for name in cl.__all__}
+    silent = [n for n, word in words.items() if callable(word) and not (word.__doc__ or "").strip()]
+    assert silent == []
