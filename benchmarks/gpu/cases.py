@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 __all__ = ["LOSSES", "SECTIONS", "UNITS", "Ceiling", "Contest", "Item", "items_of"]
 
-SECTIONS = ("ceilings", "correctness", "speed")
+SECTIONS = ("ceilings", "correctness", "speed", "kernels")
 LOSSES = ("clip", "siglip", "infonce", "nt_xent")
 
 UNITS = {"clip": 4.0, "infonce": 3.0, "siglip": 3.0, "nt_xent": 2.0}
@@ -55,7 +55,7 @@ class Contest:
     """One loss at one size, with providers that take turns.
 
     Attributes:
-        section: "correctness" or "speed".
+        section: "correctness", "speed" or "kernels" (where the time of a step goes).
         scale: ``logit_scale``.
         providers: names of ``benchmarks.gpu.providers``.
         turns: of each provider, at most.
@@ -180,6 +180,7 @@ def _speed() -> Iterable[Contest]:
         yield case("siglip", n, 768, *_everybody("siglip"))
     for loss in ("infonce", "nt_xent"):
         yield case(loss, 32768, 768, *_everybody(loss))
+    yield from _kernels()
     few = ("ours", "triton", "chunked", "chunked:compiled", "memeff", "inf_cl", "open_clip")
     for width in (768, 1024, 256):
         yield case("clip", 65536, width, *few)
@@ -194,6 +195,13 @@ def _speed() -> Iterable[Contest]:
         yield case(loss, 65536, 768, *_everybody(loss, compiled=False))
     yield replace(case("siglip", 262144, 768, "ours", "triton", "siglip_kernel"), turns=3)
     yield replace(case("clip", 1 << 20, 256, "ours", "triton", "memeff"), turns=1)
+
+
+def _kernels() -> Iterable[Contest]:
+    names = ("ours", "triton", "chunked:compiled")
+    for loss, n, width in (("clip", 65536, 512), ("siglip", 65536, 768), ("nt_xent", 32768, 768)):
+        scale = 10.0 if loss == "siglip" else 1 / 0.07
+        yield Contest("kernels", loss, n, n, width, names, scale)
 
 
 def _everybody(loss: str, *, compiled: bool = True) -> tuple[str, ...]:

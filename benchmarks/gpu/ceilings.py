@@ -109,6 +109,6 @@ def _accumulate(left: Tensor, right: Tensor) -> Callable[[], object]:
     add: Any = torch.addmm
     try:
         add(sums, left, right, out_dtype=torch.float32, out=sums)
-    except (TypeError, NotImplementedError):  # without out=: fresh sums each time
+    except (TypeError, NotImplementedError, RuntimeError):  # without out=: fresh sums each time
         return lambda: add(sums, left, right, out_dtype=torch.float32)
     return lambda: add(sums, left, right, out_dtype=torch.float32, out=sums)

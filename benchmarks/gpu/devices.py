@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "describe_device",
     "device_of",
     "is_alive",
+    "kernel_times",
     "matmul_precision",
     "memory_of",
     "release",
@@ -120,17 +122,21 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def clocks(device: torch.device) -> dict[str, str]:
     """Clocks, temperature, power and reasons for throttling, as the driver's tool reports them.
 
-    Empty where it cannot say; a field that this driver does not know costs the others nothing.
+    Empty where it cannot say.
     """
     if device.type == "cpu":
         return {}
+    return _smi(device, _known_fields(device))
+
+
+@cache
+def _known_fields(device: torch.device) -> tuple[str, ...]:
+    """The names that this driver knows: of one field they changed."""
     common = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
-    found = _smi(device, common)
     for name in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):
-        reasons = _smi(device, (name,))
-        if reasons:
-            return found | {"throttling": reasons[name]}
-    return found
+        if _smi(device, (*common, name)):
+            return (*common, name)
+    return common
 
 
 def _smi(device: torch.device, fields: tuple[str, ...]) -> dict[str, str]:
@@ -289,6 +295,32 @@ def memory_of(step: Step, device: torch.device) -> Usage:
     del value
     step.clear()
     return Usage(forward, kept, peak)
+
+
+# ---- kernels --------------------------------------------------------------------------------
+
+
+def kernel_times(step: Step, device: torch.device) -> list[tuple[str, int, float]]:
+    """(kernel, how often, seconds in all) of one forward and backward, the longest first.
+
+    On a CPU these are operators.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = device.type == "cuda"
+    step()
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
+        step()
+        synchronize(device)
+    step.clear()
+    names = ("self_device_time_total", "self_cuda_time_total") if gpu else ("self_cpu_time_total",)
+    found = []
+    for event in seen.key_averages():
+        taken = next((getattr(event, n) for n in names if hasattr(event, n)), 0.0)
+        if taken:
+            found.append((str(event.key), int(event.count), float(taken) / 1e6))
+    return sorted(found, key=lambda item: -item[2])
 
 
 # ---- settings -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ against the dense reference of the loss language.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ __all__ = ["SAMPLES", "Truth", "errors_of", "truth_of"]
 SAMPLES = 64
 """Rows of each side whose gradients are compared."""
 PANEL_ELEMENTS = 1 << 26
+NOT_FINITE = 1e300
+"""The error of NaN and of infinity: worse than any, and JSON has a word for it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def errors_of(truth: Truth, value: Tensor, leaves: Mapping[str, Tensor]) -> dict
 
 def _error(got: Tensor, want: Tensor) -> float:
     difference = got.detach().to(want.device, torch.float64).reshape(want.shape) - want
-    return float(difference.norm() / want.norm().clamp_min(1e-300))
+    size = float(difference.norm() / want.norm().clamp_min(1e-300))
+    return size if math.isfinite(size) else NOT_FINITE
 
 
 def _problem(loss: str, leaves: Mapping[str, Tensor]) -> _Problem:

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.gpu.journal import Journal, read_note
 from benchmarks.record import ROOT, slug_of
 
-__all__ = ["supervise"]
+__all__ = ["supervise", "unpacked"]
 
 DONE, REFUSED, BROKEN, STOPPED = 0, 2, 3, 4  # as in worker.py, which imports PyTorch
 POLL_S = 0.1
@@ -45,7 +45,7 @@ def supervise(options: Namespace) -> tuple[Path, str]:
     options.out = options.out or _default_path(options)
     options.deadline = started + options.budget_seconds
     unexplained, why = 0, ""
-    with _peers(options.wheels) as search_path:
+    with unpacked(options.wheels) as search_path:
         while True:
             code, why = _one_worker(options, run, search_path)
             if code in (DONE, STOPPED) or why:
@@ -141,7 +141,7 @@ def _gpu_name() -> str:
 
 
 @contextmanager
-def _peers(wheels: Path | None) -> Iterator[str]:
+def unpacked(wheels: Path | None) -> Iterator[str]:
     """A folder to import the peers from: their wheels unpacked, as they are pure Python.
 
     Triton reads its kernels' source from files, so they cannot stay in the archives.

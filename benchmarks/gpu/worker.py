@@ -29,6 +29,7 @@ from benchmarks.gpu.devices import (
     describe_device,
     device_of,
     is_alive,
+    kernel_times,
     memory_of,
     release,
     step_times,
@@ -49,6 +50,7 @@ DONE, REFUSED, BROKEN, STOPPED = 0, 2, 3, 4
 """How a worker ends: nothing is left; what was asked for cannot be; its device context is of no
 more use; time is up."""
 ENOUGH_TURNS = 3
+MOST_KERNELS = 16
 MOST_STRIKES = 2
 """A crash or a hang costs a new process, or the whole time that a step may take."""
 
@@ -66,7 +68,8 @@ class ContextLost(Exception):
 def work(options: Namespace) -> int:
     """Measure what is left to measure; returns how it ended."""
     _die_with_parent()
-    _allow_recompiling()
+    if not options.quick:
+        _allow_recompiling()
     journal = Journal(Path(options.out), options.worker, resume=options.resume is not None)
     try:
         device = device_of(options.device)
@@ -194,10 +197,13 @@ class _Bench:
         if "inputs" in entry["rows"] or not self.attempt(entry, "inputs", make):
             return
         del entry["rows"]["inputs"]
-        if contest.section == "correctness":
-            self._correctness(contest, entry, **found)
-        else:
-            self._speed(contest, entry, found["leaves"])
+        match contest.section:
+            case "correctness":
+                self._correctness(contest, entry, **found)
+            case "kernels":
+                self._kernels(contest, entry, found["leaves"])
+            case _:
+                self._speed(contest, entry, found["leaves"])
 
     def _open(self, contest: Contest, entry: Mapping[str, Any]) -> list[str]:
         """Providers still to be measured; one that keeps taking the process down is not."""
@@ -206,6 +212,19 @@ class _Bench:
                 text = "skipped: it took its process down before"
                 entry["rows"][name] = {"error": text}
         return [name for name in contest.providers if name not in entry["rows"]]
+
+    def _kernels(self, contest: Contest, entry: dict[str, Any], leaves: dict[str, Tensor]) -> None:
+        """Where a step's time goes."""
+        for name in self._open(contest, entry):
+            self.check_time()
+
+            def look(name: str = name) -> Row:
+                entrant = prepare(name, contest, leaves)
+                found = kernel_times(entrant.step, self.device)[:MOST_KERNELS]
+                return {"kernels": found} | _plan_of(entrant)
+
+            self.attempt(entry, name, look)
+            self.journal.write(entry)
 
     # ---- correctness ------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ __all__ = ["show", "tables_of"]
 WORST_ERROR = 0.05
 """Relative error of a gradient above which a provider's time is not comparable; bf16 inputs give
 0.2 to 2 %."""
+SHOWN_KERNELS = 6
 GRADIENTS = ("d_x", "d_y", "d_z")
 
 
@@ -52,6 +53,8 @@ def tables_of(results: Results) -> Iterator[Table]:
         yield _ceilings(results)
     if results.judged:
         yield _correctness(results.judged)
+    if results.profiles:
+        yield _kernels(results)
     if results.lines:
         yield _without_empty_columns(_speed(results))
         verdict = _verdict(results)
@@ -171,6 +174,21 @@ def _ours(lines: Sequence[Line], key: str) -> Line | None:
     found = [line for line in lines if line.key == key and line.is_ours and line.seconds]
     chosen = next((line for line in found if line.provider in ("ours", "compiled")), None)
     return chosen or min(found, key=lambda line: line.seconds or 0.0, default=None)
+
+
+def _kernels(results: Results) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for profile in results.profiles:
+        title = (profile.size, profile.provider)
+        total = sum(seconds for _, _, seconds in profile.kernels)
+        for name, count, seconds in profile.kernels[:SHOWN_KERNELS]:
+            cells = (str(count), format_seconds(seconds), f"{seconds / total:.0%}")
+            rows.append((*title, *cells, _short(name)))
+            title = ("", "")
+        if profile.error:
+            rows.append((*title, "", "", "", _short(profile.error)))
+    heads = ("kernels", "provider", "calls", "time", "share", "")
+    return Table("Where the time goes", heads, tuple(rows), frozenset({2, 3, 4}))
 
 
 def _verdict(results: Results) -> Table:

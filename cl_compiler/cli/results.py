@@ -10,7 +10,7 @@ from typing import Any
 
 from cl_compiler.errors import ArgumentError
 
-__all__ = ["OURS", "Ceiling", "Judged", "Line", "Results", "read_results"]
+__all__ = ["OURS", "Ceiling", "Judged", "Line", "Profile", "Results", "read_results"]
 
 OURS = ("ours", "compiled", "triton")
 """A compiled loss in results of a GPU and of a CPU; the GPU's kernels without a planner."""
@@ -86,6 +86,16 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Where one provider's step spends its time: (kernel, how often, seconds in all)."""
+
+    size: str
+    provider: str
+    kernels: tuple[tuple[str, int, float], ...]
+    error: str
+
+
+@dataclass(frozen=True)
 class Results:
     """One file."""
 
@@ -95,6 +105,7 @@ class Results:
     ceilings: tuple[Ceiling, ...]
     judged: tuple[Judged, ...]
     lines: tuple[Line, ...]
+    profiles: tuple[Profile, ...]
     early: str
 
 
@@ -120,14 +131,17 @@ def _results(path: Path, content: Entry) -> Results:
     cases, runs = content["cases"], content.get("runs", {})
     ceilings = tuple(_ceiling(c) for c in cases if c["case"]["group"] == "ceilings")
     judged = tuple(j for c in cases if c["case"]["group"] == "correctness" for j in _judged(c))
-    timed = [c for c in cases if c["case"]["group"] not in ("ceilings", "correctness")]
+    profiles = tuple(p for c in cases if c["case"]["group"] == "kernels" for p in _profiles(c))
+    other = ("ceilings", "correctness", "kernels")
+    timed = [c for c in cases if c["case"]["group"] not in other]
     lines = tuple(line for c in timed for line in _lines(c, ceilings))
     latest: Entry = next(reversed(runs.values()), {})
     about = latest or (cases[-1]["environment"] if cases else {})
     device = latest["device"]["name"] if latest else about.get("machine", {}).get("cpu", "")
     return Results(
-        path, device, _about(about), ceilings, judged, lines, str(latest.get("ended_early", ""))
-    )
+        path, device, _about(about), ceilings, judged, lines, profiles,
+        str(latest.get("ended_early", "")),
+    )  # fmt: skip
 
 
 def _about(run: Entry) -> str:
@@ -155,6 +169,12 @@ def _judged(entry: Entry) -> Iterator[Judged]:
             title, case["loss"], case["scale"], name, row.get("errors", {}), row.get("repeats"),
             row.get("error", ""),
         )  # fmt: skip
+
+
+def _profiles(entry: Entry) -> Iterator[Profile]:
+    for name, row in entry["rows"].items():
+        kernels = tuple((str(k), int(n), float(s)) for k, n, s in row.get("kernels", ()))
+        yield Profile(_title(entry["case"]), name, kernels, row.get("error", ""))
 
 
 def _lines(entry: Entry, ceilings: Sequence[Ceiling]) -> Iterator[Line]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ import pytest
 from benchmarks.gpu.cases import SECTIONS, Contest, items_of
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.options import parse
+from benchmarks.gpu.peers import PEERS
+from benchmarks.gpu.supervisor import unpacked
 
 ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG"
@@ -207,7 +212,7 @@ def test_items_come_most_valuable_first_and_once():
     keys = [item.key for item in items]
     assert len(keys) == len(set(keys))
     sections = [item.section for item in items]
-    assert sections == sorted(sections, key=SECTIONS.index)
+    assert list(dict.fromkeys(sections)) == list(SECTIONS)
     speed = [item for item in items if item.section == "speed"]
     assert (speed[0].loss, speed[0].M, speed[0].D) == ("clip", 32768, 512)
     sizes = {(i.M, i.D) for i in speed if i.loss == "clip"}
@@ -239,3 +244,33 @@ def test_the_dry_run_is_quick_and_resuming_keeps_its_file(tmp_path):
     path.write_text("{}")
     options = parse(["--device", "cpu", "--resume", str(path)])
     assert options.quick and options.out == path
+
+
+def test_wheels_are_unpacked_for_the_worker_and_removed(tmp_path):
+    with zipfile.ZipFile(tmp_path / "peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer_of_ours/__init__.py", "ANSWER = 42\n")
+        wheel.writestr("peer_of_ours-1.0.dist-info/METADATA", "Name: peer-of-ours\nVersion: 1.0\n")
+    code = "import peer_of_ours as p; from importlib.metadata import version\n"
+    code += "print(p.ANSWER, version('peer-of-ours'))"
+    with unpacked(tmp_path) as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folder},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    assert done.stdout == "42 1.0\n"
+    assert not Path(folder).exists()
+    with unpacked(None) as nothing:
+        assert nothing == ""
+
+
+def test_the_pins_of_the_peers_are_those_of_the_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = extras["optional-dependencies"]["peers"]
+    assert sorted(pin.partition("==")[0] for pin in pins) == sorted(
+        peer.package for peer in PEERS.values()
+    )
+    assert all("==" in pin for pin in pins)
+    script = (ROOT / "benchmarks" / "fetch_peer_wheels.sh").read_text()
+    assert 'extras["peers"]' in script and os.access(
+        ROOT / "benchmarks" / "fetch_peer_wheels.sh", os.X_OK
+    )

@@ -143,9 +143,8 @@ def driver(tmp_path, monkeypatch):
         "#!/bin/sh\n"
         'case "$*" in\n'
         "*clocks_event_reasons*) echo unknown field >&2; exit 2;;\n"
-        "*clocks_throttle_reasons*) echo 0x0000000000000004;;\n"
-        "*driver_version*) echo 580.159.04;;\n"
-        "*GPU-abc*) echo '1980, 2619, 1980, 41, 120.50';;\n"
+        "*driver_version*GPU-abc*) echo 580.159.04;;\n"
+        "*clocks_throttle_reasons*GPU-abc*) echo '1980, 2619, 1980, 41, 120.50, 0x4';;\n"
         "esac\n"
     )
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
@@ -154,19 +153,23 @@ def driver(tmp_path, monkeypatch):
         name="NVIDIA H100 80GB HBM3", uuid="abc", multi_processor_count=132, total_memory=80 << 30
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    devices._known_fields.cache_clear()
+    yield
+    devices._known_fields.cache_clear()
 
 
 @pytest.mark.usefixtures("driver")
 def test_clocks_and_driver_are_read():
     found = devices.clocks(GPU)
     assert found["clocks.sm"] == "1980" and found["power.draw"] == "120.50"
-    assert found["throttling"] == "0x0000000000000004"
+    assert found["clocks_throttle_reasons.active"] == "0x4"
     described = devices.describe_device(GPU)
     assert described["driver"] == "580.159.04" and described["total_memory"] == 80 << 30
     assert described["major"] is None  # what this PyTorch does not tell
 
 
 def test_without_the_drivers_tool_nothing_is_said(monkeypatch, tmp_path):
+    devices._known_fields.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert devices.clocks(GPU) == {} and devices.clocks(CPU) == {}
 
