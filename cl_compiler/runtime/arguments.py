@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -174,17 +175,36 @@ class ArgumentChecker:
             raise ArgumentError(
                 f"{self.signature.name}: {name} must be a tensor {shape}, got {got}."
             )
-        if value.device.type != "cpu":
-            raise ArgumentError(
-                f"{self.signature.name}: {name} is on {value.device}; this package emits code for "
-                "CPUs so far. Move it with .cpu()."
-            )
+        self._check_storage(name, value)
         if 0 in value.shape:
             raise ArgumentError(
                 f"{self.signature.name}: {name} is empty (shape {list(value.shape)}); a loss needs "
                 "at least one row, one column and one feature. Skip empty batches."
             )
         return value
+
+    def _check_storage(self, name: str, value: Tensor) -> None:
+        """Whether emitted code can read the tensor where and how it lies."""
+        if value.layout != torch.strided:
+            raise ArgumentError(
+                f"{self.signature.name}: {name} has layout {str(value.layout).partition('.')[2]}; "
+                "emitted code reads dense tensors. Convert it with .to_dense()."
+            )
+        if value.device.type == "meta":
+            raise ArgumentError(
+                f"{self.signature.name}: {name} is on the meta device and has no elements; make it "
+                "on the CPU, e.g. with .to_empty or torch.empty_like(…, device='cpu')."
+            )
+        if value.device.type != "cpu":
+            raise ArgumentError(
+                f"{self.signature.name}: {name} is on {value.device}; this package emits code for "
+                "CPUs so far. Move it with .cpu()."
+            )
+        if value.is_complex():
+            raise ArgumentError(
+                f"{self.signature.name}: {name} is complex ({value.dtype}); a loss takes real "
+                "numbers. Pass its .real part."
+            )
 
     def _lengths(self, operands: Mapping[str, Tensor]) -> dict[str, int]:
         lengths: dict[str, int] = {}
@@ -217,16 +237,19 @@ class ArgumentChecker:
             raise ArgumentError(
                 f"{self.signature.name}: {name} must be a vector of {length} {axis}, got {got}."
             )
+        self._check_storage(name, value)
         return value.reshape(length).to(dtype)
 
     def _parameter(self, name: str, value: Any) -> Tensor:
-        number = isinstance(value, (int, float))
+        number = isinstance(value, Real)  # NumPy's numbers too
         if not number and (not isinstance(value, Tensor) or value.numel() != 1):
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
             raise ArgumentError(
                 f"{self.signature.name}: {name} must be a number or a tensor of shape [] or [1], "
                 f"got {got}."
             )
+        if isinstance(value, Tensor):
+            self._check_storage(name, value)
         return _scalar(value)
 
     def _ids(self, given: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, Tensor]:
@@ -245,11 +268,17 @@ class ArgumentChecker:
         result = {}
         for name, axis in names.items():
             value = given[name]
-            ok = isinstance(value, Tensor) and not value.is_floating_point()
+            if not isinstance(value, Tensor):
+                got = repr(type(value))
+            else:
+                got = f"{str(value.dtype).partition('.')[2]} {list(value.shape)}"
+            ok = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
             if not ok or value.shape != (lengths[axis],):
                 raise ArgumentError(
-                    f"{self.signature.name}: {name} must be integers [{lengths[axis]}]."
+                    f"{self.signature.name}: {name} must be a tensor of integers "
+                    f"[{lengths[axis]}], one per row of its operand; got {got}."
                 )
+            self._check_storage(name, value)
             result[name] = value.to(torch.int64).contiguous()
         return result
 
@@ -271,6 +300,8 @@ def _kind(value: Any) -> Any:
     """What of an argument decides whether it is valid, and what is done with it."""
     if not isinstance(value, Tensor):
         return type(value)
+    if value.layout != torch.strided:  # without strides; it will be refused
+        return value.layout
     return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
 
 
