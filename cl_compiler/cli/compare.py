@@ -9,7 +9,7 @@ from cl_compiler.cli.output import Table, write, write_table
 from cl_compiler.cli.results import Ceiling, Judged, Line, Results, read_results
 from cl_compiler.units import format_bytes, format_flops, format_rate, format_seconds
 
-__all__ = ["show", "tables_of"]
+__all__ = ["ours_of", "rivals_of", "show", "tables_of"]
 
 WORST_ERROR = 0.05
 """Relative error of a gradient above which a provider's time is not comparable; bf16 inputs give
@@ -115,7 +115,7 @@ def _speed(results: Results) -> Table:
         if line.error or line.seconds is None:
             rows.append((title, name, *[""] * 8, _short(line.error) or "no time left"))
             continue
-        ours = _ours(results.lines, line.key)
+        ours = ours_of(results.lines, line.key)
         ratio = line.seconds / ours.seconds if ours and ours.seconds and line is not ours else None
         rows.append((
             title, name, _seconds(line.forward_s), _seconds(line.backward_s),
@@ -169,7 +169,7 @@ def _worst_error(judged: Sequence[Judged], line: Line) -> float | None:
     return max((float("inf") if v != v else v for v in found), default=None)
 
 
-def _ours(lines: Sequence[Line], key: str) -> Line | None:
+def ours_of(lines: Sequence[Line], key: str) -> Line | None:
     """The compiled loss whose schedule the planner chose, else the fastest one."""
     found = [line for line in lines if line.key == key and line.is_ours and line.seconds]
     chosen = next((line for line in found if line.provider in ("ours", "compiled")), None)
@@ -191,22 +191,30 @@ def _kernels(results: Results) -> Table:
     return Table("Where the time goes", heads, tuple(rows), frozenset({2, 3, 4}))
 
 
+def rivals_of(results: Results, key: str) -> list[Line]:
+    """Everybody else who computed the same thing: fastest first."""
+    found = [
+        line
+        for line in results.lines
+        if line.key == key and line.seconds and not line.is_ours and line.provider != "gemm"
+        and (_worst_error(results.judged, line) or 0.0) <= WORST_ERROR
+    ]  # fmt: skip
+    return sorted(found, key=lambda line: line.seconds or 0.0)
+
+
 def _verdict(results: Results) -> Table:
     """For each size: the compiled loss beside the fastest and the leanest of the others."""
     rows = []
     for key in dict.fromkeys(line.key for line in results.lines):
-        ours = _ours(results.lines, key)
-        others = [line for line in results.lines if line.key == key and not line.is_ours]
-        others = [line for line in others if line.seconds and line.provider != "gemm"
-                  and (_worst_error(results.judged, line) or 0.0) <= WORST_ERROR]  # fmt: skip
+        ours = ours_of(results.lines, key)
+        others = rivals_of(results, key)
         if not others:
             continue
         if ours is None or ours.seconds is None:
             size = next(line.size for line in results.lines if line.key == key)
-            rival = min(others, key=lambda line: line.seconds or 0.0)
-            rows.append((size, "-", rival.provider, "", "DID NOT RUN", "", "", ""))
+            rows.append((size, "-", others[0].provider, "", "DID NOT RUN", "", "", ""))
             continue
-        rival = min(others, key=lambda line: line.seconds or 0.0)
+        rival = others[0]
         ratio = (rival.seconds or 0.0) / ours.seconds
         lean = min(others, key=lambda line: line.live_bytes or float("inf"))
         rows.append((

@@ -1,0 +1,54 @@
+"""A GPU's results file becomes the README's table."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_compare import FLOPS, ROWS, ceiling, contest, errors, write_file
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(tmp_path):
+    found = runpy.run_path(str(ROOT / "docs" / "measurements.py"))
+    found["gpu_measurements"].__globals__["ROOT"] = tmp_path
+    return found
+
+
+def test_each_size_is_a_line_beside_the_fastest_other(script, tmp_path):
+    cases = [ceiling(790e12, 8192), contest("correctness", {"wrong": errors(0.4)}),
+             contest("speed", ROWS), contest("speed", {"ours": ROWS["ours"]}, n=16384),
+             contest("speed", {"memeff": ROWS["memeff"]}, n=32768)]  # fmt: skip
+    text = script["gpu_measurements"](write_file(tmp_path, "gpu.json", cases))
+    seconds = FLOPS / 600e12
+    lines = text.splitlines()
+    assert lines[4] == (
+        f"| clip | 65,536 D=512 | {seconds * 250:.1f} ms | {seconds * 750:.1f} ms "
+        f"| {seconds * 1e3:.1f} ms | 0.76 | 1.0 GiB | `memeff`, {seconds * 2e3:.1f} ms | 2.00 "
+        "| 256.0 MiB |"
+    )
+    assert lines[5].endswith("| none ran |  |  |") and "16,384" in lines[5]
+    assert len(lines) == 6  # where the compiled loss did not run there is no line
+    assert "NVIDIA H100" in lines[0] and "[gpu.json](gpu.json)" in lines[0]
+
+
+def test_the_readme_says_nothing_of_a_gpu_until_it_has_a_place_for_it(script, tmp_path):
+    readme = tmp_path / "README.md"
+    names = script["readme_with"].__globals__
+    names["README"] = readme
+    path = write_file(tmp_path, "gpu.json", [ceiling(790e12, 8192), contest("speed", ROWS)])
+    readme.write_text("text\n")
+    with pytest.raises(SystemExit, match="has no <!-- gpu measurements: begin -->"):
+        script["main"](["--write", str(path)])
+    before = "text\n<!-- gpu measurements: begin -->\nold\n<!-- gpu measurements: end -->\nmore\n"
+    readme.write_text(before)
+    script["main"](["--write", str(path)])
+    after = readme.read_text()
+    assert "old" not in after and "| clip | 65,536 D=512 |" in after
+    assert after.startswith("text\n") and after.endswith("end -->\nmore\n")
+    assert json.loads(path.read_text())["cases"]
