@@ -83,7 +83,8 @@ def gpu_measurements(path: Path) -> str:
             f"bf16 inputs, gradients of both sides, on {results.device} ({results.about}); medians "
             "of CUDA events. The fraction is of the library's 8192³ product in the same run, on "
             "the least work that a loss allows. Memory is the allocator's peak beyond the inputs. "
-            f"Every repetition and every error is in [{path.name}]({path.relative_to(ROOT).as_posix()}).",
+            "Every repetition and every error is in "
+            f"[{path.name}]({path.relative_to(ROOT).as_posix()}).",
             "",
             "| loss | M = N, D | forward | backward | both | of best product | memory "
             "| fastest other | other / compiled | its memory |",

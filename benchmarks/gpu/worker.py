@@ -10,6 +10,7 @@ import ctypes
 import signal
 import sys
 import time
+import zlib
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -144,7 +145,8 @@ class _Bench:
         self.journal.write(entry)
         if isinstance(item, Ceiling):
             turns = TURNS if self.device.type == "cuda" else 2
-            self.attempt(entry, "library", lambda: measure_ceiling(item, self.device, turns))
+            if "library" not in entry["rows"]:  # it took an earlier process down
+                self.attempt(entry, "library", lambda: measure_ceiling(item, self.device, turns))
         else:
             self._contest(item, entry)
             names = [n for n in ("inputs", *item.providers) if n in entry["rows"]]
@@ -158,7 +160,8 @@ class _Bench:
         rows = self.journal.failed_for_good(item.key)
         case = {**asdict(item), "group": item.section}
         if isinstance(item, Contest):
-            case |= {"flops": item.flops, "target": item.target}
+            seed = zlib.crc32(f"{self.journal.run} {item.key}".encode())
+            case |= {"flops": item.flops, "target": item.target, "seed": seed}
         return {"key": item.key, "section": item.section, "case": case, "rows": rows,
                 "done": False}  # fmt: skip
 
@@ -189,7 +192,7 @@ class _Bench:
         found: dict[str, Any] = {}
 
         def make() -> Row:
-            found["leaves"] = inputs_of(contest, self.device, seed=contest.M + 7 * contest.D)
+            found["leaves"] = inputs_of(contest, self.device, entry["case"]["seed"])
             if contest.section == "correctness":
                 found["truth"] = truth_of(contest.loss, found["leaves"])
             return {}
