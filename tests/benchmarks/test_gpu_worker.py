@@ -1,0 +1,134 @@
+"""The worker's own rules, in process: who is blamed, when it stops, what it does not try again."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks.gpu import worker
+from benchmarks.gpu.cases import Ceiling, Contest
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.worker import ContextLost, TimeUp, _Bench
+
+CPU = torch.device("cpu")
+COPY = Ceiling("copy", M=1 << 12)
+CLIP = Contest("speed", "clip", 64, 64, 16, ("dense", "broken:raise", "chunked"), turns=2)
+
+
+@pytest.fixture
+def journal(tmp_path) -> Journal:
+    found = Journal(tmp_path / "r.json", "run")
+    found.begin_run({"device": {"name": "here"}})
+    return found
+
+
+@pytest.fixture
+def bench(journal) -> _Bench:
+    return _Bench(journal, CPU, time.time() + 600)
+
+
+def rows(journal: Journal, key: str) -> dict:
+    return Journal(journal.path, "run").entry(key)["rows"]
+
+
+def test_a_limit_is_measured(bench, journal):
+    bench.run(COPY)
+    row = rows(journal, COPY.key)["library"]
+    assert row["error"] == "" and row["rate"] == pytest.approx(2 * (1 << 12) / row["median_s"])
+    assert journal.is_done(COPY.key)
+
+
+def test_a_limit_that_took_a_process_down_is_not_tried_again(bench, journal, monkeypatch):
+    failed = {"library": {"error": "crashed", "fatal": True}}
+    journal.write({"key": COPY.key, "section": "ceilings", "case": {}, "rows": failed,
+                   "done": False})  # fmt: skip
+    monkeypatch.setattr(worker, "measure_ceiling", lambda *_: pytest.fail("tried again"))
+    bench.run(COPY)
+    assert rows(journal, COPY.key) == failed and journal.is_done(COPY.key)
+
+
+def test_a_lost_context_ends_the_process_and_names_who_lost_it(bench, journal, monkeypatch):
+    monkeypatch.setattr(worker, "is_alive", lambda device: False)
+    with pytest.raises(ContextLost):
+        bench.run(CLIP)
+    found = rows(journal, CLIP.key)
+    assert found["broken:raise"] == {"error": "ValueError: failed on purpose", "fatal": True}
+    assert found["dense"]["error"] == "" and "chunked" not in found
+    assert not journal.is_done(CLIP.key)
+    monkeypatch.undo()
+    _Bench(Journal(journal.path, "run"), CPU, time.time() + 600).run(CLIP)  # the next process
+    found = rows(journal, CLIP.key)
+    assert list(found) == ["dense", "broken:raise", "chunked"]
+    assert found["broken:raise"]["fatal"] and found["chunked"]["median_s"] > 0
+
+
+def test_after_two_strikes_a_provider_is_left_out(bench, journal):
+    for key in ("a", "b"):
+        journal.write({"key": key, "rows": {"chunked": {"error": "crashed", "fatal": True}},
+                       "done": True})  # fmt: skip
+    bench.run(CLIP)
+    found = rows(journal, CLIP.key)
+    assert found["chunked"] == {"error": "skipped: it took its process down before"}
+    assert found["dense"]["median_s"] > 0
+
+
+def test_time_is_up_between_providers_and_what_exists_is_kept(bench, journal, monkeypatch):
+    warmed = worker._warmed
+
+    def slow(entrant, device):
+        bench.deadline = 0.0
+        return warmed(entrant, device)
+
+    monkeypatch.setattr(worker, "_warmed", slow)
+    with pytest.raises(TimeUp):
+        bench.run(CLIP)
+    assert rows(journal, CLIP.key)["dense"]["live_bytes"] > 0
+    assert not journal.is_done(CLIP.key) and not journal.note_path.exists()
+
+
+def test_a_loss_that_is_not_finite_is_an_error(bench, journal, monkeypatch):
+    leaves = worker.inputs_of(CLIP, CPU, 1)
+    leaves["x"].detach()[3] = torch.nan
+    monkeypatch.setattr(worker, "inputs_of", lambda *_: leaves)
+    bench.run(CLIP)
+    assert rows(journal, CLIP.key)["dense"]["error"] == "ArithmeticError: the loss is nan"
+
+
+def test_turns_alternate_and_end_when_enough_is_known(bench, journal, monkeypatch):
+    order = []
+    times = worker.step_times
+
+    def watched(step, device, expected_s):
+        order.append(step)
+        time_each = 0.01 if step is order[0] else 1.0
+        return [type(times(step, device, 1.0)[0])(time_each, 0.0)]
+
+    monkeypatch.setattr(worker, "step_times", watched)
+    contest = Contest("speed", "clip", 64, 64, 16, ("dense", "chunked"), turns=10, seconds=1.0)
+    bench.run(contest)
+    found = rows(journal, contest.key)
+    first, second = dict.fromkeys(order)
+    assert order[:4] == [first, second, first, second]
+    assert len(found["dense"]["seconds"]) > len(found["chunked"]["seconds"]) == 3
+
+
+def test_inputs_that_do_not_fit_are_said_and_the_case_is_done(bench, journal, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB.")
+
+    monkeypatch.setattr(worker, "inputs_of", full)
+    bench.run(CLIP)
+    assert rows(journal, CLIP.key) == {
+        "inputs": {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 64.00 GiB."}
+    }
+    assert journal.is_done(CLIP.key)
+
+
+def test_every_run_draws_its_own_data(tmp_path):
+    seeds = set()
+    for run in ("one", "two"):
+        journal = Journal(tmp_path / f"{run}.json", run)
+        seeds.add(_Bench(journal, CPU, 0.0)._entry(CLIP)["case"]["seed"])
+    assert len(seeds) == 2
