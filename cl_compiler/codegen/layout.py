@@ -30,7 +30,10 @@ def drop_unused(text: str) -> str:
     """A file without locals and imports that nothing reads."""
     head, *functions = re.split(r"\n(?=(?:def|class|@)\b|@)", text)
     text = "\n".join([head, *map(_without_unused_locals, functions)])
-    return text if "math." in text else text.replace("import math\n", "")
+    if "math." in text:
+        return text
+    # With nothing before it, the blank line that parted it from the packages goes too.
+    return text.replace('"""\n\nimport math\n\n', '"""\n\n').replace("import math\n", "")
 
 
 def _without_unused_locals(function: str) -> str:

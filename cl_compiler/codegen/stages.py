@@ -84,7 +84,7 @@ class StagePrinter:
             return f"{target} = {printer.text(node.expr)}"
         if node.monoid in ("to_rows", "to_cols"):
             move = sp.Function(node.monoid)
-            return f"{target} = {printer.text(_call(node.monoid, node.operand, move))}"
+            return f"{target} = {bare(printer.text(_call(node.monoid, node.operand, move)))}"
         return f"{target} = {self._reduced(node, printer)}"
 
     def _reduced(self, red: Reduction, printer: VectorPrinter) -> str:

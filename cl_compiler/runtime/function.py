@@ -164,13 +164,17 @@ class CompiledLoss(nn.Module):
         variant = self._variant(call.signature)
         module = variant.module
         values = call.values
+        arguments = [values[name] for name in module.ARGUMENTS]
         if self._verify is not None:
             self._run_verification({**values, "dtype": call.outer_dtype})
-        with torch.autocast("cpu", enabled=False):
-            try:
-                results = module.Loss.apply(*(values[name] for name in module.ARGUMENTS))
-            except getattr(module, "NoPositiveError", ()) as error:
-                raise NoPositiveError(str(error)) from None
+        try:
+            if torch.is_autocast_enabled("cpu"):
+                with torch.autocast("cpu", enabled=False):
+                    results = module.Loss.apply(*arguments)
+            else:
+                results = module.Loss.apply(*arguments)
+        except getattr(module, "NoPositiveError", ()) as error:
+            raise NoPositiveError(str(error)) from None
         value = results[0]
         if self._nonfinite == "error" and not torch.isfinite(value):
             raise NonFiniteError(

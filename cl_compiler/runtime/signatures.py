@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -51,6 +52,14 @@ class CallSignature:
     positives: str = "diagonal"
     needs: frozenset[str] = frozenset()
     contiguous_copies: int = 0
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: the signature of a call like an earlier one is that earlier object."""
+        return hash((self.M, self.N, self.bank, self.dtype, self.positives, self.needs))
 
     @property
     def size_class(self) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ col_count: [N] sum over rows of 1 where is_positive
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
 
-import contextlib
 import math
 
 import torch
@@ -35,30 +34,34 @@ SAFE_BOUND, LARGEST, SMALLEST = 70.0, 87.0, 2.0**-102
 # has lost less than the last bit to terms that underflowed.  Smaller sums are redone with maxima.
 
 
-@contextlib.contextmanager
-def _matmul_precision():
-    """Set how fp32 matrices are multiplied, and restore the caller's choice afterwards."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+class NoPositiveError(ValueError):
+    """A mean over positives has no element."""
+
+
+class _MatmulPrecision:
+    """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
+
+    def __enter__(self):
+        self.before = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
+
+    def __exit__(self, *_):
+        torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
 def _shift(bound, terms):
     """What to subtract from logits of at most ``bound``; None: use running maxima."""
     if not math.isfinite(bound):
         return None
-    shift = 0.0 if bound <= SAFE_BOUND else bound + math.log(terms) - LARGEST
-    return torch.tensor(shift, dtype=torch.float64)
+    return 0.0 if bound <= SAFE_BOUND else bound + math.log(terms) - LARGEST
 
 
 def _in_range(shift, sums, terms):
     """Whether sums of ``terms`` shifted exponentials lost nothing that matters."""
-    if shift == 0:
-        return bool(torch.isfinite(sums).all())
-    return bool((sums >= terms * SMALLEST).all() and torch.isfinite(sums).all())
+    if shift == 0:  # the logits are bounded, and so are the sums
+        return True
+    low, high = (t.item() for t in sums.aminmax())
+    return math.isfinite(high) and low >= terms * SMALLEST
 
 
 def _largest_norm(operand):
@@ -72,11 +75,6 @@ def _product(left, right, alpha, offset, out):
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
-
-
-def _inverse(sums):
-    """1 / sums, and 0 where nothing was summed."""
-    return torch.where(sums == 0, 0.0, 1 / sums)
 
 
 def _present(lse):
@@ -100,12 +98,12 @@ def _finish_logsumexp(maximum, total):
 
 
 def _inner(operand, gradient):
-    """<operand, gradient>, summed in fp64 block by block."""
-    total = torch.zeros((), dtype=torch.float64)
+    """<operand, gradient>: row by row, and the rows' in fp64."""
+    sums = torch.empty(operand.shape[:-1], dtype=DTYPE)
     for i in range(0, operand.shape[0], TILE_M):
-        block = operand[i : i + TILE_M].to(DTYPE) * gradient[i : i + TILE_M]
-        total += block.sum(dtype=torch.float64)
-    return total
+        rows = slice(i, i + TILE_M)
+        sums[rows] = torch.linalg.vecdot(operand[rows], gradient[rows])
+    return sums.sum(dtype=torch.float64)
 
 
 def _forward_sweep_bounded(x, y, rows, cols, logit_scale, s0, row_ids, col_ids):
@@ -248,7 +246,7 @@ def _backward_sweep_bounded(
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             torch.add(b0[j:j1], a1[i:i1, None], out=t0)
-            _product(x_i, y_j, logit_scale.item(), s2.item(), out=t1)
+            _product(x_i, y_j, logit_scale.item(), s2, out=t1)
             t1.exp_()
             t0.mul_(t1)
             torch.eq(row_ids[i:i1, None], col_ids[j:j1], out=m0)
@@ -343,9 +341,9 @@ def forward(x, y, logit_scale, row_ids, col_ids):
             row_lse_shift = None
     if row_lse_shift is not None:
         row_lse = torch.log(row_lse_sum) + row_lse_shift
-        row_lse_inverse = _inverse(row_lse_sum)
+        row_lse_inverse = torch.reciprocal(row_lse_sum)
         col_lse = torch.log(col_lse_sum) + row_lse_shift
-        col_lse_inverse = _inverse(col_lse_sum)
+        col_lse_inverse = torch.reciprocal(col_lse_sum)
     else:
         (
             row_lse_max,
@@ -374,11 +372,11 @@ def forward(x, y, logit_scale, row_ids, col_ids):
         0.0,
     ).sum(dtype=torch.float64)
     if not row_count_2 > 0:
-        raise ValueError(
+        raise NoPositiveError(
             "clip: the mean over rows has no element: no row has a positive; check the ids"
         )
     if not col_count_2 > 0:
-        raise ValueError(
+        raise NoPositiveError(
             "clip: the mean over cols has no element: no row has a positive; check the ids"
         )
     value = torch.as_tensor(
@@ -478,6 +476,17 @@ OUTPUTS = ()
 GRADIENTS = ("x", "y", "logit_scale")
 
 
+def _scalar(parameter):
+    """A parameter of shape [] or [1] as [] fp64."""
+    return (parameter if parameter.dim() == 0 else parameter.reshape(())).to("cpu", torch.float64)
+
+
+def _like(gradient, argument):
+    """A gradient in its argument's dtype and shape."""
+    gradient = gradient.to(argument.device, argument.dtype)
+    return gradient if gradient.shape == argument.shape else gradient.expand(argument.shape)
+
+
 class _Once(torch.autograd.Function):
     """The identity; says why it cannot be differentiated."""
 
@@ -494,28 +503,28 @@ class _Once(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """``Loss.apply(*ARGUMENTS)`` returns (value [] fp64, *OUTPUTS)."""
+    """``Loss.apply(*ARGUMENTS)`` returns (value [] in DTYPE, *OUTPUTS)."""
 
     @staticmethod
     def forward(ctx, x, y, logit_scale, row_ids, col_ids):
-        with _matmul_precision():
-            value, outputs, saved = forward(x, y, logit_scale, row_ids, col_ids)
-        tensors = [t for t in saved.values() if t is not None]
-        ctx.names = [name for name, t in saved.items() if t is not None]
-        ctx.missing = [name for name, t in saved.items() if t is None]
-        ctx.save_for_backward(x, y, logit_scale, row_ids, col_ids, *tensors)
-        return (value, *outputs)
+        with _MatmulPrecision():
+            value, outputs, saved = forward(x, y, _scalar(logit_scale), row_ids, col_ids)
+        tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
+        ctx.others = {name: t for name, t in saved.items() if name not in tensors}
+        ctx.names = list(tensors)
+        ctx.save_for_backward(x, y, logit_scale, row_ids, col_ids, *tensors.values())
+        return (value.to(DTYPE), *outputs)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        count = len(ARGUMENTS)
-        with torch.no_grad(), _matmul_precision():
-            saved = dict(zip(ctx.names, ctx.saved_tensors[count:], strict=True))
-            saved.update(dict.fromkeys(ctx.missing))
-            gradients = list(backward(grad_output, saved, *ctx.saved_tensors[:count]))
-            for index, name in enumerate(GRADIENTS):
-                argument = ctx.saved_tensors[ARGUMENTS.index(name)]
-                gradients[index] = gradients[index].to(argument.dtype).expand(argument.shape)
+        x, y, logit_scale, row_ids, col_ids, *tensors = ctx.saved_tensors
+        with torch.no_grad(), _MatmulPrecision():
+            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
+            gradients = list(
+                backward(grad_output, saved, x, y, _scalar(logit_scale), row_ids, col_ids)
+            )
+            for index, argument in enumerate((x, y, logit_scale)):
+                gradients[index] = _like(gradients[index], argument)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
             gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
         by_name = dict(zip(GRADIENTS, gradients, strict=True))

@@ -16,7 +16,6 @@ row_lse: [M] logsumexp over cols of logits where ~is_self
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
 
-import contextlib
 import math
 
 import torch
@@ -31,30 +30,30 @@ SAFE_BOUND, LARGEST, SMALLEST = 70.0, 87.0, 2.0**-102
 # has lost less than the last bit to terms that underflowed.  Smaller sums are redone with maxima.
 
 
-@contextlib.contextmanager
-def _matmul_precision():
-    """Set how fp32 matrices are multiplied, and restore the caller's choice afterwards."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+class _MatmulPrecision:
+    """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
+
+    def __enter__(self):
+        self.before = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
+
+    def __exit__(self, *_):
+        torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
 def _shift(bound, terms):
     """What to subtract from logits of at most ``bound``; None: use running maxima."""
     if not math.isfinite(bound):
         return None
-    shift = 0.0 if bound <= SAFE_BOUND else bound + math.log(terms) - LARGEST
-    return torch.tensor(shift, dtype=torch.float64)
+    return 0.0 if bound <= SAFE_BOUND else bound + math.log(terms) - LARGEST
 
 
 def _in_range(shift, sums, terms):
     """Whether sums of ``terms`` shifted exponentials lost nothing that matters."""
-    if shift == 0:
-        return bool(torch.isfinite(sums).all())
-    return bool((sums >= terms * SMALLEST).all() and torch.isfinite(sums).all())
+    if shift == 0:  # the logits are bounded, and so are the sums
+        return True
+    low, high = (t.item() for t in sums.aminmax())
+    return math.isfinite(high) and low >= terms * SMALLEST
 
 
 def _largest_norm(operand):
@@ -119,17 +118,17 @@ def _at_positives(left, right):
     """Inner products of rows and their positives: [M]."""
     result = torch.empty(left.shape[0], dtype=DTYPE)
     for rows, cols in _pairs(left, right):
-        torch.sum(left[rows].to(DTYPE) * right[cols].to(DTYPE), 1, out=result[rows])
+        result[rows] = torch.linalg.vecdot(left[rows], right[cols])
     return result
 
 
 def _inner(operand, gradient):
-    """<operand, gradient>, summed in fp64 block by block."""
-    total = torch.zeros((), dtype=torch.float64)
+    """<operand, gradient>: row by row, and the rows' in fp64."""
+    sums = torch.empty(operand.shape[:-1], dtype=DTYPE)
     for i in range(0, operand.shape[0], TILE_M):
-        block = operand[i : i + TILE_M].to(DTYPE) * gradient[i : i + TILE_M]
-        total += block.sum(dtype=torch.float64)
-    return total
+        rows = slice(i, i + TILE_M)
+        sums[rows] = torch.linalg.vecdot(operand[rows], gradient[rows])
+    return sums.sum(dtype=torch.float64)
 
 
 def _forward_sweep_bounded(z, rows, cols, logit_scale, s0):
@@ -150,7 +149,7 @@ def _forward_sweep_bounded(z, rows, cols, logit_scale, s0):
             n = j1 - j
             z_j = z[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
-            _product(z_i, z_j, logit_scale.item(), s0.item(), out=t0)
+            _product(z_i, z_j, logit_scale.item(), s0, out=t0)
             t0.exp_()
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
                 t0.diagonal(k).fill_(0.0)
@@ -212,13 +211,13 @@ def _backward_sweep_bounded(z, d_z, rows, cols, half, a0, logit_scale, s1, s2):
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             torch.add(a0[j:j1], a0[i:i1, None], out=t0)
-            _product(z_i, z_j, logit_scale.item(), s1.item(), out=t1)
+            _product(z_i, z_j, logit_scale.item(), s1, out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
             t0.mul_(t1)
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (half, -half)):
-                t0.diagonal(k).add_(s2.to(DTYPE))
+                t0.diagonal(k).add_(s2)
             d_z[i:i1].addmm_(t0, z_j)
             if j != i:
                 d_z[j:j1].addmm_(t0.T, z_i)
@@ -256,7 +255,7 @@ def _backward_sweep_running(z, d_z, rows, cols, half, logit_scale, a0_2, d_row_t
             t0.mul_(d_row_total)
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (half, -half)):
-                t1.diagonal(k).add_(s1_2.to(DTYPE))
+                t1.diagonal(k).add_(s1_2)
             d_z[i:i1].addmm_(t1, z_j)
             if j != i:
                 d_z[j:j1].addmm_(t1.T, z_i)
@@ -270,7 +269,6 @@ def forward(z, logit_scale):
     returns: value [] fp64, outputs (tuple of vectors), saved (dict of tensors and None)
     """
     rows, cols = z.shape[0], z.shape[0]
-    n_rows = torch.tensor(rows, dtype=torch.float64)
     logits_pos = _at_positives(z, z) * logit_scale
     row_lse_shift = _shift(_largest_norm(z) * _largest_norm(z) * abs(logit_scale.item()), cols)
     if row_lse_shift is not None:
@@ -285,8 +283,8 @@ def forward(z, logit_scale):
         row_lse_max, row_lse_sum = _forward_sweep_running(z, rows, cols, logit_scale)
         row_lse = _finish_logsumexp(row_lse_max, row_lse_sum)
         row_lse_inverse = None
-    row_total = (-logits_pos + row_lse).sum(dtype=torch.float64)
-    value = torch.as_tensor(row_total / n_rows, dtype=torch.float64)
+    row_total = (row_lse - logits_pos).sum(dtype=torch.float64)
+    value = torch.as_tensor(row_total / rows, dtype=torch.float64)
     outputs = ()
     saved = {
         "row_lse": row_lse,
@@ -299,13 +297,12 @@ def forward(z, logit_scale):
 def backward(grad_output, saved, z, logit_scale):
     """Gradients times ``grad_output`` [] fp64, in the order of ``GRADIENTS``."""
     rows, cols = z.shape[0], z.shape[0]
-    n_rows = torch.tensor(rows, dtype=torch.float64)
     half = rows // 2
     row_lse = saved["row_lse"]
     row_lse_inverse = saved["row_lse_inverse"]
     row_lse_shift = saved["row_lse_shift"]
     d_z = torch.zeros(z.shape, dtype=DTYPE, device=z.device)
-    d_row_total = 1 / n_rows
+    d_row_total = 1 / rows
     if row_lse_shift is not None:
         a0 = d_row_total * row_lse_inverse
         s1 = -row_lse_shift
@@ -327,6 +324,17 @@ OUTPUTS = ()
 GRADIENTS = ("z", "logit_scale")
 
 
+def _scalar(parameter):
+    """A parameter of shape [] or [1] as [] fp64."""
+    return (parameter if parameter.dim() == 0 else parameter.reshape(())).to("cpu", torch.float64)
+
+
+def _like(gradient, argument):
+    """A gradient in its argument's dtype and shape."""
+    gradient = gradient.to(argument.device, argument.dtype)
+    return gradient if gradient.shape == argument.shape else gradient.expand(argument.shape)
+
+
 class _Once(torch.autograd.Function):
     """The identity; says why it cannot be differentiated."""
 
@@ -343,28 +351,26 @@ class _Once(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """``Loss.apply(*ARGUMENTS)`` returns (value [] fp64, *OUTPUTS)."""
+    """``Loss.apply(*ARGUMENTS)`` returns (value [] in DTYPE, *OUTPUTS)."""
 
     @staticmethod
     def forward(ctx, z, logit_scale):
-        with _matmul_precision():
-            value, outputs, saved = forward(z, logit_scale)
-        tensors = [t for t in saved.values() if t is not None]
-        ctx.names = [name for name, t in saved.items() if t is not None]
-        ctx.missing = [name for name, t in saved.items() if t is None]
-        ctx.save_for_backward(z, logit_scale, *tensors)
-        return (value, *outputs)
+        with _MatmulPrecision():
+            value, outputs, saved = forward(z, _scalar(logit_scale))
+        tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
+        ctx.others = {name: t for name, t in saved.items() if name not in tensors}
+        ctx.names = list(tensors)
+        ctx.save_for_backward(z, logit_scale, *tensors.values())
+        return (value.to(DTYPE), *outputs)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        count = len(ARGUMENTS)
-        with torch.no_grad(), _matmul_precision():
-            saved = dict(zip(ctx.names, ctx.saved_tensors[count:], strict=True))
-            saved.update(dict.fromkeys(ctx.missing))
-            gradients = list(backward(grad_output, saved, *ctx.saved_tensors[:count]))
-            for index, name in enumerate(GRADIENTS):
-                argument = ctx.saved_tensors[ARGUMENTS.index(name)]
-                gradients[index] = gradients[index].to(argument.dtype).expand(argument.shape)
+        z, logit_scale, *tensors = ctx.saved_tensors
+        with torch.no_grad(), _MatmulPrecision():
+            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
+            gradients = list(backward(grad_output, saved, z, _scalar(logit_scale)))
+            for index, argument in enumerate((z, logit_scale)):
+                gradients[index] = _like(gradients[index], argument)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
             gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
         by_name = dict(zip(GRADIENTS, gradients, strict=True))

@@ -17,7 +17,6 @@ row_count: [M] sum over cols of 1 where is_positive
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
 
-import contextlib
 import math
 
 import torch
@@ -32,30 +31,34 @@ SAFE_BOUND, LARGEST, SMALLEST = 70.0, 87.0, 2.0**-102
 # has lost less than the last bit to terms that underflowed.  Smaller sums are redone with maxima.
 
 
-@contextlib.contextmanager
-def _matmul_precision():
-    """Set how fp32 matrices are multiplied, and restore the caller's choice afterwards."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+class NoPositiveError(ValueError):
+    """A mean over positives has no element."""
+
+
+class _MatmulPrecision:
+    """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
+
+    def __enter__(self):
+        self.before = torch.backends.mkldnn.matmul.fp32_precision
+        torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
+
+    def __exit__(self, *_):
+        torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
 def _shift(bound, terms):
     """What to subtract from logits of at most ``bound``; None: use running maxima."""
     if not math.isfinite(bound):
         return None
-    shift = 0.0 if bound <= SAFE_BOUND else bound + math.log(terms) - LARGEST
-    return torch.tensor(shift, dtype=torch.float64)
+    return 0.0 if bound <= SAFE_BOUND else bound + math.log(terms) - LARGEST
 
 
 def _in_range(shift, sums, terms):
     """Whether sums of ``terms`` shifted exponentials lost nothing that matters."""
-    if shift == 0:
-        return bool(torch.isfinite(sums).all())
-    return bool((sums >= terms * SMALLEST).all() and torch.isfinite(sums).all())
+    if shift == 0:  # the logits are bounded, and so are the sums
+        return True
+    low, high = (t.item() for t in sums.aminmax())
+    return math.isfinite(high) and low >= terms * SMALLEST
 
 
 def _largest_norm(operand):
@@ -108,12 +111,12 @@ def _crossings(i, i1, j, j1, offsets):
 
 
 def _inner(operand, gradient):
-    """<operand, gradient>, summed in fp64 block by block."""
-    total = torch.zeros((), dtype=torch.float64)
+    """<operand, gradient>: row by row, and the rows' in fp64."""
+    sums = torch.empty(operand.shape[:-1], dtype=DTYPE)
     for i in range(0, operand.shape[0], TILE_M):
-        block = operand[i : i + TILE_M].to(DTYPE) * gradient[i : i + TILE_M]
-        total += block.sum(dtype=torch.float64)
-    return total
+        rows = slice(i, i + TILE_M)
+        sums[rows] = torch.linalg.vecdot(operand[rows], gradient[rows])
+    return sums.sum(dtype=torch.float64)
 
 
 def _forward_sweep_bounded(z, rows, cols, logit_scale, s0, ids):
@@ -244,7 +247,7 @@ def _backward_sweep_bounded(z, d_z, rows, cols, a0, logit_scale, s1, ids, d_row_
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             torch.add(a0[j:j1], a0[i:i1, None], out=t0)
-            _product(z_i, z_j, logit_scale.item(), s1.item(), out=t1)
+            _product(z_i, z_j, logit_scale.item(), s1, out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
@@ -340,7 +343,7 @@ def forward(z, logit_scale, ids):
         0.0,
     ).sum(dtype=torch.float64)
     if not row_count_2 > 0:
-        raise ValueError(
+        raise NoPositiveError(
             "supcon: the mean over rows has no element: no row has a positive; check the ids"
         )
     value = torch.as_tensor(row_total / row_count_2, dtype=torch.float64)
@@ -389,6 +392,17 @@ OUTPUTS = ()
 GRADIENTS = ("z", "logit_scale")
 
 
+def _scalar(parameter):
+    """A parameter of shape [] or [1] as [] fp64."""
+    return (parameter if parameter.dim() == 0 else parameter.reshape(())).to("cpu", torch.float64)
+
+
+def _like(gradient, argument):
+    """A gradient in its argument's dtype and shape."""
+    gradient = gradient.to(argument.device, argument.dtype)
+    return gradient if gradient.shape == argument.shape else gradient.expand(argument.shape)
+
+
 class _Once(torch.autograd.Function):
     """The identity; says why it cannot be differentiated."""
 
@@ -405,28 +419,26 @@ class _Once(torch.autograd.Function):
 
 
 class Loss(torch.autograd.Function):
-    """``Loss.apply(*ARGUMENTS)`` returns (value [] fp64, *OUTPUTS)."""
+    """``Loss.apply(*ARGUMENTS)`` returns (value [] in DTYPE, *OUTPUTS)."""
 
     @staticmethod
     def forward(ctx, z, logit_scale, ids):
-        with _matmul_precision():
-            value, outputs, saved = forward(z, logit_scale, ids)
-        tensors = [t for t in saved.values() if t is not None]
-        ctx.names = [name for name, t in saved.items() if t is not None]
-        ctx.missing = [name for name, t in saved.items() if t is None]
-        ctx.save_for_backward(z, logit_scale, ids, *tensors)
-        return (value, *outputs)
+        with _MatmulPrecision():
+            value, outputs, saved = forward(z, _scalar(logit_scale), ids)
+        tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
+        ctx.others = {name: t for name, t in saved.items() if name not in tensors}
+        ctx.names = list(tensors)
+        ctx.save_for_backward(z, logit_scale, ids, *tensors.values())
+        return (value.to(DTYPE), *outputs)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
-        count = len(ARGUMENTS)
-        with torch.no_grad(), _matmul_precision():
-            saved = dict(zip(ctx.names, ctx.saved_tensors[count:], strict=True))
-            saved.update(dict.fromkeys(ctx.missing))
-            gradients = list(backward(grad_output, saved, *ctx.saved_tensors[:count]))
-            for index, name in enumerate(GRADIENTS):
-                argument = ctx.saved_tensors[ARGUMENTS.index(name)]
-                gradients[index] = gradients[index].to(argument.dtype).expand(argument.shape)
+        z, logit_scale, ids, *tensors = ctx.saved_tensors
+        with torch.no_grad(), _MatmulPrecision():
+            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
+            gradients = list(backward(grad_output, saved, z, _scalar(logit_scale), ids))
+            for index, argument in enumerate((z, logit_scale)):
+                gradients[index] = _like(gradients[index], argument)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
             gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
         by_name = dict(zip(GRADIENTS, gradients, strict=True))

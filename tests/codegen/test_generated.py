@@ -48,7 +48,7 @@ class Golden:
 
     loss: LossIR
     schedule: str
-    positives: Positives = "diagonal"
+    positives: Positives = "paired"
 
     @property
     def name(self) -> str:
@@ -63,6 +63,7 @@ class Golden:
             self.loss,
             {name: values[name] for name in self.loss.parameters},
             positives=self.positives,
+            square=self.positives == "paired",
         )
 
     def text(self) -> str:
@@ -145,12 +146,13 @@ def test_generated_file_stands_alone(golden: Golden):
     imported = {
         a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names
     }
-    assert imported <= {"contextlib", "math", "torch"}
+    assert imported <= {"math", "torch"}
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
     uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "autograd"]
     bases = [base for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for base in n.bases]
-    assert {ast.unparse(base) for base in bases} == {"torch.autograd.Function"}
-    assert len(uses) == len(bases)
+    names = [ast.unparse(base) for base in bases]
+    assert set(names) <= {"torch.autograd.Function", "ValueError"}
+    assert len(uses) == names.count("torch.autograd.Function")
 
 
 @by_name
@@ -165,7 +167,8 @@ def test_generated_file_is_right(golden: Golden):
     import torch
 
     module = load_source(path_of(golden).read_text(), golden.name)
-    exact = sample(golden.case, m=530, n=1030, d=PROBLEM.D, seed=5)
+    rows = 1030 if golden.case.square else 530
+    exact = sample(golden.case, m=rows, n=1030, d=PROBLEM.D, seed=5)
     named = {**exact.tensors, **exact.parameters}
     values = {n: t.detach().float().requires_grad_() for n, t in exact.tensors.items()}
     values |= {n: t.detach().clone().requires_grad_() for n, t in exact.parameters.items()}
