@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import sympy as sp
 from cl_compiler.codegen.context import build_context
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
-from cl_compiler.codegen.triton.core import CoreTile, column_sums, core_tile, has_descriptors
+from cl_compiler.codegen.triton.core import CoreTile, column_sums, core_tiles, has_descriptors
 from cl_compiler.codegen.triton.sweeps import StageText, SweepPrinter
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.program import Pass, Program
@@ -75,14 +75,14 @@ def build_triton_context(
     names = Names(program.plan)
     operands = {op.name: plan.problem.operands.get(op.name, plan.problem.D) for op in _ops(program)}
 
-    def tile_of(pass_: Pass, mode: Mode) -> CoreTile:
-        return core_tile(plan, pass_, mode, arch) if core is None else core
+    def tiles_of(pass_: Pass, modes: Sequence[Mode]) -> Mapping[Mode, CoreTile]:
+        return core_tiles(plan, pass_, modes, arch) if core is None else dict.fromkeys(modes, core)
 
     descriptors = has_descriptors(arch) and _aligned(operands.values(), plan)
     printer = SweepPrinter(
         program,
         names,
-        tile_of,
+        tiles_of,
         operands,
         _dot_precision(plan),
         descriptors,

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from cl_compiler.lang.program import Pass
-from cl_compiler.lang.tile_ir import Accumulate, Gemm, Mode
+from cl_compiler.lang.tile_ir import (
+    Accumulate,
+    Compute,
+    Diagonal,
+    Gemm,
+    Mode,
+    TileProgram,
+    VectorRef,
+)
 from cl_compiler.plan.types import DTYPE_BYTES, Plan
 
 SMALLEST_DOT = 16
@@ -63,30 +72,76 @@ def capability(arch: str) -> int:
     return int(digits) if arch.startswith("sm_") else 0
 
 
-def core_tile(plan: Plan, pass_: Pass, mode: Mode, arch: str) -> CoreTile:
-    """A tile that compiles without spills (``tests/codegen/triton/test_offline.py``).
+def core_tiles(plan: Plan, pass_: Pass, modes: Sequence[Mode], arch: str) -> dict[Mode, CoreTile]:
+    """For each mode the first of an architecture's tiles that compiles without spilled registers.
 
-    Two programs with four warps share a multiprocessor where one exponential is all there is to a
-    logit; longer epilogues have the same tile for eight warps.  Further similarities and running
-    statistics take tiles of registers, so theirs are smaller.
+    Kernels that share a launcher also share rows and columns; warps may differ.  By the estimate of
+    ``registers``; ``tests/codegen/triton/test_offline.py`` holds it to what the compilers make.
     """
-    code = pass_.programs[mode]
-    gemms = sum(isinstance(i, Gemm) for i in code.instructions)
-    statistics = sum(isinstance(i, Accumulate) for i in code.instructions)
+    tiles = _candidates(plan, arch)
+    for shape in dict.fromkeys((t.rows, t.cols) for t in tiles):
+        alike = [t for t in tiles if (t.rows, t.cols) == shape]
+        found = {
+            mode: next(
+                (t for t in alike if registers(pass_.programs[mode], t, arch) <= MOST_REGISTERS),
+                None,
+            )
+            for mode in modes
+        }
+        if all(found.values()):
+            return {mode: tile for mode, tile in found.items() if tile is not None}
+    return dict.fromkeys(modes, tiles[-1])
+
+
+def _candidates(plan: Plan, arch: str) -> list[CoreTile]:
+    """Tiles in order of preference.
+
+    On Hopper two programs with four warps share a multiprocessor, so that one's epilogue runs under
+    the other's products; wide operands are fed better by one program with eight.
+    """
     width, bytes_ = plan.problem.D, DTYPE_BYTES[plan.problem.dtype]
     depth = min(128 // bytes_, max(SMALLEST_DOT, 1 << (width - 1).bit_length()))
-    if arch.startswith("gfx"):
-        return CoreTile(128, 128 if gemms == 1 else 64, min(depth, 32), 8, 2)
     stages = 3 if bytes_ == 2 else 2
-    long = mode == "running" or code.transcendentals > 1 or statistics > 2 or bytes_ == 4
-    if gemms > 1 or (long and statistics > 3):
-        return CoreTile(64 if gemms > 1 else 128, 64, depth, 4 if gemms > 1 else 8, stages)
+    if arch.startswith("gfx"):
+        return [CoreTile(128, cols, min(depth, 32), 8, 2) for cols in (128, 64, 32)]
     if capability(arch) < 90:
-        return CoreTile(128, 128, min(depth, 32), 8, stages + 1)
+        return [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32)]
     if capability(arch) >= 100:
-        return CoreTile(128, 64 if mode == "running" else 128, depth, 8, stages)
-    if long:
-        return CoreTile(128, 128, depth, 8, stages)
-    if width >= 1024:
-        return CoreTile(128, 256, depth, 8, stages)
-    return CoreTile(128, 128, depth, 4, stages)
+        return [CoreTile(128, cols, depth, 8, stages) for cols in (128, 64, 32)]
+    wide = [CoreTile(128, 256, depth, 8, stages)] if width >= 1024 and bytes_ == 2 else []
+    shared = [] if bytes_ == 4 else [CoreTile(128, 128, depth, 4, stages)]
+    narrow = [CoreTile(128, cols, depth, 8, stages) for cols in (128, 64, 32)]
+    return [*wide, *shared, *narrow]
+
+
+MOST_REGISTERS = 216
+"""Of 255: the estimate is off by up to 40."""
+
+
+def registers(code: TileProgram, tile: CoreTile, arch: str) -> int:
+    """A rough count of 32-bit registers that a thread needs."""
+    element = tile.rows * tile.cols // (32 * tile.warps)
+    column = tile.cols // 4
+    live = sum(isinstance(i, Gemm) for i in code.instructions)
+    masks = any(isinstance(i, Compute) and i.is_mask for i in code.instructions)
+    steps = sum(isinstance(i, Compute) for i in code.instructions)
+    live += masks or steps > 3 or code.transcendentals > 1
+    diagonals = sum(isinstance(i, Diagonal) for i in code.instructions)
+    reads = {
+        (a.name, a.dim)
+        for i in code.instructions
+        if isinstance(i, Compute)
+        for a in i.args
+        if isinstance(a, VectorRef)
+    }
+    columns = sum(dim == 1 for _, dim in reads)
+    columns += any(isinstance(i, Compute) and i.op == "positive_tile" for i in code.instructions)
+    folds = sum(
+        len(i.targets) for i in code.instructions if isinstance(i, Accumulate) and not i.dim
+    )
+    if column_sums(arch) == "whole":
+        column, folds = 0, folds * 4
+    total = 40 + element * live + column * (columns + folds)
+    if code.mode == "running":
+        total += element * (folds > 0) // 2
+    return total + element // 4 * (diagonals > 1)

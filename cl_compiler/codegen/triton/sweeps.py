@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cl_compiler.codegen.names import Names
@@ -17,7 +17,7 @@ from cl_compiler.lang.lower_pass import bounded_logits
 from cl_compiler.lang.program import Pass, Program, Stage
 from cl_compiler.lang.tile_ir import GradientTile, Mode
 
-TileOf = Callable[[Pass, Mode], CoreTile]
+TilesOf = Callable[[Pass, Sequence[Mode]], Mapping[Mode, CoreTile]]
 
 
 @dataclass
@@ -111,14 +111,14 @@ class SweepPrinter:
         self,
         program: Program,
         names: Names,
-        tile_of: TileOf,
+        tiles_of: TilesOf,
         widths: dict[str, int],
         precision: str,
         descriptors: bool,
         columns: Columns,
     ) -> None:
         self.program, self.plan, self.names = program, program.plan, names
-        self.tile_of, self.widths, self.precision = tile_of, widths, precision
+        self.tiles_of, self.widths, self.precision = tiles_of, widths, precision
         self.descriptors, self.columns = descriptors, columns
         self.host = DeviceStages(program, names)
 
@@ -136,6 +136,8 @@ class SweepPrinter:
 
     def call(self, pass_: Pass, name: str) -> SweepCall:
         modes = self.program.modes
+        apart = [(m,) for m in modes] if not pass_.gradients else [modes]  # launchers of their own
+        tiles = {m: t for group in apart for m, t in self.tiles_of(pass_, group).items()}
         printers = [
             KernelPrinter(
                 self.program,
@@ -143,7 +145,7 @@ class SweepPrinter:
                 mode,
                 self.names,
                 f"{name}_{mode}" if len(modes) > 1 else name,
-                self.tile_of(pass_, mode),
+                tiles[mode],
                 self.descriptors,
                 self.columns,
             )
