@@ -1,10 +1,11 @@
 """The cache of generated source: content-addressed, atomic, verified before it is executed.
 
-``key.py`` names a variant, ``store.py`` fetches or builds it, ``manage.py`` lists and prunes;
-``guard.py`` holds the file-system rules and ``manifest.py`` the checksums.  Nothing here knows
-what a plan or a kernel is.
+``key.py`` names a variant, ``store.py`` fetches or builds it, ``manage.py`` lists and prunes,
+``bound.py`` keeps the whole from growing; ``guard.py`` holds the file-system rules and
+``manifest.py`` the checksums.  Nothing here knows what a plan or a kernel is.
 """
 
+from cl_compiler.cache.bound import fetch, max_cache_bytes
 from cl_compiler.cache.guard import CacheWarning
 from cl_compiler.cache.key import CacheKey, cache_key, canonical_json, environment_fingerprint
 from cl_compiler.cache.manage import (
@@ -16,7 +17,7 @@ from cl_compiler.cache.manage import (
     prune,
     verify,
 )
-from cl_compiler.cache.store import Entry, Variant, cache_root, fetch
+from cl_compiler.cache.store import Entry, Variant, cache_root
 
 __all__ = [
     "CacheKey",
@@ -33,6 +34,7 @@ __all__ = [
     "environment_fingerprint",
     "fetch",
     "list_entries",
+    "max_cache_bytes",
     "prune",
     "verify",
 ]

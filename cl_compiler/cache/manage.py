@@ -32,7 +32,16 @@ from cl_compiler.cache.store import (
 )
 from cl_compiler.errors import CacheError
 
-__all__ = ["CacheProblem", "CachedVariant", "Removal", "clear", "list_entries", "prune", "verify"]
+__all__ = [
+    "CacheProblem",
+    "CachedVariant",
+    "Removal",
+    "clear",
+    "list_entries",
+    "prune",
+    "variant_paths",
+    "verify",
+]
 
 _GROUP = re.compile(r"[0-9a-f]{16}", re.ASCII)
 _VARIANT = re.compile(r"(?P<loss>\w{1,64})-(?P<digest>[0-9a-f]{12})", re.ASCII)
@@ -142,14 +151,23 @@ def clear(root: Path | None = None) -> Removal:
     return _remove(root, list(list_entries(root)), abandoned_before_unix_s=float("inf"))
 
 
-def _variants(group_path: Path) -> list[CachedVariant]:
+def variant_paths(root: Path) -> list[Path]:
+    """The folders of all variants, without a look into them."""
+    return [path for group_path in _groups(root) for path in _paths(group_path)]
+
+
+def _paths(group_path: Path) -> list[Path]:
     if group_path.is_symlink():
         return []
     return [
-        _describe(path)
+        path
         for path in _children(group_path)
         if _VARIANT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     ]
+
+
+def _variants(group_path: Path) -> list[CachedVariant]:
+    return [_describe(path) for path in _paths(group_path)]
 
 
 def _describe(path: Path) -> CachedVariant:

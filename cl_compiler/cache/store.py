@@ -45,7 +45,7 @@ __all__ = ["Entry", "Variant", "cache_root", "fetch", "read_manifest", "read_var
 SOURCE, REQUEST, PLAN, MANIFEST = "kernels.py", "request.json", "plan.json", "manifest.json"
 LOCK_PREFIX, BUILDING_PREFIX = ".lock-", ".building-"
 _MAX_MANIFEST_BYTES = 64 * 1024
-_LOCK_TIMEOUT_S = 60.0
+LOCK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def cache_root() -> Path:
 
 
 def fetch(
-    key: CacheKey, build: Callable[[], Variant], *, lock_timeout_s: float = _LOCK_TIMEOUT_S
+    key: CacheKey, build: Callable[[], Variant], *, lock_timeout_s: float = LOCK_TIMEOUT_S
 ) -> Entry:
     """The variant named ``key``: from the cache where it is valid, else from ``build``, kept.
 
@@ -263,7 +263,7 @@ def _make_group(root: Path, fingerprint: str) -> None:
         if _try_group(root, top, fingerprint) is None:
             return
         # The second look is under a lock, lest one process throw away what another just made.
-        with _locked(root / f"{LOCK_PREFIX}groups", _LOCK_TIMEOUT_S):
+        with _locked(root / f"{LOCK_PREFIX}groups", LOCK_TIMEOUT_S):
             verdict = _try_group(root, top, fingerprint)
             if verdict is None:
                 return

@@ -56,6 +56,10 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench
     monkeypatch.setattr(key_module, "_PACKAGE_ROOT", tmp_path / "package")
     root = tmp_path / "cache"
     monkeypatch.setenv("CL_COMPILER_CACHE_DIR", str(root))
-    for variable in ("CL_COMPILER_NO_CACHE", "CL_COMPILER_PRINT_SOURCE"):
+    for variable in (
+        "CL_COMPILER_NO_CACHE",
+        "CL_COMPILER_PRINT_SOURCE",
+        "CL_COMPILER_CACHE_MAX_BYTES",
+    ):
         monkeypatch.delenv(variable, raising=False)
     yield Workbench(root, templates)
