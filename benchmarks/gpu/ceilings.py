@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu.cases import Ceiling
 from benchmarks.gpu.devices import call_seconds, matmul_precision
+from benchmarks.gpu.mixed import add_product
 
 __all__ = ["measure_ceiling"]
 
@@ -106,9 +107,4 @@ def _accumulate(left: Tensor, right: Tensor) -> Callable[[], object]:
     if left.device.type == "cpu":
         raise RuntimeError("skipped: torch.addmm(out_dtype=) is for GPUs")
     sums = torch.zeros(left.shape[0], right.shape[1], device=left.device)
-    add: Any = torch.addmm
-    try:
-        add(sums, left, right, out_dtype=torch.float32, out=sums)
-    except (TypeError, NotImplementedError, RuntimeError):  # without out=: fresh sums each time
-        return lambda: add(sums, left, right, out_dtype=torch.float32)
-    return lambda: add(sums, left, right, out_dtype=torch.float32, out=sums)
+    return lambda: add_product(sums, left, right)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.mixed import add_product, product
+
 __all__ = ["chunked_loss"]
 
 PANEL_BYTES = 1 << 30
@@ -72,28 +74,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _panel_rows(x: Tensor, y: Tensor) -> int:
     most = max(1, PANEL_BYTES // (4 * len(y)))
     return max(1, min(most, -(-len(x) // LEAST_PANELS)))
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32."""
-    if left.dtype == torch.float32:
-        return left @ right
-    if left.device.type == "cpu":  # no mixed-type product there
-        return left.float() @ right.float()
-    mixed: Any = torch.mm
-    found: Tensor = mixed(left, right, out_dtype=torch.float32)
-    return found
-
-
-def _add_product(sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """sums += left @ right, accumulated in fp32; a 16-bit accumulator would lose panels."""
-    if left.dtype == torch.float32:
-        return sums.addmm_(left, right)
-    if left.device.type == "cpu":
-        return sums.addmm_(left.float(), right.float())
-    mixed: Any = torch.addmm
-    found: Tensor = mixed(sums, left, right, out_dtype=torch.float32)
-    return found
 
 
 # ---- elementwise stages: what torch.compile sees ---------------------------------------------
@@ -189,7 +169,7 @@ class _Chunked(torch.autograd.Function):
 def _clip_statistics(task: _Task, x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     sums = task.stage(_row_and_column_sums)
     panels = _panels_of(task, x, y)
-    found = [sums(_product(x_i, y.T), scale) for _, x_i, _ in panels]
+    found = [sums(product(x_i, y.T), scale) for _, x_i, _ in panels]
     rows, columns = zip(*found, strict=True)
     return torch.cat(rows), torch.logsumexp(torch.stack(columns), 0)
 
@@ -200,7 +180,7 @@ def _clip_backward(
     sums, stage = _Sums.zeros(x, y), task.stage(_clip_stage)
     for start, x_i, columns in _panels_of(task, x, y):
         statistics = (scale, row_lse[start : start + len(x_i)], col_lse)
-        gradient = stage(task.round_off, _product(x_i, y.T), statistics, columns, x.dtype)
+        gradient = stage(task.round_off, product(x_i, y.T), statistics, columns, x.dtype)
         sums.add(start, x_i, y, gradient, scale / (2 * len(x)))
     d_x, d_y, d_scale = sums.finish(scale / (2 * len(x)), y.dtype)
     return d_x, d_y, d_scale / (2 * len(x))
@@ -214,7 +194,7 @@ def _by_panels(
     terms = _sigmoids if task.loss == "siglip" else _row_softmax
     value, d_bias = (torch.zeros((), device=x.device) for _ in range(2))
     for start, x_i, columns in _panels_of(task, x, y):
-        logits = _product(x_i, y.T)
+        logits = product(x_i, y.T)
         if task.loss == "nt_xent":
             logits.diagonal(start).fill_(-torch.inf)
         positives = logits.gather(1, columns[:, None]).sum() * scale + bias * len(x_i)
@@ -250,8 +230,8 @@ class _Sums:
 
     def add(self, start: int, x_i: Tensor, y: Tensor, gradient: Tensor, factor: Tensor) -> None:
         """Multiply a panel's gradient of the logits out."""
-        block = _product(gradient, y)
-        self.d_y = _add_product(self.d_y, gradient.T, x_i)
+        block = product(gradient, y)
+        self.d_y = add_product(self.d_y, gradient.T, x_i)
         self.d_scale = self.d_scale + (block * x_i).sum()
         self.d_x[start : start + len(x_i)] = block * factor
 

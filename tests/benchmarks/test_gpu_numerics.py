@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import chunked, oracle
+from benchmarks.gpu import chunked, mixed, oracle
 from benchmarks.gpu.cases import LOSSES, PANEL, UNITS, Ceiling, Contest, items_of
 from benchmarks.gpu.ceilings import _operands, _product, measure_ceiling
 from benchmarks.gpu.providers import inputs_of, prepare
@@ -106,6 +106,27 @@ def test_the_chunked_baseline_scales_its_gradient():
     (3 * step.forward()).backward()
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, 3 * once[name])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.usefixtures("small_panels")
+def test_the_mixed_products_of_a_gpu_are_called_as_pytorch_takes_them(loss, in_place, monkeypatch):
+    """The CPU has no 16-bit products in fp32; PyTorch's own checks run on the meta device too."""
+    monkeypatch.setattr(mixed, "_writes_in_place", lambda *_: in_place)
+    seen = []
+    add = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: (seen.append(k), add(*a, **k))[1])
+    x, y = (torch.empty(96, 24, device="meta", dtype=torch.bfloat16, requires_grad=True)
+            for _ in "xy")  # fmt: skip
+    scale, bias = (torch.empty((), device="meta", requires_grad=True) for _ in range(2))
+    both = (x, x) if loss == "nt_xent" else (x, y)
+    value = chunked.chunked_loss(loss, *both, scale, bias if loss == "siglip" else None)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert x.grad.dtype == torch.bfloat16 and scale.grad.dtype == torch.float32
+    assert len(seen) == 5  # panels of 23 rows
+    assert all(k["out_dtype"] == torch.float32 and ("out" in k) == in_place for k in seen)
 
 
 @pytest.mark.parametrize(("scale", "n", "width"), [(14.3, 1024, 64), (100.0, 2048, 64),
