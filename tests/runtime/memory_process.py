@@ -1,8 +1,10 @@
 """One fresh process of ``test_memory.py``: how high does its resident memory climb?
 
 ``python memory_process.py '{"run": "loss", "M": …, "N": …, "D": …, "budget": …, "threads": …}'``
-prints JSON.  What runs is the loss, the products of its tiles ("gemm"), or "nothing"; all else is
-identical.
+prints JSON.  What runs is the loss, or "nothing"; all else is identical.
+
+Before either, the products of the loss's tiles run alone: the scratch memory that the library takes
+for them, and keeps, is its own ("library"), and the mark starts above it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import ctypes
 import gc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,30 +40,35 @@ def main(request: dict) -> dict:
             scale = torch.tensor(factor, requires_grad=True)
             loss_fn(*few, logit_scale=scale).backward()
 
-    runs = {
-        "loss": loss,
-        "gemm": lambda: gemm(x.detach(), y.detach(), loss_fn.plan.tile),
-        "nothing": lambda: None,
-    }
     loss(64)  # code is paged in and threads start: neither is the loss's memory
     x.grad = y.grad = None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the mark becomes what is resident now
-    before = status_bytes("VmHWM")
-    runs[request["run"]]()
-    after = status_bytes("VmHWM")
-    x.grad = y.grad = None
+    operands = x.detach(), y.detach(), loss_fn.plan.tile
+    library = growth_bytes(lambda: gemm(*operands))
     with LiveBytes() as live:
-        runs[request["run"]]()
+        gemm(*operands)
+    run = loss if request["run"] == "loss" else lambda: None
+    grown = growth_bytes(run)
+    x.grad = y.grad = None
+    with LiveBytes() as live_in_loss:
+        run()
     return {
-        "before": before,
-        "after": after,
-        "live": live.peak_bytes,
+        "grown": grown,
+        "live": live_in_loss.peak_bytes,
+        "library": max(0, library - live.peak_bytes),
         "predicted": loss_fn.plan.peak_bytes,
         "schedule": loss_fn.plan.schedule,
         "tile": str(loss_fn.plan.tile),
     }
+
+
+def growth_bytes(run: Callable[[], None]) -> int:
+    """How far the resident memory climbs above where it was."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the mark becomes what is resident now
+    before = status_bytes("VmHWM")
+    run()
+    return status_bytes("VmHWM") - before
 
 
 def gemm(x: torch.Tensor, y: torch.Tensor, tile) -> None:

@@ -1,8 +1,8 @@
 """The budget holds, by two witnesses that are not the planner: tensors counted as they live and
 die, and the resident high-water mark of a fresh process; and what was predicted is what happens.
 
-The mark of a process that runs the loss is compared with one that does not; scratch memory that
-products take inside the library is measured by a process that runs them alone.
+A process that runs the loss is compared with one that does not.  The products of the loss's tiles
+run before the mark is set: scratch memory that the library keeps for them is not the loss's.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SCRIPT = Path(__file__).with_name("memory_process.py")
 SMALL, LARGE = (2048, 2048, 128), (16384, 16384, 512)
 SMALL_BUDGETS = ("3MiB", "4MiB", "6MiB", "10MiB", "16MiB", "64MiB")
 LARGE_BUDGETS = ("68MiB", "80MiB", "128MiB", "256MiB", "512MiB", "1GiB")
-HEAP_SLACK = 2 * MIB
-"""What the interpreter and the allocator hold beyond the tensors: a constant, seen at all sizes."""
-RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""glibc raises these by itself and then keeps about 5 MiB that were freed; fixed, the mark shows
-what is in use."""
+IN_USE = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""glibc raises both by itself, up to 32 and 64 MiB, and then keeps what is freed for what comes
+next; fixed, the mark shows what is in use."""
+OBJECTS = MIB // 2
+"""What is not a tensor: Python objects, autograd nodes, the allocator's own pages."""
 
 needs_marks = pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the high-water mark cannot be reset"
@@ -65,6 +65,14 @@ def test_a_fresh_process_stays_within_the_budget(budget):
     check(SMALL, budget, threads=1)
 
 
+@needs_marks
+def test_with_the_allocator_as_it_comes_the_process_is_near_the_prediction():
+    """Within 10 % and 8 MiB: glibc keeps some of what was freed."""
+    found = fresh_process("loss", SMALL, SMALL_BUDGETS[-2], threads=1, settings={})
+    assert found["grown"] >= found["live"]
+    assert abs(found["predicted"] - found["grown"]) <= 0.10 * found["grown"] + 8 * MIB, found
+
+
 @pytest.mark.full
 @needs_marks
 @pytest.mark.parametrize("budget", LARGE_BUDGETS)
@@ -73,24 +81,31 @@ def test_a_fresh_process_stays_within_the_budget_at_full_size(budget):
     check(LARGE, budget, threads=1)
 
 
+@pytest.mark.full
+@needs_marks
+@pytest.mark.parametrize("threads", [1, 2])
+def test_with_the_allocator_as_it_comes_at_full_size(threads):
+    """Blocks that came and went beside each other once grew this process by 30 MiB."""
+    found = fresh_process("loss", LARGE, "96MiB", threads, settings={})
+    assert found["live"] <= 96 * MIB
+    assert found["grown"] <= 96 * MIB, found
+
+
 def check(sizes: tuple[int, int, int], budget: str, threads: int) -> None:
     limit = parse_bytes(budget)
     found = fresh_process("loss", sizes, budget, threads)
-    alone = fresh_process("gemm", sizes, budget, threads)
     idle = fresh_process("nothing", sizes, budget, threads)
-    library = max(0, alone["after"] - alone["before"] - alone["live"])
-    grown = found["after"] - found["before"] - library
     predicted = found["predicted"]
-    about = f"{found}, process {grown / MIB:.2f} MiB and {library / MIB:.2f} MiB in the library"
-    assert found["live"] <= limit, about
-    assert grown <= limit + HEAP_SLACK, about
-    assert abs(predicted - found["live"]) <= max(MIB, 0.05 * found["live"]), about
-    assert abs(predicted - grown) <= 0.10 * grown + 8 * MIB, about
-    # A whole other process says the same, as far as two processes are alike.
-    assert abs(found["after"] - idle["after"] - library - grown) <= 8 * MIB, (about, idle)
+    assert found["live"] <= limit, found
+    assert found["grown"] <= limit + OBJECTS, found
+    assert abs(predicted - found["live"]) <= max(MIB, 0.05 * found["live"]), found
+    assert abs(predicted - found["grown"]) <= 0.05 * found["grown"] + MIB, found
+    assert idle["grown"] <= OBJECTS, idle
 
 
-def fresh_process(run: str, sizes: tuple[int, int, int], budget: str, threads: int) -> dict:
+def fresh_process(
+    run: str, sizes: tuple[int, int, int], budget: str, threads: int, settings: dict = IN_USE
+) -> dict:
     m, n, d = sizes
     request = {"run": run, "M": m, "N": n, "D": d, "budget": budget, "threads": threads}
     root = Path(__file__).parents[2]
@@ -99,8 +114,8 @@ def fresh_process(run: str, sizes: tuple[int, int, int], budget: str, threads: i
         capture_output=True,
         text=True,
         cwd=root,
-        env={**os.environ, **RETURN_AT_ONCE, "PYTHONPATH": str(root)},
-        timeout=900,
+        env={**os.environ, **settings, "PYTHONPATH": str(root)},
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
