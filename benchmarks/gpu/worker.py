@@ -48,8 +48,8 @@ from cl_compiler.runtime.measure import describe
 __all__ = ["BROKEN", "DONE", "REFUSED", "STOPPED", "work"]
 
 DONE, REFUSED, BROKEN, STOPPED = 0, 2, 3, 4
-"""How a worker ends: nothing is left; what was asked for cannot be; its device context is of no
-more use; time is up."""
+"""How a worker ends: nothing is left; what was asked for cannot be; this process is of no more use
+and the next one goes on; time is up."""
 ENOUGH_TURNS = 3
 MOST_KERNELS = 16
 MOST_STRIKES = 2
@@ -89,8 +89,11 @@ def work(options: Namespace) -> int:
             providers=options.providers,
             quick=options.quick,
         ):
-            if not journal.is_done(item.key):
-                bench.run(item)
+            if journal.is_done(item.key):
+                continue
+            if bench.is_profiled and item.section != "kernels":
+                return BROKEN
+            bench.run(item)
     except TimeUp:
         ending = STOPPED
     except ContextLost:
@@ -131,6 +134,8 @@ class _Bench:
 
     def __init__(self, journal: Journal, device: torch.device, deadline: float) -> None:
         self.journal, self.device, self.deadline = journal, device, deadline
+        self.is_profiled = False
+        """A GPU's profiler may go on costing launches what it cost them while it looked."""
 
     def run(self, item: Item) -> None:
         """Measure one item.
@@ -218,6 +223,7 @@ class _Bench:
 
     def _kernels(self, contest: Contest, entry: dict[str, Any], leaves: dict[str, Tensor]) -> None:
         """Where a step's time goes."""
+        self.is_profiled = self.device.type == "cuda"
         for name in self._open(contest, entry):
             self.check_time()
 

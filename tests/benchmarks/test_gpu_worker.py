@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu import worker
 from benchmarks.gpu.cases import Ceiling, Contest
 from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.options import parse
 from benchmarks.gpu.worker import ContextLost, TimeUp, _Bench
 
 CPU = torch.device("cpu")
@@ -132,3 +133,26 @@ def test_every_run_draws_its_own_data(tmp_path):
         journal = Journal(tmp_path / f"{run}.json", run)
         seeds.add(_Bench(journal, CPU, 0.0)._entry(CLIP)["case"]["seed"])
     assert len(seeds) == 2
+
+
+def test_nothing_is_timed_in_a_process_that_a_profiler_has_seen(tmp_path, monkeypatch):
+    """On a GPU; here a stand-in for one whose two items are a profile and a limit."""
+    ran = []
+    items = [Contest("kernels", "clip", 64, 64, 16, ("dense",)), COPY]
+    options = parse(["--device", "cpu", "--out", str(tmp_path / "r.json"), "--worker", "run",
+                     "--deadline", str(time.time() + 600)])  # fmt: skip
+
+    def profiled(bench, item):
+        ran.append(item)
+        bench.is_profiled = bench.is_profiled or item.section == "kernels"
+        bench.journal.write({"key": item.key, "rows": {}, "done": True})
+
+    monkeypatch.setattr(worker, "_die_with_parent", lambda: None)
+    monkeypatch.setattr(worker, "items_of", lambda **_: items)
+    monkeypatch.setattr(worker._Bench, "run", profiled)
+    threads = torch.get_num_threads()
+    try:
+        assert worker.work(options) == worker.BROKEN and ran == items[:1]
+        assert worker.work(options) == worker.DONE and ran == items
+    finally:
+        torch.set_num_threads(threads)
