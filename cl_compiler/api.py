@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cl_compiler.cache import Variant, cache_key, fetch
+from cl_compiler.cache import CacheKey, Entry, Variant, cache_key, fetch
 from cl_compiler.codegen.templates import template_root
-from cl_compiler.errors import ArgumentError, LossDefinitionError
+from cl_compiler.errors import ArgumentError, LossDefinitionError, ScheduleError
 from cl_compiler.hardware import HardwareSpec, load_hardware
 from cl_compiler.lang.ir import LossIR
+from cl_compiler.lang.program import SCHEDULES
 from cl_compiler.plan.precision import PRECISIONS, products_of
+from cl_compiler.plan.problems import check_problem
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Request
 from cl_compiler.runtime.loader import load_source
 from cl_compiler.runtime.signatures import CallSignature, LoadedVariant, LossSignature
@@ -25,16 +27,13 @@ if TYPE_CHECKING:
 
     from cl_compiler.runtime.function import CompiledLoss
 
-BUDGET_SHARE = 0.25
-"""Of the free memory, where no budget is given."""
-
 
 def compile_loss(
     hardware_spec: str | Path | HardwareSpec,
     memory_budget: int | str | Mapping[str, int | str] | MemoryBudget | None,
     *,
     loss: str | LossIR = "clip",
-    problem: Problem | None = None,
+    problem: Problem | str | None = None,
     precision: str = "auto",
     schedule: str = "auto",
     deterministic: bool = False,
@@ -49,8 +48,8 @@ def compile_loss(
             quarter of the free memory.  It bounds every byte that the loss allocates or keeps,
             returned gradients included, the caller's inputs not.
         loss: a name in ``cl_compiler.losses``, or what ``@cl.define_loss`` returned.
-        problem: the largest sizes, to compile ahead of time; without it the loss specialises at its
-            first call, and again for a new dtype, width or size class.
+        problem: the largest sizes, a ``Problem`` or "MxNxD", to compile ahead of time; without it
+            the loss specialises at its first call, and again for a new dtype, width or size class.
         precision: how similarities are multiplied: "ieee", "bf16" (bf16 products of fp32 or bf16
             inputs with fp32 accumulation, on CPUs that have them), or "auto": bf16 for bf16 inputs,
             ieee otherwise.
@@ -64,33 +63,35 @@ def compile_loss(
         A ``CompiledLoss``: ``value = loss_fn(x, y, logit_scale=scale)``.
 
     Raises:
-        HardwareError, BudgetError, ScheduleError, LossDefinitionError, ArgumentError: what was
-            asked for, why it cannot be, and what can.
+        ArgumentError: an argument is none of those above, or the problem does not suit the loss.
+        HardwareError: the hardware is unknown, its description wrong, or it lacks what is asked.
+        LossDefinitionError: there is no such loss.
+        ScheduleError: there is no such schedule, or the loss cannot use it.
+        BudgetError: with ``problem``, no plan fits; without, the first call says so.
     """
     if precision not in PRECISIONS:
-        raise ArgumentError(
-            f"precision {precision!r}: the CPU templates multiply in {', '.join(PRECISIONS)}."
-        )
+        raise ArgumentError(f"precision={precision!r}: use one of {', '.join(PRECISIONS)}.")
+    if schedule not in ("auto", *SCHEDULES):
+        raise ScheduleError(f"schedule={schedule!r}: use auto or one of {', '.join(SCHEDULES)}.")
     if nonfinite not in ("propagate", "error"):
         raise ArgumentError(f"nonfinite={nonfinite!r}: use 'propagate' or 'error'.")
-    if deterministic not in (False, True):
-        raise ArgumentError(
-            f"deterministic={deterministic!r}: use True or False; modes across ranks need a group."
-        )
+    for name, switch in (("deterministic", deterministic), ("verify", verify)):
+        if not isinstance(switch, bool):
+            raise ArgumentError(f"{name}={switch!r}: use True or False.")
     from cl_compiler.runtime.function import CompiledLoss
 
     hardware = load_hardware(hardware_spec)
     budget = _budget(memory_budget)
     ir = find_loss(loss)
     specialise = Specialiser(ir, hardware, budget, precision, schedule)
-    planned = None if problem is None else specialise.signature_of(problem)
+    planned = None if problem is None else specialise.signature_of(Problem.parse(problem))
     return CompiledLoss(
         loss_signature(ir),
         specialise,
         planned=planned,
         nonfinite=nonfinite,
         verify=_verifier(ir) if verify else None,
-        refusal=_refusal(hardware),
+        refusal=refusal_of(hardware),
     )
 
 
@@ -100,7 +101,7 @@ def _verifier(ir: LossIR) -> Callable[[CompiledLoss, Mapping[str, Any]], None]:
     return Verifier(ir)
 
 
-def _refusal(hardware: HardwareSpec) -> str:
+def refusal_of(hardware: HardwareSpec) -> str:
     """Why this process cannot call what it compiles; "" where it can."""
     if hardware.kind == "cpu" and hardware.world_size == 1:
         return ""
@@ -143,10 +144,7 @@ def _budget(budget: int | str | Mapping[str, int | str] | MemoryBudget | None) -
         return MemoryBudget.parse(budget)
     from cl_compiler.hardware.cpu import free_memory_bytes
 
-    # Free memory changes every second: its leading bits alone, or no variant would be found again.
-    count = int(free_memory_bytes() * BUDGET_SHARE)
-    shift = max(0, count.bit_length() - 4)
-    return MemoryBudget(max(1, count >> shift << shift))
+    return MemoryBudget.share_of(free_memory_bytes())
 
 
 @dataclass(frozen=True)
@@ -165,18 +163,8 @@ class Specialiser:
         Raises:
             ArgumentError: no call of this loss could have these sizes.
         """
-        single = self.ir.is_single_set
-        if single and problem.M != problem.N:
-            raise ArgumentError(
-                f"{self.ir.name} compares one set with itself, but M={problem.M} and "
-                f"N={problem.N}: give Problem(M=rows of z, N=the same, …)."
-            )
-        if self.ir.uses_positives and problem.M > problem.N:
-            raise ArgumentError(
-                f"{self.ir.name} at M={problem.M}, N={problem.N}: the positive of row i is column "
-                "i, so there may not be more rows. Swap the operands, or call it with ids and "
-                "without problem=."
-            )
+        positives = loss_signature(self.ir).positives(problem.M, problem.N)
+        check_problem(problem, self.ir, positives)  # type: ignore[arg-type]
         names = {op.name for op in self.ir.operands if not op.stop} | set(self.ir.parameters)
         return CallSignature(
             M=problem.M,
@@ -186,7 +174,7 @@ class Specialiser:
             widths=tuple(sorted(problem.operands.items())),
             slots=problem.slots,
             bank=problem.bank,
-            positives=loss_signature(self.ir).positives(problem.M, problem.N),
+            positives=positives,
             needs=frozenset(names),
         )
 
@@ -215,15 +203,7 @@ class Specialiser:
         )
 
     def __call__(self, call: CallSignature) -> LoadedVariant:
-        request = self.request(call)
-        described = request_to_json(request)
-        key = cache_key(
-            described,
-            loss=self.ir.name,
-            hardware=self.hardware.canonical_json(),
-            templates=template_root(),
-        )
-        entry = fetch(key, lambda: build_variant(request, described, key.variant))
+        entry = fetch_variant(self.request(call))
         from cl_compiler.plan.report import plan_from_json
 
         module = load_source(entry.source, entry.name, entry.path)
@@ -231,6 +211,12 @@ class Specialiser:
         return LoadedVariant(
             call, module, plan_from_json(entry.plan), entry.source, path, entry.hit
         )
+
+    def _any_call(self) -> CallSignature:
+        """The smallest call that the loss can have."""
+        axes = {axis for op in self.ir.operands for axis in op.axes}
+        problem = Problem(1, 1, 1, slots=int("slots" in axes), bank=int("bank" in axes))
+        return self.signature_of(problem)
 
     def explain(self, plan: Plan) -> str:
         """The plan as text."""
@@ -243,8 +229,29 @@ class Specialiser:
         from cl_compiler.lang.graph import loss_graph
         from cl_compiler.lang.sweeps import plan_sweeps
 
-        call = self.signature_of(Problem(1, 1, 1)) if call is None else call
+        call = self._any_call() if call is None else call
         return loss_graph(plan_sweeps(self.ir, call.positives, call.needs))  # type: ignore[arg-type]
+
+
+def key_of(request: Request) -> tuple[dict[str, Any], CacheKey]:
+    """(canonical content, name) of what a request compiles to."""
+    described = request_to_json(request)
+    return described, cache_key(
+        described,
+        loss=request.loss.name,
+        hardware=request.hardware.canonical_json(),
+        templates=template_root(),
+    )
+
+
+def fetch_variant(request: Request) -> Entry:
+    """What a request compiles to: from the cache, or planned and rendered into it; never executed.
+
+    Raises:
+        BudgetError, ScheduleError, LossDefinitionError: no plan exists; the message says why.
+    """
+    described, key = key_of(request)
+    return fetch(key, lambda: build_variant(request, described, key.variant))
 
 
 def build_variant(request: Request, described: Mapping[str, Any], name: str) -> Variant:
@@ -313,4 +320,13 @@ def loss_to_json(ir: LossIR) -> dict[str, Any]:
     }
 
 
-__all__ = ["Plan", "Specialiser", "compile_loss", "find_loss", "request_to_json"]
+__all__ = [
+    "Plan",
+    "Specialiser",
+    "compile_loss",
+    "fetch_variant",
+    "find_loss",
+    "key_of",
+    "refusal_of",
+    "request_to_json",
+]

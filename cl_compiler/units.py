@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+from numbers import Real
 
 from cl_compiler.errors import ArgumentError
 
@@ -40,15 +41,14 @@ def parse_bytes(amount: str | int | float) -> int:
         return _parse_text(amount)
     if isinstance(amount, bool):
         raise _refused(amount, "a truth value is not a size")
-    if isinstance(amount, float):
-        if not math.isfinite(amount):
-            raise _refused(amount, "it is not finite")
-        count = int(amount)
-    else:
-        try:
-            count = operator.index(amount)
-        except TypeError:
+    try:
+        count = operator.index(amount)  # type: ignore[arg-type]
+    except TypeError:
+        if not isinstance(amount, Real):
             raise _refused(amount, f"{type(amount).__name__} is not a size") from None
+        if not math.isfinite(amount):
+            raise _refused(amount, "it is not finite") from None
+        count = int(amount)
     if amount < 0:
         raise _refused(amount, "it is negative")
     return count

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cl_compiler.cli import options as opt
-from cl_compiler.cli.output import Table, working, write, write_json, write_table
+from cl_compiler.cli.output import Table, counted, working, write, write_json, write_table
 
 if TYPE_CHECKING:
     from cl_compiler.cache import Removal
@@ -64,7 +64,7 @@ def list_(json: opt.Json = False) -> None:
     if rows:
         columns = ("variant", "hardware", "size", "last used", "environment")
         write_table(Table("", columns, rows, frozenset({2, 3})))
-    write(f"{len(rows)} variants, {total}, in {cache_root()}")
+    write(f"{counted(len(rows), 'variant')}, {total}, in {cache_root()}")
 
 
 def _age(seconds: float) -> str:
@@ -89,7 +89,7 @@ def verify(json: opt.Json = False) -> None:
     else:
         for problem in problems:
             write(f"{problem.path} {problem.reason}")
-        write(f"{count} variants, {len(problems)} problems")
+        write(f"{counted(count, 'variant')}, {counted(len(problems), 'problem')}")
     if problems:
         raise typer.Exit(1)
 
@@ -112,13 +112,17 @@ def prune(
     ] = None,
     json: opt.Json = False,
 ) -> None:  # fmt: skip
-    """Remove what is not needed any more, and what killed processes left behind."""
+    """Remove what killed processes left behind, and the variants that the options name.
+
+    Without options, variants are kept as far as CL_COMPILER_CACHE_MAX_BYTES allows.
+    """
+    from cl_compiler.cache import max_cache_bytes
     from cl_compiler.cache import prune as remove
+    from cl_compiler.cli.requests import reading
     from cl_compiler.units import parse_bytes
 
-    if max_bytes is None and older_than is None:
-        raise typer.BadParameter("say what is not needed: --max-bytes, --older-than, or both")
-    limit = None if max_bytes is None else parse_bytes(max_bytes)
+    with reading("--max-bytes"):
+        limit = max_cache_bytes() if max_bytes is None else parse_bytes(max_bytes)
     age = None if older_than is None else parse_age(older_than)
     _report(remove(max_bytes=limit, older_than_s=age), json)
 
@@ -134,7 +138,9 @@ def clear(
 
     count = len(list_entries())
     if count and not yes:
-        typer.confirm(f"remove {count} variants from {cache_root()}?", abort=True, err=True)
+        typer.confirm(
+            f"remove {counted(count, 'variant')} from {cache_root()}?", abort=True, err=True
+        )
     _report(remove(), json)
 
 
@@ -147,7 +153,7 @@ def _report(removal: Removal, json: bool) -> None:
         write_json({"removed": names, **kept})
         return
     write(
-        f"removed {len(removal.removed)} variants, {format_bytes(removal.freed_bytes)}; "
+        f"removed {counted(len(removal.removed), 'variant')}, {format_bytes(removal.freed_bytes)}; "
         f"{format_bytes(removal.kept_bytes)} left"
     )
 

@@ -54,6 +54,8 @@ def calibrate(
     Best done while nothing else runs; a machine that was busy is reported.
     """
     if results is not None:
+        if thorough:
+            raise typer.BadParameter("--results measures nothing: leave out --thorough")
         _take_over(results, preset, out, json)
         return
     if preset or out:

@@ -12,7 +12,7 @@ from cl_compiler.cli.output import working, write, write_json
 from cl_compiler.cli.requests import Question, ask, request_of
 
 if TYPE_CHECKING:
-    from cl_compiler.runtime.function import LoadedVariant
+    from cl_compiler.cache import Entry
 
 __all__ = ["compile_", "compile_question", "save"]
 
@@ -41,60 +41,45 @@ def compile_(
 ) -> None:
     """Compile a loss ahead of time, into the cache that `compile_loss` looks in.
 
-    The file needs nothing but PyTorch: with --out it can be copied into another project.
+    The file needs nothing but PyTorch: with --out it can be copied into another project. Nothing is
+    executed, so this works without PyTorch and for machines that are elsewhere.
     """
     question = ask(
         hardware=hardware, budget=budget, loss=loss, problem=problem, M=M, N=N, D=D, dtype=dtype,
         precision=precision, schedule=schedule, positives=positives, gradients=gradients,
         slots=slots, bank=bank, operands=operand,
     )  # fmt: skip
-    variant = compile_question(question)
+    entry = compile_question(question)
     if out is not None:
-        save(variant.source, out)
+        save(entry.source, out)
+    path = None if entry.path is None else str(entry.path)
     if json:
-        from cl_compiler.plan.record import plan_to_json
-
-        described = {"path": variant.source_path, "cached": variant.cached}
-        write_json({**described, "plan": plan_to_json(variant.plan)})
+        write_json({"path": path, "cached": entry.hit, "plan": dict(entry.plan)})
         return
-    found = "already compiled" if variant.cached else "compiled"
-    write(f"{found}: {variant.source_path or 'in memory only, the cache cannot be used'}")
+    write(
+        f"{'already compiled' if entry.hit else 'compiled'}: "
+        f"{path or 'in memory only, the cache cannot be used'}"
+    )
+    for note in entry.plan["notes"]:
+        write(f"note: {note}")
     if out is not None:
         write(f"written: {out}")
 
 
-def compile_question(question: Question) -> LoadedVariant:
-    """The variant that answers a question: from the cache, or compiled into it.
+def compile_question(question: Question) -> Entry:
+    """The variant that answers a question: from the cache, or compiled into it; not executed.
 
     Raises:
         typer.BadParameter: an option's text cannot be read.
         CompilerError: there is no such variant; the message says why.
     """
-    steps = ("PyTorch", "the machine and the loss", "plan, program and text")
-    with working("compiling", steps) as step:
+    with working("compiling", ("the machine and the loss", "plan, program and text")) as step:
         step()
-        from cl_compiler.api import Specialiser
-        from cl_compiler.runtime.function import CallSignature
+        from cl_compiler.api import fetch_variant
 
-        step()
         request = request_of(question)
-        sizes = request.problem
-        call = CallSignature(
-            M=sizes.M,
-            N=sizes.N,
-            D=sizes.D,
-            dtype=sizes.dtype,
-            widths=tuple(sorted(sizes.operands.items())),
-            slots=sizes.slots,
-            bank=sizes.bank,
-            positives=request.positives,
-            needs=request.needs,
-        )
-        specialise = Specialiser(
-            request.loss, request.hardware, request.budget, request.precision, request.schedule
-        )
         step()
-        return specialise(call)
+        return fetch_variant(request)
 
 
 def save(text: str, path: Path) -> None:

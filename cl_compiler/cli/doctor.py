@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from cl_compiler.cli import options as opt
-from cl_compiler.cli.output import Table, working, write, write_json, write_table
+from cl_compiler.cli.output import Table, counted, working, write, write_json, write_table
 
 if TYPE_CHECKING:
     from cl_compiler.hardware.spec import HardwareSpec
@@ -92,7 +92,10 @@ def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Finding("PyTorch", f"cannot be imported: {error}", "broken", "reinstall torch")
+        yield Finding(
+            "PyTorch", f"cannot be imported: {error}", "broken",
+            "`pip install torch` (again): without it losses can be planned, not run",
+        )  # fmt: skip
         return
     onednn: Any = torch.backends.mkldnn  # without types
     if onednn.is_available():
@@ -132,8 +135,10 @@ def _cores(cores: int) -> Finding:
 
 
 def _threads(cores: int) -> Finding:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError):  # a finding of its own
+        return Finding("threads", "unknown without PyTorch")
     threads = torch.get_num_threads()
     value = f"{threads} per operator"
     if threads >= cores:
@@ -179,7 +184,7 @@ def _bfloat16(spec: HardwareSpec) -> Finding:
         return Finding("bfloat16", f"{value}: it saves memory, no time")
     return Finding(
         "bfloat16", value, "slow",
-        'float32 inputs could be multiplied faster with precision="bf16", or passed as bfloat16',
+        "float32 inputs could be multiplied faster with precision bf16, or passed as bfloat16",
     )  # fmt: skip
 
 
@@ -198,7 +203,7 @@ def _cache() -> Iterator[Finding]:
         return
     root, entries, problems = cache_root(), list_entries(), verify()
     total = format_bytes(sum(entry.file_bytes for entry in entries))
-    value = f"{root}: {len(entries)} variants, {total}"
+    value = f"{root}: {counted(len(entries), 'variant')}, {total}"
     beside = next(folder for folder in (root, *root.parents) if folder.exists())
     if not os.access(beside, os.W_OK):
         yield Finding(
@@ -207,7 +212,7 @@ def _cache() -> Iterator[Finding]:
         )  # fmt: skip
     elif problems:
         yield Finding(
-            "cache", f"{value}, {len(problems)} problems", "broken",
+            "cache", f"{value}, {counted(len(problems), 'problem')}", "broken",
             "`cl-compiler cache verify` names them; `cl-compiler cache clear` starts afresh",
         )  # fmt: skip
     else:

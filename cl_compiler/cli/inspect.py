@@ -9,7 +9,7 @@ import typer
 
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import working, write, write_code, write_json, write_table
-from cl_compiler.cli.requests import Question, ask, changed, request_of
+from cl_compiler.cli.requests import Question, ask, changed, refuse_others, request_of
 
 if TYPE_CHECKING:
     from cl_compiler.plan.types import Plan, Request
@@ -20,6 +20,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 
 def inspect(
+    ctx: typer.Context,
     variant: Annotated[
         str,
         typer.Argument(
@@ -67,6 +68,7 @@ def inspect(
     Works for every preset, without a GPU; nothing is executed.
     """
     if variant:
+        refuse_others(ctx, {"variant", "json"}, f"{variant} is in the cache and shown as it is")
         _show_cached(variant, json)
         return
     question = ask(
@@ -75,41 +77,35 @@ def inspect(
         slots=slots, bank=bank, operands=operand,
     )  # fmt: skip
     other = changed(question, diff) if diff else None
+    shown: dict[str, Any] = {}
     if graph is not None:
-        _draw(question, graph)
+        shown |= _draw(question, graph, json)
     if other is not None:
-        _compare(question, other, json)
+        shown |= _compare(question, other, json)
     elif graph is None:
-        _show(question, json)
+        shown |= _show(question, json)
+    if json:
+        write_json(shown)
 
 
-def _show(question: Question, json: bool) -> None:
+def _show(question: Question, json: bool) -> dict[str, Any]:
     from cl_compiler.plan.record import plan_to_json
 
     plan, name, source = _generate(question)
-    if json:
-        write_json({"name": name, "plan": plan_to_json(plan), "source": source})
-    else:
+    if not json:
         write_code(source, "python")
+    return {"name": name, "plan": plan_to_json(plan), "source": source}
 
 
 def _generate(question: Question) -> tuple[Plan, str, str]:
     """(plan, name, source): rendered here, and neither executed nor kept."""
     with working("generating", ("the machine and the loss", "plan, program and text")) as step:
-        from cl_compiler.api import build_variant, request_to_json
-        from cl_compiler.cache import cache_key
-        from cl_compiler.codegen.templates import template_root
+        from cl_compiler.api import build_variant, key_of
         from cl_compiler.plan.record import plan_from_json
 
         step()
         request = request_of(question)
-        described = request_to_json(request)
-        key = cache_key(
-            described,
-            loss=request.loss.name,
-            hardware=request.hardware.canonical_json(),
-            templates=template_root(),
-        )
+        described, key = key_of(request)
         step()
         built = build_variant(request, described, key.variant)
         return plan_from_json(built.plan), built.name, built.source
@@ -134,26 +130,24 @@ def _show_cached(variant: str, json: bool) -> None:
         write_code(source, "python")
 
 
-def _compare(question: Question, other: Question, json: bool) -> None:
+def _compare(question: Question, other: Question, json: bool) -> dict[str, Any]:
     from cl_compiler.cli.diff import difference_table, source_diff
     from cl_compiler.plan.record import plan_to_json
 
     before, name, source = _generate(question)
     after, other_name, other_source = _generate(other)
     changes = source_diff((name, source), (other_name, other_source))
-    if json:
-        described: dict[str, Any] = {
-            "before": {"name": name, "plan": plan_to_json(before)},
-            "after": {"name": other_name, "plan": plan_to_json(after)},
-            "source_diff": changes,
-        }
-        write_json(described)
-        return
-    write_table(difference_table(before, after))
-    write_code(changes, "diff")
+    if not json:
+        write_table(difference_table(before, after))
+        write_code(changes, "diff")
+    return {
+        "before": {"name": name, "plan": plan_to_json(before)},
+        "after": {"name": other_name, "plan": plan_to_json(after)},
+        "source_diff": changes,
+    }
 
 
-def _draw(question: Question, path: Path) -> None:
+def _draw(question: Question, path: Path, json: bool) -> dict[str, Any]:
     if path.suffix not in _PICTURES:
         raise typer.BadParameter(f"--graph {path}: the suffix is one of {', '.join(_PICTURES)}")
     if not path.absolute().parent.is_dir():
@@ -176,4 +170,6 @@ def _draw(question: Question, path: Path) -> None:
         draw_loss_graph(loss_graph(sweeps), request.problem, path)
         step()
         draw_hardware_graph(machine, chosen, hardware_path)
-    write(f"loss graph: {path}\nhardware graph: {hardware_path}")
+    if not json:
+        write(f"loss graph: {path}\nhardware graph: {hardware_path}")
+    return {"loss_graph": str(path), "hardware_graph": str(hardware_path)}

@@ -1,8 +1,9 @@
 """The entry point: which commands there are, and what their errors look like in a shell.
 
 A command's module is imported when it runs, so ``--help`` needs neither PyTorch nor SymPy.
-Exit codes: 0 done, 1 the compiler refused or a check failed, 2 the command line is wrong,
-130 interrupted.
+Exit codes: 0 done; 1 the compiler refused what was asked for (too small a budget, a schedule that
+the loss cannot use, a loss's file that fails), a check failed or PyTorch is missing; 2 the command
+line is wrong (an option's value cannot be read, or names nothing); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from cl_compiler import __version__
+from cl_compiler.cli.output import in_options
 from cl_compiler.errors import CompilerError
 
 __all__ = ["app"]
@@ -88,8 +90,19 @@ class _Commands(TyperGroup):
             except CompilerError as error:
                 if ctx.params.get("debug"):
                     raise
-                typer.echo(f"error: {error}", err=True)
+                typer.echo(f"error: {in_options(str(error))}", err=True)
                 raise typer.Exit(1) from None
+            except ModuleNotFoundError as error:
+                if ctx.params.get("debug") or error.name != "torch":
+                    raise
+                typer.echo(f"error: {_WITHOUT_PYTORCH}", err=True)
+                raise typer.Exit(1) from None
+
+
+_WITHOUT_PYTORCH = (
+    "this command runs a loss, which needs PyTorch, and PyTorch is not installed here: "
+    "`pip install torch`. `cl-compiler plan`, `inspect` and `compile` do without it."
+)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -6,6 +6,7 @@ Results go to stdout; progress and warnings to stderr, so that a pipe holds resu
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,13 @@ from typing import Any
 
 import typer
 
+from cl_compiler.units import format_bytes
+
 __all__ = [
     "Table",
+    "bytes_or_dash",
+    "counted",
+    "in_options",
     "working",
     "write",
     "write_code",
@@ -33,6 +39,30 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numbers: frozenset[int] = frozenset()
+
+
+_PYTHON = (
+    (re.compile(r"\bmemory_budget="), "--budget "),
+    (re.compile(r"\bProblem\((\w+)=([^)]*)\)"), r"--\1 \2"),
+    (re.compile(r"\b(problem|precision|schedule|positives)='?([^\s',.;:]*)'?"), r"--\1 \2"),
+)
+
+
+def in_options(text: str) -> str:
+    """A message of the compiler with its arguments called as the command line calls them."""
+    for pattern, words in _PYTHON:
+        text = pattern.sub(words, text)
+    return text
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 variant", "2 variants"."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def bytes_or_dash(count: int | None) -> str:
+    """Bytes with a unit, "-" where nobody measured."""
+    return "-" if count is None else format_bytes(count)
 
 
 def write(text: str = "") -> None:

@@ -6,8 +6,8 @@ A ``Question`` is what the options say; ``request_of`` reads it.  The request is
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, cast
 import typer
 
 from cl_compiler.cli.options import DEFAULT_PROBLEM
+from cl_compiler.cli.output import in_options
+from cl_compiler.errors import CompilerError
 
 if TYPE_CHECKING:
     from cl_compiler.hardware.spec import HardwareSpec
@@ -23,18 +25,16 @@ if TYPE_CHECKING:
     from cl_compiler.plan.types import DType, MemoryBudget, Problem, Request
 
 __all__ = [
-    "BUDGET_SHARE",
     "Question",
     "ask",
     "budget_of",
     "changed",
+    "hardware_of",
     "problem_of",
+    "reading",
+    "refuse_others",
     "request_of",
 ]
-
-BUDGET_SHARE = 0.25
-"""Of the free memory, where no budget is given: what ``compile_loss`` takes."""
-"""What ``compile_loss`` takes."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,27 @@ def ask(
     return Question(M=M or 0, N=N or 0, D=D or 0, operands=widths, **texts)  # type: ignore[arg-type]
 
 
+def refuse_others(ctx: typer.Context, read: Collection[str], why: str) -> None:
+    """Refuse options that were given and would not be looked at.
+
+    Args:
+        ctx: of the command.
+        read: names of the parameters that are.
+        why: what is done instead.
+
+    Raises:
+        typer.BadParameter: there are such options.
+    """
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in ctx.command.params
+        if parameter.name not in read
+        and getattr(ctx.get_parameter_source(parameter.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise typer.BadParameter(f"{why}: leave out {', '.join(given)}, which would have no effect")
+
+
 def changed(question: Question, changes: Iterable[str]) -> Question:
     """The question with some of its options replaced.
 
@@ -111,31 +132,53 @@ def changed(question: Question, changes: Iterable[str]) -> Question:
     return replace(question, **values)  # type: ignore[arg-type]
 
 
+@contextmanager
+def reading(option: str) -> Iterator[None]:
+    """What the compiler says about an option's value is about the command line: exit code 2.
+
+    Raises:
+        typer.BadParameter: the compiler raised an error; it says the same in the words of options.
+    """
+    try:
+        yield
+    except CompilerError as error:
+        text = in_options(str(error))
+        said = text if text.startswith("--") or not option else f"{option}: {text}"
+        raise typer.BadParameter(said) from error
+
+
+def hardware_of(text: str) -> HardwareSpec:
+    """The machine that was asked for.
+
+    Raises:
+        typer.BadParameter: there is none of that name, or its file is no description of one.
+    """
+    from cl_compiler.hardware import load_hardware
+
+    with reading("--hardware"):
+        return load_hardware(text)
+
+
 def problem_of(question: Question) -> Problem:
     """The sizes that were asked for.
 
     Raises:
-        typer.BadParameter: the text has no sizes.
-        ArgumentError: the dtype is unknown.
+        typer.BadParameter: the text has no sizes, or the dtype is unknown.
     """
-    from cl_compiler.plan.types import Problem
+    from cl_compiler.plan.types import Problem, parse_sizes
 
-    numbers = re.split(r"\s*[xX*,]\s*", question.problem.strip())
-    if len(numbers) not in (2, 3) or not all(re.fullmatch(r"\d[\d_]*", n) for n in numbers):
-        raise typer.BadParameter(
-            f"--problem {question.problem!r}: write MxNxD, such as {DEFAULT_PROBLEM}, or MxD"
+    with reading("--problem"):
+        rows, *_, features = sizes = parse_sizes(question.problem)
+        cols = sizes[1] if len(sizes) == 3 else question.M or rows
+        return Problem(
+            question.M or rows,
+            question.N or cols,
+            question.D or features,
+            cast("DType", question.dtype),
+            operands=dict(question.operands),
+            slots=question.slots,
+            bank=question.bank,
         )
-    rows, *_, features = sizes = [int(n) for n in numbers]
-    cols = sizes[1] if len(sizes) == 3 else question.M or rows
-    return Problem(
-        question.M or rows,
-        question.N or cols,
-        question.D or features,
-        cast("DType", question.dtype),
-        operands=dict(question.operands),
-        slots=question.slots,
-        bank=question.bank,
-    )
 
 
 def budget_of(text: str | None, hardware: HardwareSpec, *, is_here: bool) -> MemoryBudget:
@@ -147,47 +190,45 @@ def budget_of(text: str | None, hardware: HardwareSpec, *, is_here: bool) -> Mem
         is_here: the hardware is this machine, so what others use is not free.
 
     Raises:
-        ArgumentError, BudgetError: the text is no budget.
+        typer.BadParameter: the text is no budget.
     """
     from cl_compiler.hardware.cpu import free_memory_bytes
     from cl_compiler.plan.types import MemoryBudget
 
     if text is None:
         measured = is_here and hardware.kind == "cpu"
-        free_bytes = free_memory_bytes() if measured else hardware.device_memory_bytes
-        return MemoryBudget(max(1, rounded_down(int(free_bytes * BUDGET_SHARE))))
-    if "=" not in text:
-        return MemoryBudget.parse(text)
-    parts = [part.partition("=") for part in text.split(",")]
-    return MemoryBudget.parse({name.strip(): amount.strip() for name, _, amount in parts})
-
-
-def rounded_down(count: int) -> int:
-    """The count with its four leading bits alone.
-
-    Free memory changes from one second to the next; a budget that did would make every command
-    plan, and cache, something new.
-    """
-    shift = max(0, count.bit_length() - 4)
-    return count >> shift << shift
+        return MemoryBudget.share_of(
+            free_memory_bytes() if measured else hardware.device_memory_bytes
+        )
+    with reading("--budget"):
+        if "=" not in text:
+            return MemoryBudget.parse(text)
+        parts = [part.partition("=") for part in text.split(",")]
+        return MemoryBudget.parse({name.strip(): amount.strip() for name, _, amount in parts})
 
 
 def request_of(question: Question) -> Request:
     """Everything that a plan depends on.
 
     Raises:
-        typer.BadParameter: an option's text cannot be read.
-        CompilerError: what was asked for does not exist.
+        typer.BadParameter: an option's text cannot be read, or names nothing.
+        CompilerError: what was asked for is impossible.
     """
     from cl_compiler.cli.user_loss import find_loss
-    from cl_compiler.hardware import load_hardware
+    from cl_compiler.lang.program import SCHEDULES
+    from cl_compiler.plan.problems import check_problem
     from cl_compiler.plan.types import Request
 
     loss = find_loss(question.loss)
-    hardware = load_hardware(question.hardware)
+    hardware = hardware_of(question.hardware)
     problem = problem_of(question)
     positives = positives_of(question.positives, loss, problem)
-    _check_sizes(problem, loss, positives)
+    with reading(""):
+        check_problem(problem, loss, positives)
+    if question.schedule not in ("auto", *SCHEDULES):
+        raise typer.BadParameter(
+            f"--schedule {question.schedule!r}: use auto or one of {', '.join(SCHEDULES)}"
+        )
     return Request(
         loss,
         hardware,
@@ -212,30 +253,6 @@ def precision_of(text: str, problem: Problem, hardware: HardwareSpec) -> str:
     if text not in PRECISIONS:
         raise typer.BadParameter(f"--precision {text!r}: use one of {', '.join(PRECISIONS)}")
     return products_of(text, problem.dtype, hardware)
-
-
-def _check_sizes(problem: Problem, loss: LossIR, positives: Positives) -> None:
-    """Whether the sizes are those of something that the loss can be called with.
-
-    Raises:
-        typer.BadParameter: they are not.
-    """
-    if loss.is_single_set and problem.M != problem.N:
-        raise typer.BadParameter(
-            f"{loss.name} compares one set with itself, so M = N; got M={problem.M} N={problem.N}"
-        )
-    if loss.uses_positives and positives == "diagonal" and problem.M > problem.N:
-        raise typer.BadParameter(
-            f"row i's positive is column i, so N is at least M; got M={problem.M} N={problem.N}. "
-            "With --positives ids any column may be positive"
-        )
-    unknown = set(problem.operands) - {op.name for op in loss.operands}
-    if unknown:
-        raise typer.BadParameter(f"--operand {', '.join(sorted(unknown))}: not in {loss.name}")
-    axes = {axis for op in loss.operands for axis in op.axes}
-    for axis, size in (("slots", problem.slots), ("bank", problem.bank)):
-        if axis in axes and not size:
-            raise typer.BadParameter(f"{loss.name} has {axis}: give their number with --{axis}")
 
 
 def positives_of(text: str, loss: LossIR, problem: Problem) -> Positives:

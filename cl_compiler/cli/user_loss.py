@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import typer
+
 from cl_compiler.errors import CompilerError, LossDefinitionError
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ def find_loss(text: str) -> LossIR:
             the file defines one loss.
 
     Raises:
-        LossDefinitionError: there is none, or its file does not run.
+        typer.BadParameter: there is none.
+        LossDefinitionError: its file does not run, or the loss leaves the language.
     """
     where, colon, name = text.rpartition(":")
     if not colon:
@@ -35,7 +38,13 @@ def find_loss(text: str) -> LossIR:
     if not where:
         from cl_compiler.losses import find
 
-        return find(name)
+        try:
+            return find(name)
+        except LossDefinitionError as error:
+            said = str(error).rpartition("; or pass")[0]
+            raise typer.BadParameter(
+                f"--loss: {said}; or name your own as path/to/file.py:name"
+            ) from error
     return _pick(_load(where), where, name)
 
 
@@ -49,7 +58,7 @@ def _load(where: str) -> ModuleType:
             sys.path.remove("")
     path = Path(where).expanduser()
     if not path.is_file():
-        raise LossDefinitionError(f"--loss {where}: there is no such file.")
+        raise typer.BadParameter(f"--loss {where}: there is no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # the suffix is .py
     module, loader = importlib.util.module_from_spec(spec), spec.loader
@@ -67,15 +76,24 @@ def _run(where: str, load: Callable[[], ModuleType]) -> ModuleType:
     except CompilerError:
         raise
     except ModuleNotFoundError as error:
-        raise LossDefinitionError(
-            f"--loss {where}: {error}; name a module that Python finds, or path/to/file.py:name."
-        ) from error
+        if error.name is not None and where.split(".")[0] == error.name.split(".")[0]:
+            raise typer.BadParameter(
+                f"--loss {where}: {error}; name a module that Python finds, or path/to/file.py:name"
+            ) from error
+        raise _failed(where, error) from error
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise LossDefinitionError(
-            f"--loss {where}: {Path(line.filename).name}, line {line.lineno}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        raise _failed(where, error) from error
+
+
+def _failed(where: str, error: Exception) -> LossDefinitionError:
+    """The file's own error, with the place that it names or, failing that, happened at."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        file, line, text = error.filename, error.lineno, error.msg
+    else:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        file, line, text = last.filename, last.lineno, str(error)
+    place = f"{Path(file).name}, line {line}"
+    return LossDefinitionError(f"--loss {where}: {place}: {type(error).__name__}: {text}")
 
 
 def _pick(module: ModuleType, where: str, name: str) -> LossIR:
@@ -87,8 +105,8 @@ def _pick(module: ModuleType, where: str, name: str) -> LossIR:
     if name in losses:
         return losses[name]
     known = f"it defines {', '.join(losses)}" if losses else "it defines none"
-    raise LossDefinitionError(
-        f"--loss {where}:{name}: {known}; a loss is a function under @cl.define_loss."
+    raise typer.BadParameter(
+        f"--loss {where}:{name}: {known}; a loss is a function under @cl.define_loss"
         if name
-        else f"--loss {where}: {known}; say which as {where}:name."
+        else f"--loss {where}: {known}; say which as {where}:name"
     )

@@ -83,16 +83,17 @@ def budget_error(space: Space) -> BudgetError:
     ranks = space.machine.ranks
     where = "" if ranks == 1 else f" on each of {ranks} devices"
     limit = space.limit_bytes
-    obstacle = f"budget {format_bytes(limit)}"
+    obstacle, remedy = f"budget {format_bytes(limit)}", f"Give at least memory_budget={least}"
     if limit < request.budget.device_bytes:
         obstacle = f"the device has {format_bytes(limit)}"
+        remedy = "Take a device with more memory"
     schedule = "" if request.schedule == "auto" else f" with schedule {request.schedule!r}"
     batch = largest_batch(space)
-    fitting = f"the largest batch that fits is M={batch:,}" if batch else "no batch fits"
+    smaller = f", or a smaller batch: the largest batch that fits is M={batch:,}"
+    fitting = smaller if batch else "; no batch fits, however small"
     return BudgetError(
         f"{request.loss.name} at {size}, D={problem.D}, {problem.dtype}{schedule} needs at least "
-        f"{format_bytes(least)} ({least} bytes){where}; {obstacle}. Give at least "
-        f"memory_budget={least}, or a smaller batch: {fitting}."
+        f"{format_bytes(least)} ({least} bytes){where}; {obstacle}. {remedy}{fitting}."
     )
 
 

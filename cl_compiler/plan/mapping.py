@@ -111,6 +111,11 @@ def notes_of(space: Space, point: Point) -> tuple[str, ...]:
         notes.append(
             f"the device has {format_bytes(machine.device_memory_bytes)}, less than the budget"
         )
+    if request.budget.host_bytes is not None:
+        notes.append(
+            f"the host budget ({format_bytes(request.budget.host_bytes)}) has no effect: a loss "
+            "keeps nothing on the host so far"
+        )
     if request.problem.dtype in ("bfloat16", "float16"):
         notes.append("tiles, statistics and accumulators are fp32; operands are widened per tile")
     return tuple(notes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import MappingProxyType
 from typing import Literal
 
@@ -19,12 +21,18 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
     {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 )
 
+BUDGET_SHARE = 0.25
+"""Of the free memory, where no budget is given."""
+
 
 @dataclass(frozen=True)
 class Problem:
     """Global sizes: x [M, D], y [N, D].  For losses over one set, M = N = rows of z.
 
     ``operands`` gives further operands' widths (columns); ``slots`` K; ``bank`` the queue's length.
+
+    Raises:
+        ArgumentError: a size is no positive integer, or the dtype is none of the four.
     """
 
     M: int
@@ -36,14 +44,33 @@ class Problem:
     bank: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("M", "N", "D"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"Problem({name}={value!r}): sizes are integers of at least 1.")
+        for name, least in (("M", 1), ("N", 1), ("D", 1), ("slots", 0), ("bank", 0)):
+            object.__setattr__(self, name, _size(name, getattr(self, name), least))
+        for name, width in self.operands.items():
+            _size(f"operands[{name!r}]", width, 1)
         if self.dtype not in DTYPE_BYTES:
             raise ArgumentError(
                 f"Problem(dtype={self.dtype!r}): use one of {', '.join(DTYPE_BYTES)}."
             )
+
+    @classmethod
+    def parse(cls, problem: Problem | str) -> Problem:
+        """From a Problem, or from its sizes as text: "MxNxD", or "MxD" where N = M.
+
+        Raises:
+            ArgumentError: it is neither.
+        """
+        if isinstance(problem, Problem):
+            return problem
+        if isinstance(problem, str):
+            rows, *cols, features = parse_sizes(problem)
+            return cls(rows, cols[0] if cols else rows, features)
+        hint = "Problem(M, N, D)"
+        if isinstance(problem, (tuple, list)) and len(problem) == 3:
+            hint = f"Problem({', '.join(map(repr, problem))})"
+        raise ArgumentError(
+            f'problem={problem!r}: give {hint}, or the sizes as text such as "1024x1024x512".'
+        )
 
     def __hash__(self) -> int:
         return hash((self.M, self.N, self.D, self.dtype, self.slots, self.bank))
@@ -59,14 +86,46 @@ class Problem:
         return 8 if self.dtype == "float64" else 4
 
 
+def _size(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ArgumentError(f"Problem({name}={value!r}): sizes are integers of at least {least}.")
+    return int(value)
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """The two or three numbers of "MxNxD" or "MxD".
+
+    Raises:
+        ArgumentError: the text has other numbers, or none.
+    """
+    numbers = re.split(r"\s*[xX*,]\s*", text.strip())
+    if len(numbers) not in (2, 3) or not all(re.fullmatch(r"\d[\d_]*", n) for n in numbers):
+        raise ArgumentError(
+            f"problem={text!r}: write MxNxD, such as 16384x16384x512, or MxD where N = M."
+        )
+    return tuple(int(n) for n in numbers)
+
+
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes that the loss may allocate or keep on one device, and on its host (None: no limit)."""
+    """Bytes that the loss may allocate or keep on one device, and on its host (None: no limit).
+
+    Each may be given as whatever ``parse_bytes`` reads, ``MemoryBudget("512MiB")``; what is kept is
+    an integer.
+
+    Raises:
+        ArgumentError: an amount cannot be read.
+        BudgetError: less than a byte.
+    """
 
     device_bytes: int
     host_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("device_bytes", "host_bytes"):
+            amount = getattr(self, name)
+            if amount is not None or name == "device_bytes":
+                object.__setattr__(self, name, parse_bytes(amount))
         if self.device_bytes < 1:
             raise BudgetError(
                 f"a memory budget of {self.device_bytes} bytes: give at least 1 byte."
@@ -86,6 +145,17 @@ class MemoryBudget:
             host = budget.get("host")
             return cls(parse_bytes(budget["device"]), None if host is None else parse_bytes(host))
         return cls(parse_bytes(budget))
+
+    @classmethod
+    def share_of(cls, free_bytes: int) -> MemoryBudget:
+        """A quarter of the memory that is free, rounded down to its four leading bits.
+
+        Free memory changes from one second to the next; a budget that did would make every process
+        plan, and cache, something new.
+        """
+        count = int(free_bytes * BUDGET_SHARE)
+        shift = max(0, count.bit_length() - 4)
+        return cls(max(1, count >> shift << shift))
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,20 @@ def test_version(cli):
         (["inspect", "--diff", "color=red"], "option=value"),
         (["inspect", "--graph", "out.txt"], ".png, .svg, .pdf"),
         (["inspect", "clip-000000000000"], "no such variant"),
-        (["cache", "prune"], "--max-bytes, --older-than"),
+        (["plan", "--loss", "klip"], "Did you mean 'clip'?"),
+        (["plan", "--hardware", "h100x7"], "h100x7"),
+        (["bench", "--hardware", "h100x7"], "h100x7"),
+        (["plan", "--budget", "much"], "cannot read 'much'"),
+        (["plan", "--dtype", "int8"], "--dtype 'int8'"),
+        (["plan", "--schedule", "spil"], "--schedule 'spil'"),
+        (["plan", "--slots", "4"], "--slots 4 would have no effect"),
+        (["plan", "--bank", "-1"], "--bank -1"),
+        (["inspect", "clip-000000000000", "--diff", "schedule=spill"], "leave out --diff"),
+        (["inspect", "clip-000000000000", "--graph", "a.png", "--M", "3"], "out --M, --graph"),
+        (["bench", "--compare", "a.json", "--threads", "1"], "leave out --threads"),
+        (["bench", "--compare", "a.json", "--json"], "leave out --json"),
+        (["calibrate", "--results", "a.json", "--thorough"], "leave out --thorough"),
+        (["cache", "prune", "--max-bytes", "soon"], "--max-bytes: cannot read 'soon'"),
         (["cache", "prune", "--older-than", "soon"], "30d"),
     ],
 )
@@ -92,12 +105,9 @@ def test_a_wrong_command_line_is_exit_code_2(cli, arguments, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--loss", "klip"], "Did you mean 'clip'?"),
-        (["--hardware", "h100x7"], "h100x7"),
-        (["--budget", "1KiB"], "largest batch"),
-        (["--budget", "much"], "cannot read 'much'"),
-        (["--schedule", "panel"], "panel"),
-        (["--dtype", "int8"], "int8"),
+        (["--budget", "1KiB"], "Give at least --budget "),
+        (["--schedule", "panel"], "clip cannot use schedule 'panel'"),
+        (["--dtype", "float16", "--precision", "bf16"], "Use --precision auto, or cast"),
     ],
 )
 def test_what_the_compiler_refuses_is_exit_code_1_and_a_message(cli, arguments, said):
@@ -108,9 +118,45 @@ def test_what_the_compiler_refuses_is_exit_code_1_and_a_message(cli, arguments, 
 
 
 def test_debug_shows_where_an_error_came_from(cli):
-    result = cli("--debug", "plan", *SMALL, "--loss", "klip")
+    result = cli("--debug", "plan", *SMALL, "--budget", "1KiB")
     assert result.exit_code == 1
-    assert type(result.exception).__name__ == "LossDefinitionError"
+    assert type(result.exception).__name__ == "BudgetError"
+
+
+WITHOUT_TORCH = (
+    "import sys\n"
+    "sys.modules['torch'] = sys.modules['triton'] = None\n"
+    "from cl_compiler.cli.main import app\n"
+    "app(sys.argv[1:])\n"
+)
+
+
+@pytest.mark.parametrize("command", [["bench", "-w", "xeon-amx-2c"], ["calibrate"]])
+def test_what_needs_pytorch_says_so_in_a_line(command):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *command], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: this command runs a loss, which needs PyTorch")
+    assert "pip install torch" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_compiling_needs_no_pytorch():
+    for found in ("compiled: ", "already compiled: "):
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, "compile", *SMALL], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(found)
+
+
+def test_doctor_reports_that_pytorch_is_missing():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "doctor"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "cannot be imported" in done.stdout and "- PyTorch: `pip install torch`" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_a_pipe_gets_plain_text_and_nothing_on_stderr(shell):
@@ -121,9 +167,9 @@ def test_a_pipe_gets_plain_text_and_nothing_on_stderr(shell):
 
 
 def test_errors_of_a_process_go_to_stderr(shell):
-    done = shell("plan", "--loss", "klip")
+    done = shell("plan", *SMALL, "--schedule", "panel")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: there is no loss 'klip'")
+    assert done.stderr.startswith("error: clip cannot use schedule 'panel'")
 
 
 def test_json_of_a_process_parses(shell):

@@ -7,20 +7,20 @@ from dataclasses import replace
 import pytest
 import typer
 
-from cl_compiler import lang as cl
-from cl_compiler.api import BUDGET_SHARE, PRECISIONS, Specialiser, find_loss
-from cl_compiler.cli import requests
+from cl_compiler.api import PRECISIONS, Specialiser, find_loss
+from cl_compiler.cli.output import in_options
 from cl_compiler.cli.requests import (
     Question,
     budget_of,
     changed,
     gradients_of,
     problem_of,
+    reading,
     request_of,
-    rounded_down,
 )
+from cl_compiler.errors import ArgumentError
 from cl_compiler.hardware import load_hardware
-from cl_compiler.plan.types import MemoryBudget, Problem
+from cl_compiler.plan.types import BUDGET_SHARE, MemoryBudget, Problem
 
 XEON = load_hardware("xeon-amx-2c")
 
@@ -75,14 +75,6 @@ def test_without_a_budget_a_share_of_the_right_memory_is_taken(monkeypatch):
     h100 = load_hardware("h100x1")
     share = h100.device_memory_bytes * BUDGET_SHARE
     assert 0.8 * share < budget_of(None, h100, is_here=True).device_bytes <= share
-    assert requests.BUDGET_SHARE == BUDGET_SHARE
-
-
-def test_a_budget_does_not_follow_every_change_of_free_memory():
-    assert rounded_down(1000) == 960
-    assert rounded_down(1000) == rounded_down(1023) < rounded_down(1024) == 1024
-    assert [rounded_down(n) for n in range(16)] == list(range(16))
-    assert all(0.875 * n < rounded_down(n) <= n for n in range(16, 3000))
 
 
 def test_gradients_of_a_locked_tower():
@@ -122,7 +114,9 @@ def test_precisions_are_those_of_compile_loss():
     [
         ({"loss": "nt_xent", "problem": "64x128x8"}, "so M = N; got M=64 N=128"),
         ({"problem": "128x64x8"}, "N is at least M; got M=128 N=64"),
-        ({"operands": {"guide_x": 8}}, "--operand guide_x: not in clip"),
+        ({"operands": {"guide_x": 8}}, "clip has no operand guide_x"),
+        ({"slots": 4}, "clip has no slots, so --slots 4 would have no effect"),
+        ({"bank": 4}, "clip has no bank, so --bank 4 would have no effect"),
     ],
 )
 def test_sizes_that_no_call_could_have(asked, said):
@@ -132,18 +126,30 @@ def test_sizes_that_no_call_could_have(asked, said):
     assert request_of(ids).problem.N == 64
 
 
-def test_a_loss_with_a_queue_needs_its_length():
-    @cl.define_loss
-    def queued(sim, logit_scale):
-        """InfoNCE with further negatives from a queue."""
-        queue = cl.similarity(cl.x, cl.operand("queue", cl.bank, stop=True))
-        own = cl.logsumexp(logit_scale * sim, over=cl.cols)
-        others = cl.logsumexp(logit_scale * queue, over=cl.bank)
-        return cl.mean(
-            cl.logaddexp(own, others) - cl.at_positive(logit_scale * sim, on=cl.rows), over=cl.rows
-        )
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"dtype": "int8"}, "^--dtype 'int8': use one of float64"),
+        ({"budget": "much"}, "^--budget: cannot read 'much' as an amount of memory"),
+        ({"budget": "disk=1GiB"}, "^--budget: memory budget"),
+        ({"hardware": "h100x7"}, "^--hardware: no hardware preset is called 'h100x7'"),
+        ({"schedule": "spil"}, "^--schedule 'spil': use auto or one of recompute"),
+        ({"loss": "klip"}, "^--loss: there is no loss 'klip'. Did you mean 'clip'?.*file.py:name"),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_named(asked, said):
+    with pytest.raises(typer.BadParameter, match=said):
+        request_of(Question(**{"hardware": "h100x1", **asked}))
 
-    problem = Problem(64, 64, 8)
-    with pytest.raises(typer.BadParameter, match="give their number with --bank"):
-        requests._check_sizes(problem, queued, "diagonal")
-    requests._check_sizes(replace(problem, bank=512), queued, "diagonal")
+
+def test_messages_speak_of_options():
+    told = in_options(
+        "Give at least memory_budget=4096, or Problem(slots=…). Use precision='auto' or 'ieee', "
+        "schedule=spill; my_schedule='x' is no argument."
+    )
+    assert told == (
+        "Give at least --budget 4096, or --slots …. Use --precision auto or 'ieee', "
+        "--schedule spill; my_schedule='x' is no argument."
+    )
+    with pytest.raises(typer.BadParameter, match="it is too much"), reading("--budget"):
+        raise ArgumentError("it is too much")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_verify_finds_what_was_changed(cli, cli_json, compiled):
     source.write_text(source.read_text() + "\nimport os\n")
     result = cli("cache", "verify")
     assert result.exit_code == 1
-    assert "kernels.py" in result.stdout and "1 problems" in result.stdout
+    assert "kernels.py" in result.stdout and "1 variant, 1 problem\n" in result.stdout
 
 
 def test_prune_keeps_what_is_recent(cli_json, compiled):
@@ -45,9 +46,25 @@ def test_prune_keeps_what_is_recent(cli_json, compiled):
     assert gone["removed"] == [compiled["name"]] and gone["freed_bytes"] >= compiled["bytes"]
 
 
+def test_prune_alone_removes_what_killed_processes_left(cli, cli_json, compiled, own_cache):
+    left = Path(compiled["path"]).parents[1] / ".building-123-abcd"
+    left.mkdir()
+    (left / "kernels.py").write_text("half")
+    os.utime(left, (0, 0))
+    text = cli("cache", "prune").stdout
+    assert text.startswith("removed 0 variants, 4 B; ")
+    assert not left.exists()
+    assert len(cli_json("cache", "list")["entries"]) == 1
+
+
+def test_prune_alone_keeps_the_bound(cli_json, compiled, monkeypatch):
+    monkeypatch.setenv("CL_COMPILER_CACHE_MAX_BYTES", "1")
+    assert cli_json("cache", "prune")["removed"] == [compiled["name"]]
+
+
 def test_clear_asks_first(cli, cli_json, compiled):
     refused = cli("cache", "clear", input="n\n")
-    assert refused.exit_code == 1 and "remove 1 variants" in refused.stderr
+    assert refused.exit_code == 1 and "remove 1 variant from" in refused.stderr
     assert len(cli_json("cache", "list")["entries"]) == 1
     assert cli_json("cache", "clear", "--yes")["removed"] == [compiled["name"]]
     assert cli_json("cache", "list")["entries"] == []

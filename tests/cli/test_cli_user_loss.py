@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import typer
 
 from cl_compiler.cli.user_loss import find_loss
 from cl_compiler.errors import LossDefinitionError
@@ -35,7 +36,7 @@ def test_a_file_and_a_name(file):
 def test_the_name_may_be_left_out_where_there_is_one_loss(file):
     assert find_loss(str(file)).name == "mine"
     file.write_text(MINE + OTHER)
-    with pytest.raises(LossDefinitionError, match="it defines mine, other; say which"):
+    with pytest.raises(typer.BadParameter, match="it defines mine, other; say which"):
         find_loss(str(file))
     assert find_loss(f"{file}:other").name == "other"
 
@@ -55,13 +56,27 @@ def test_a_module_in_the_current_directory(file):
     ],
 )
 def test_what_is_not_there(file, text, said):
-    with pytest.raises(LossDefinitionError, match=said):
+    with pytest.raises(typer.BadParameter, match=said):
         find_loss(text)
 
 
 def test_a_file_that_fails_names_its_line(file):
     file.write_text("import cl_compiler\n\n1 / 0\n")
     with pytest.raises(LossDefinitionError, match=r"own_losses\.py, line 3: ZeroDivisionError"):
+        find_loss(str(file))
+
+
+def test_a_file_that_is_not_python_names_its_line(file):
+    """The line of the file, not one of Python's own that compiled it."""
+    file.write_text("import cl_compiler\n\n\ndef mine(:\n    pass\n")
+    with pytest.raises(LossDefinitionError, match=r"own_losses\.py, line 4: SyntaxError: invalid"):
+        find_loss(str(file))
+
+
+def test_a_module_that_a_file_misses_is_the_files_error(file):
+    file.write_text("import no_such_module\n")
+    said = r"own_losses\.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"
+    with pytest.raises(LossDefinitionError, match=said):
         find_loss(str(file))
 
 
