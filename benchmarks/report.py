@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.claims import Claim
-from cl_compiler.cli.output import Table
-from cl_compiler.units import format_bytes, format_seconds
+from cl_compiler.cli.output import Table, bytes_or_dash
+from cl_compiler.units import format_seconds
 
 __all__ = ["case_table", "claim_table"]
 
@@ -44,14 +44,10 @@ def _provider(name: str, row: Entry, dense: float | None, pairs: int) -> tuple[s
         f"{seconds / pairs * 1e9:.1f}",
         f"{dense / seconds:.2f}" if dense else "",
         f"{fraction:.2f}" if fraction else "",
-        _size(row["live_bytes"]),
-        _size(row["process_bytes"]),
+        bytes_or_dash(row["live_bytes"]),
+        bytes_or_dash(row["process_bytes"]),
         f"{row['dirty']}/{len(row['seconds'])} disturbed" if row["dirty"] else "",
     )
-
-
-def _size(count: int | None) -> str:
-    return "-" if count is None else format_bytes(count)
 
 
 def claim_table(claims: Sequence[Claim]) -> Table:

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cl_compiler.cli import options as opt
-from cl_compiler.cli.output import Table, working, write, write_json, write_table
+from cl_compiler.cli.output import Table, bytes_or_dash, working, write, write_json, write_table
+from cl_compiler.cli.requests import refuse_others
+from cl_compiler.errors import HardwareError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cl_compiler.hardware.spec import HardwareSpec
     from cl_compiler.lang.ir import LossIR
-    from cl_compiler.plan.types import Problem
+    from cl_compiler.plan.types import MemoryBudget, Problem
     from cl_compiler.runtime.function import CompiledLoss
     from cl_compiler.runtime.measure import Timing
 
@@ -28,8 +31,6 @@ __all__ = ["Comparison", "Row", "bench", "compare", "step_of"]
 
 PARAMETERS: Mapping[str, float] = {"logit_scale": 1 / 0.07, "logit_bias": -10.0}
 """What CLIP and SigLIP start from; any other parameter of a loss starts from 1."""
-DENSE_COPIES = 4.5
-"""Matrices of M x N that a dense formula with its gradients holds at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Comparison:
     Attributes:
         clock: "cpu" for one thread, "wall" for several.
         planned_threads: that the machine's description, and so the prediction, stands for.
-        largest_error: of value and gradients, against the dense formula's, relative.
+        largest_error: of the gradients, against the dense baseline's, relative.
     """
 
     loss: str
@@ -89,6 +90,7 @@ class Comparison:
 
 
 def bench(
+    ctx: typer.Context,
     hardware: opt.Hardware = "auto",
     budget: opt.Budget = None,
     loss: opt.Loss = "clip",
@@ -136,25 +138,36 @@ def bench(
 ) -> None:
     """Measure a compiled loss and the dense formula side by side: forward and backward.
 
+    Losses without such a formula, your own among them, are compared with the reference: what their
+    maths says, evaluated densely in float64.
+
     One thread is timed in CPU time, several in wall time. Memory is what a step takes beyond its
     inputs, gradients included.
     """
     if compare_files or files or out is not None:
+        if compare_files:
+            read = {"compare_files", "files", "out"}
+            refuse_others(ctx, read, "--compare shows files and measures nothing")
         _show_files(compare_files, files or [], out)
         return
-    from cl_compiler.cli.requests import ask, problem_of
+    from cl_compiler.api import refusal_of
+    from cl_compiler.cli.requests import ask, budget_of, hardware_of, problem_of
     from cl_compiler.cli.user_loss import find_loss
 
     question = ask(hardware=hardware, budget=budget, loss=loss, problem=problem, M=M, N=N, D=D,
                    dtype=dtype, precision=precision, schedule=schedule, operands=None)  # fmt: skip
+    machine = hardware_of(hardware)
+    refusal = refusal_of(machine)
+    if refusal:
+        raise HardwareError(f"--hardware {hardware}: {refusal}")
     steps = ["dense, memory", "compiled, memory"]
     steps += ["dense", "compiled"] * (repeats + 1)
     with working(f"measuring {loss}", steps) as advance:
         found = compare(
             find_loss(loss),
             problem_of(question),
-            budget,
-            hardware=hardware,
+            budget_of(budget, machine, is_here=hardware == "auto"),
+            hardware=machine,
             precision=precision,
             schedule=schedule,
             threads=threads,
@@ -181,9 +194,9 @@ def _show_files(is_asked: bool, files: list[Path], out: Path | None) -> None:
 def compare(
     loss: LossIR,
     problem: Problem,
-    budget: str | int | None,
+    budget: str | int | MemoryBudget | None,
     *,
-    hardware: str = "auto",
+    hardware: str | HardwareSpec = "auto",
     precision: str = "auto",
     schedule: str = "auto",
     threads: int | None = None,
@@ -193,7 +206,7 @@ def compare(
     """Compile a loss and measure it against the dense formula.
 
     Args:
-        loss: a shipped one has a dense formula; another's is replaced by an error in its row.
+        loss: a shipped one has a dense formula; another is compared with the reference.
         problem: sizes and dtype of the inputs.
         budget: what ``compile_loss`` takes.
         hardware: what ``compile_loss`` takes.
@@ -226,7 +239,8 @@ def compare(
         hardware, budget, loss=loss, problem=problem, precision=precision, schedule=schedule
     )
     inputs = _inputs(loss, problem)
-    parts = {"dense": _dense_step(loss, inputs, problem), "compiled": step_of(loss_fn, inputs)}
+    baseline, dense = _dense_step(loss, inputs, problem)
+    parts = {baseline: dense, "compiled": step_of(loss_fn, inputs)}
     memory, results, errors = {}, {}, {}
     with thread_limit(threads):
         for name, step in parts.items():
@@ -242,7 +256,7 @@ def compare(
         timings = interleave(calls, repeats, clock=clock, advance=lambda _: advance())
     plan = loss_fn.plan
     exact = problem.dtype in ("float32", "float64") and len(results) == 2
-    difference = relative_error(results["compiled"], results["dense"]) if exact else None
+    difference = relative_error(results["compiled"], results[baseline]) if exact else None
     return Comparison(
         loss=loss.name, M=problem.M, N=problem.N, D=problem.D, dtype=problem.dtype,
         threads=threads, clock=clock, schedule=plan.schedule, tile=str(plan.tile),
@@ -287,6 +301,11 @@ def _inputs(loss: LossIR, problem: Problem) -> dict[str, Tensor]:
     dtype = getattr(torch, problem.dtype)
     if "z" in names:
         half = problem.M // 2
+        if problem.M % 2:
+            raise ArgumentError(
+                f"{loss.name} at M={problem.M}: bench makes two views of each example, so M has to "
+                "be even."
+            )
         x, y = planted_pairs(half, half, problem.D, dtype)
         operands = {"z": torch.cat([x, y])}
     else:
@@ -314,31 +333,23 @@ def step_of(
 
 def _dense_step(
     loss: LossIR, inputs: Mapping[str, Tensor], problem: Problem
-) -> Callable[[], Tensor]:
-    from cl_compiler.cli.dense import DENSE
+) -> tuple[str, Callable[[], Tensor]]:
+    """(name, call) of the dense baseline; a call that cannot have the memory says so."""
+    from cl_compiler.cli.dense import dense_baseline
     from cl_compiler.hardware.cpu import free_memory_bytes
     from cl_compiler.units import format_bytes
 
-    def refuse(reason: str) -> Callable[[], Tensor]:
-        def step() -> Tensor:
-            raise ValueError(reason)
+    name, formula, bytes_per_pair = dense_baseline(loss, problem.compute_bytes)
+    needed, free = int(bytes_per_pair * problem.M * problem.N), free_memory_bytes()
 
-        return step
+    def refuse() -> Tensor:
+        raise ValueError(f"needs about {format_bytes(needed)}, {format_bytes(free)} are free")
 
-    if loss.name not in DENSE:
-        return refuse(f"no dense formula is shipped for {loss.name}")
-    needed = int(DENSE_COPIES * problem.M * problem.N * problem.compute_bytes)
-    free = free_memory_bytes()
-    if needed > free:
-        return refuse(f"needs about {format_bytes(needed)}, {format_bytes(free)} are free")
-    return step_of(DENSE[loss.name], inputs)
+    return name, refuse if needed > free else step_of(formula, inputs)
 
 
 def _print(found: Comparison) -> None:
     from cl_compiler.units import format_bytes, format_seconds
-
-    def size(count: int | None) -> str:
-        return "-" if count is None else format_bytes(count)
 
     rows = []
     for row in found.rows:
@@ -349,7 +360,9 @@ def _print(found: Comparison) -> None:
         if row is not found.dense and found.dense.seconds and row.seconds:
             ratio = f"{found.dense.seconds / row.seconds:.2f}x"
         time = "-" if row.seconds is None else format_seconds(row.seconds)
-        rows.append((row.name, time, ratio, size(row.live_bytes), size(row.process_bytes)))
+        rows.append(
+            (row.name, time, ratio, bytes_or_dash(row.live_bytes), bytes_or_dash(row.process_bytes))
+        )
     predicted = (format_seconds(found.predicted_seconds), "", format_bytes(found.predicted_bytes))
     rows.append((f"predicted, {found.planned_threads} threads", *predicted, ""))
     clock = "CPU time" if found.clock == "cpu" else "wall time"
@@ -368,7 +381,7 @@ def _print(found: Comparison) -> None:
     )
     if found.dense.live_bytes and found.compiled.live_bytes:
         saved = found.dense.live_bytes / found.compiled.live_bytes
-        write(f"memory     1/{saved:.0f} of the dense formula's")
+        write(f"memory     1/{saved:.0f} of {found.dense.name}'s")
     if found.largest_error is not None:
         write(f"agreement  gradients differ by {found.largest_error:.1e} of their largest element")
     write(f"noise      {found.disturbed}")

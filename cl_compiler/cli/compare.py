@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cl_compiler.cli.output import Table, write, write_table
+from cl_compiler.cli.output import Table, bytes_or_dash, write, write_table
 from cl_compiler.cli.results import Ceiling, Judged, Line, Results, read_results
-from cl_compiler.units import format_bytes, format_flops, format_rate, format_seconds
+from cl_compiler.units import format_flops, format_rate, format_seconds
 
 __all__ = ["ours_of", "rivals_of", "show", "tables_of"]
 
@@ -122,7 +122,7 @@ def _speed(results: Results) -> Table:
             format_seconds(line.seconds), "" if ratio is None else f"{ratio:.2f}",
             format_flops(line.flops / line.seconds) if line.flops else "",
             _share(line.ceiling), _share(line.same_width),
-            "-" if line.live_bytes is None else format_bytes(line.live_bytes),
+            bytes_or_dash(line.live_bytes),
             _caution(results, line),
         ))  # fmt: skip
     heads = ("speed", "provider", "forward", "backward", "both", "it/ours", "least work",
@@ -219,16 +219,13 @@ def _verdict(results: Results) -> Table:
         lean = min(others, key=lambda line: line.live_bytes or float("inf"))
         rows.append((
             ours.size, format_seconds(ours.seconds), rival.provider, f"{ratio:.2f}",
-            "ahead" if ratio >= 1 else "BEHIND", _memory(ours), f"{_memory(lean)} {lean.provider}",
+            "ahead" if ratio >= 1 else "BEHIND", bytes_or_dash(ours.live_bytes),
+            f"{bytes_or_dash(lean.live_bytes)} {lean.provider}",
             _promise(ours),
         ))  # fmt: skip
     heads = ("verdict", "ours", "fastest other", "it/ours", "", "memory", "leanest other",
              "promise")  # fmt: skip
     return Table("Verdict", heads, tuple(rows), frozenset({1, 3, 5}))
-
-
-def _memory(line: Line) -> str:
-    return "-" if line.live_bytes is None else format_bytes(line.live_bytes)
 
 
 def _promise(line: Line) -> str:

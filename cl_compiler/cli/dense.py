@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DENSE", "DenseFormula", "dense_clip", "dense_infonce", "dense_nt_xent", "dense_siglip"]
+    from cl_compiler.lang.ir import LossIR
+
+__all__ = [
+    "DENSE",
+    "DenseFormula",
+    "dense_baseline",
+    "dense_clip",
+    "dense_infonce",
+    "dense_nt_xent",
+    "dense_siglip",
+]
 
 DenseFormula = Callable[..., "Tensor"]
 """(x [M, D], y [N, D], **parameters) → scalar; over one set: (z [2b, D], **parameters)."""
@@ -64,3 +74,53 @@ DENSE: Mapping[str, DenseFormula] = {
     "nt_xent": dense_nt_xent,
 }
 """Loss → formula."""
+
+
+DENSE_COPIES = 4.5
+"""Matrices of M x N that a dense formula with its gradients holds at once, at most."""
+REFERENCE = "reference, fp64"
+"""The baseline of a loss for which nobody wrote a dense formula."""
+
+
+def dense_baseline(loss: LossIR, element_bytes: int) -> tuple[str, DenseFormula, float]:
+    """What a compiled loss is compared with.
+
+    Args:
+        loss: compared by what it computes, whatever it is called.
+        element_bytes: of one element of a similarity matrix.
+
+    Returns:
+        (name, formula, bytes that it may hold per element of the matrix): a shipped loss's dense
+        formula, or the dense float64 evaluation of what the loss says.
+    """
+    from cl_compiler.losses import find
+
+    for name, formula in DENSE.items():
+        if _maths(find(name)) == _maths(loss):
+            return "dense", formula, DENSE_COPIES * element_bytes
+    return REFERENCE, _reference(loss), 8.0 * _reference_copies(loss)
+
+
+def _maths(loss: LossIR) -> dict[str, object]:
+    from cl_compiler.api import loss_to_json
+
+    return {k: v for k, v in loss_to_json(loss).items() if k not in ("name", "doc")}
+
+
+def _reference(loss: LossIR) -> DenseFormula:
+    from cl_compiler.lang.reference import evaluate
+
+    def value(**inputs: Tensor) -> Tensor:
+        parameters = {name: inputs[name] for name in loss.parameters}
+        tensors = {name: t for name, t in inputs.items() if name not in parameters}
+        return evaluate(loss, tensors, parameters)
+
+    return value
+
+
+def _reference_copies(loss: LossIR) -> int:
+    """Matrices that autograd keeps: two of every node of what is reduced, and the similarity's."""
+    import sympy as sp
+
+    expressions = [expr for red in loss.reductions for expr in red.expressions]
+    return 4 + 2 * len({node for expr in expressions for node in sp.preorder_traversal(expr)})

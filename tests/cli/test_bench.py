@@ -7,7 +7,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from cl_compiler.cli.dense import DENSE, dense_baseline
 from cl_compiler.cli.main import app
+from cl_compiler.cli.user_loss import find_loss
 
 SMALL = ["bench", "--problem", "192x192x16", "--budget", "1MiB", "--threads", "1", "--repeats", "2"]
 
@@ -41,20 +43,47 @@ def test_a_table_says_what_was_faster_and_smaller():
         assert words in text
 
 
-def test_a_loss_without_a_dense_formula_is_measured_alone(tmp_path):
+OWN = (
+    "from cl_compiler import lang as cl\n"
+    "@cl.define_loss\n"
+    "def {name}(sim, logit_scale):\n"
+    '    """The mean over rows of their logsumexp."""\n'
+    "    s = logit_scale * sim\n"
+    "    return cl.mean(cl.logsumexp(s, over=cl.cols){positive}, over=cl.rows)\n"
+)
+
+
+@pytest.mark.parametrize("name", ["mine", "clip"])
+def test_a_loss_without_a_dense_formula_is_compared_with_the_reference(tmp_path, name):
+    """Also where it is called like a shipped loss that says something else."""
     path = tmp_path / "mine.py"
-    path.write_text(
-        "from cl_compiler import lang as cl\n"
-        "@cl.define_loss\n"
-        "def mine(sim, logit_scale):\n"
-        '    """The mean over rows of their logsumexp."""\n'
-        "    return cl.mean(cl.logsumexp(logit_scale * sim, over=cl.cols), over=cl.rows)\n"
-    )
-    code, text = run("--loss", f"{path}:mine", "--json")
+    path.write_text(OWN.format(name=name, positive=""))
+    code, text = run("--loss", f"{path}:{name}", "--json")
     assert code == 0, text
-    dense, compiled = json.loads(text)["rows"]
-    assert "no dense formula" in dense["error"] and dense["seconds"] is None
-    assert compiled["seconds"] > 0
+    found = json.loads(text)
+    dense, compiled = found["rows"]
+    assert dense["name"] == "reference, fp64" and not dense["error"] and dense["seconds"] > 0
+    assert compiled["seconds"] > 0 and compiled["live_bytes"] < dense["live_bytes"]
+    assert found["largest_error"] < 1e-4
+
+
+def test_a_shipped_loss_by_another_name_has_its_formula(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN.format(name="mine", positive=" - cl.at_positive(s, on=cl.rows)"))
+    _, formula, _ = dense_baseline(find_loss(f"{path}:mine"), 4)
+    assert formula is DENSE["infonce"]
+
+
+def test_a_machine_that_is_not_here_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr("cl_compiler.cli.bench.compare", None)
+    code, text = run("--hardware", "h100x1")
+    assert code == 1
+    assert text.startswith("error: --hardware h100x1: compiled for h100x1, which is 1 device(s)")
+
+
+def test_two_views_need_an_even_number_of_rows():
+    code, text = run("--loss", "nt_xent", "--problem", "193x16")
+    assert code == 1 and "so M has to be even" in text
 
 
 def test_a_budget_that_is_too_small_is_the_compilers_error():
