@@ -99,7 +99,7 @@ def build_triton_context(
     lines += [t for k in kernels for t in (*k.body, *k.start, *k.finish)]
     lines += _strings(own)
     unsure = {message for message, _ in common["required"]}  # type: ignore[attr-defined]
-    tile = _panel(plan, [k.tile for k in kernels])
+    tile = _panel(plan, [k.tile for k in kernels], any(s.symmetric for s in sweeps))
     return {
         **common,
         **own,
@@ -141,12 +141,17 @@ def _dot_precision(plan: Plan) -> str:
     return {"auto": "bf16x3", "bf16": "bf16x3"}.get(plan.precision, plan.precision)
 
 
-def _panel(plan: Plan, cores: Iterable[CoreTile]) -> tuple[int, int]:
-    """Rows and columns of one launch: what the plan says, in whole tiles."""
+def _panel(plan: Plan, cores: Iterable[CoreTile], symmetric: bool) -> tuple[int, int]:
+    """Rows and columns of one launch: what the plan says, in whole tiles.
+
+    ``symmetric``: some pass visits half of its panels, so they are square.
+    """
     cores = list(cores)
     rows = max((c.rows for c in cores), default=1)
     cols = max((c.cols for c in cores), default=1)
-    return -(-plan.tile.rows // rows) * rows, -(-plan.tile.cols // cols) * cols
+    step = max(rows, cols)  # tiles are powers of two, so that one divides the other
+    whole = [-(-length // step) * step for length in (plan.tile.rows, plan.tile.cols)]
+    return (max(whole), max(whole)) if symmetric else (whole[0], whole[1])
 
 
 def _inverses(program: Program, printer: SweepPrinter) -> list[str]:

@@ -1,7 +1,7 @@
 """Run an emitted file on tensors without data: which kernels it launches, with which arguments.
 
-No kernel runs and no memory is taken; the ``meta`` device stands for a GPU.  A statement that waits for the device (``.item()``, a
-condition on a tensor, a copy to the host) or mixes devices raises.
+No kernel runs and no memory is taken; the ``meta`` device stands for a GPU.  A statement that waits
+for the device (``.item()``, a condition on a tensor, a copy to the host) or mixes devices raises.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compile recorded launches for an architecture that need not be here, and read the machine code."""
+"""Compile recorded launches for an architecture that need not be here; read the machine code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,8 +36,8 @@ class Binary:
     """What a kernel became.
 
     ``stack_bytes``: of spilled registers, per thread; ``shared_bytes``: per program;
-    ``counts``: instructions by mnemonic without modifiers; ``variants``: with them.
-    ``per_logit(name)``: instructions of the tile loop's body for each logit.
+    ``counts``: instructions by mnemonic without modifiers; ``variants``: with them; ``body``: of
+    the loop over tiles, or of the whole kernel where there is one tile.
     """
 
     kernel: str
@@ -46,13 +46,14 @@ class Binary:
     shared_bytes: int
     counts: Mapping[str, int]
     variants: Mapping[str, int]
+    body: Mapping[str, int]
     tile: Tile
     threads: int
     matrix_instructions: int
 
     def per_logit(self, *names: str) -> float:
-        """Instructions of these kinds, for each logit of a tile: all of the kernel's."""
-        count = sum(self.counts.get(name, 0) for name in names)
+        """Instructions of these kinds for each logit of a tile."""
+        count = sum(self.body.get(name, 0) for name in names)
         return count * self.threads / (self.tile.rows * self.tile.cols)
 
 
@@ -93,7 +94,7 @@ def build(module: ModuleType, launch: Launch, arch: str) -> Binary:
     tile = Tile(constants["BLOCK_M"], constants["BLOCK_N"])
     threads = launch.options["num_warps"] * target.warp_size
     read = read_cubin if nvidia else read_amdgcn
-    registers, stack, counts, variants = read(compiled)
+    registers, stack, counts, variants, body = read(compiled)
     matrix = sum(n for name, n in counts.items() if re.match(r"HMMA|HGMMA|UTC\w*MMA|v_mfma", name))
     return Binary(
         launch.kernel,
@@ -102,13 +103,14 @@ def build(module: ModuleType, launch: Launch, arch: str) -> Binary:
         compiled.metadata.shared,
         counts,
         variants,
+        body,
         tile,
         threads,
         matrix,
     )
 
 
-Facts = tuple[int, int, Counter[str], Counter[str]]
+Facts = tuple[int, int, Counter[str], Counter[str], Counter[str]]
 
 
 def read_cubin(compiled: Any) -> Facts:
@@ -118,12 +120,47 @@ def read_cubin(compiled: Any) -> Facts:
         file.flush()
         code = disassemble("-sass", file.name)
         usage = disassemble("-res-usage", file.name)
-    variants = Counter(m.group(2) for m in map(INSTRUCTION.match, code.splitlines()) if m)
-    counts: Counter[str] = Counter()
-    for name, number in variants.items():
-        counts[name.split(".")[0]] += number
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return found["REG"], found["STACK"], counts, variants
+    lines = [
+        Line(int(m.group(1), 16), m.group(2), m.group(3))
+        for m in map(INSTRUCTION.match, code.splitlines())
+        if m
+    ]
+    variants = Counter(line.name for line in lines)
+    return found["REG"], found["STACK"], mnemonics(lines), variants, tile_loop(lines)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One machine instruction."""
+
+    address: int
+    name: str
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch leads."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands)
+        return int(found.group(1), 16) if self.name.startswith("BRA") and found else None
+
+
+def mnemonics(lines: Iterable[Line]) -> Counter[str]:
+    return Counter(line.name.split(".")[0] for line in lines)
+
+
+def tile_loop(lines: list[Line]) -> Counter[str]:
+    """The smallest loop with matrix instructions and all exponentials; without one, everything."""
+    exponentials = mnemonics(lines)["MUFU"]
+    bodies = []
+    for line in lines:
+        if line.target is not None and line.target < line.address:
+            body = [x for x in lines if line.target <= x.address <= line.address]
+            counts = mnemonics(body)
+            matrix = sum(n for name, n in counts.items() if name.endswith("MMA"))
+            if matrix and counts["MUFU"] == exponentials and not counts["EXIT"]:
+                bodies.append(body)
+    return mnemonics(min(bodies, key=len, default=lines))
 
 
 def disassemble(option: str, path: str) -> str:
@@ -140,7 +177,7 @@ def read_amdgcn(compiled: Any) -> Facts:
     registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[-1])
     scratch = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)[-1])
     counts = Counter({("v_mfma" if "mfma" in n else n): c for n, c in names.items()})
-    return registers, scratch, counts, names
+    return registers, scratch, counts, names, counts
 
 
 @lru_cache(maxsize=1)

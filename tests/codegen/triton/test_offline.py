@@ -1,0 +1,109 @@
+"""Machine code of the emitted kernels, compiled without a GPU, at their real tile sizes.
+
+Thresholds are those of a kernel that keeps tensor cores busy: for each logit one exponential, one
+FMA before it, and one or two additions for sums; nothing spilled; no test on interior tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+
+from cl_compiler.plan.types import Tile
+from tests import losses_zoo as zoo
+from tests.codegen.triton.emit import is_served
+
+pytest.importorskip("triton")
+
+from tests.codegen.triton import offline
+from tests.codegen.triton.offline import Binary
+
+pytestmark = pytest.mark.skipif(
+    not offline.has_disassembler(), reason="this build of Triton has no disassembler"
+)
+
+CASES = {case.name: case for case in zoo.cases() if is_served(case)}
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Of one multiprocessor; two programs of four warps share it."""
+ARCHS = ["sm_90", *(pytest.param(a, marks=pytest.mark.full) for a in SHARED_BYTES if a != "sm_90")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Triton's cache would hide what this compiler makes of the code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@lru_cache(maxsize=32)
+def compiled(name: str, arch: str, width: int, dtype: str = "bfloat16") -> dict[str, Binary]:
+    return {b.kernel: b for b in offline.binaries(CASES[name], arch, width, dtype)}
+
+
+def assert_sound(binary: Binary, arch: str) -> None:
+    """No spills, matrix instructions, registers and shared memory within the machine."""
+    programs = 2 if binary.threads == 128 else 1
+    assert binary.stack_bytes == 0, f"{binary.kernel} spills {binary.stack_bytes} bytes"
+    assert binary.matrix_instructions > 0, binary.kernel
+    assert binary.registers * binary.threads * programs <= 65536 or arch == "gfx942"
+    assert binary.shared_bytes * programs <= SHARED_BYTES[arch], binary.kernel
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("name", "width"), [("clip", 512), ("siglip", 768)])
+def test_nothing_spills(name: str, width: int, arch: str):
+    for binary in compiled(name, arch, width).values():
+        assert_sound(binary, arch)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_spills_in_the_zoo(name: str, arch: str):
+    for binary in compiled(name, arch, 512).values():
+        if "positive" not in binary.kernel and binary.matrix_instructions:
+            assert_sound(binary, arch)
+
+
+def test_forward_has_one_exponential_for_both_directions():
+    binary = compiled("clip", "sm_90", 512)["_forward_sweep_bounded_kernel"]
+    assert binary.tile == Tile(128, 128)
+    assert binary.per_logit("MUFU") <= 1.03
+    assert binary.per_logit("FFMA", "FMUL") <= 1.02
+    assert binary.per_logit("FADD") <= 2.1  # one for the row's sum, one for the column's
+    assert binary.per_logit("SHFL") <= 0.08
+    assert binary.per_logit("FSETP", "SEL", "FSEL", "FMNMX") == 0
+
+
+def test_gradient_tile_has_one_exponential():
+    """Of the additions, one belongs to the branch that only tiles with positives take."""
+    binary = compiled("clip", "sm_90", 512)["_backward_sweep_bounded_kernel"]
+    assert binary.tile == Tile(128, 128)
+    assert binary.per_logit("MUFU") <= 1.05
+    assert binary.per_logit("FADD", "FMUL", "FFMA") <= 3.1 + 1
+    assert binary.per_logit("SHFL") == 0
+
+
+def test_value_and_gradient_of_a_pairwise_loss_share_an_exponential():
+    binary = compiled("siglip", "sm_90", 768)["_forward_sweep_kernel"]
+    assert binary.per_logit("MUFU") <= 2.05  # the exponential, and the reciprocal of the sigmoid
+    assert binary.per_logit("FFMA", "FMUL", "FADD") <= 19
+    assert binary.registers <= 255
+
+
+def test_hopper_multiplies_by_warpgroup_and_copies_by_descriptor():
+    for binary in compiled("clip", "sm_90", 512).values():
+        assert binary.counts.get("HMMA", 0) == 0, binary.kernel
+        assert any(name.startswith("HGMMA.64x") for name in binary.variants)
+        assert binary.counts.get("UTMALDG", 0) >= 2
+    backward = compiled("clip", "sm_90", 512)["_backward_sweep_bounded_kernel"]
+    assert backward.counts.get("UTMASTG", 0) >= 1
+
+
+@pytest.mark.full
+def test_ampere_copies_asynchronously():
+    for binary in compiled("clip", "sm_80", 512).values():
+        assert binary.counts.get("LDGSTS", 0) > 0, binary.kernel
