@@ -19,12 +19,28 @@ from torch import Tensor
 from cl_compiler.cli.demo import command, sources
 from cl_compiler.cli.demo.arms import PlannedLoss, dense_loss, measure_bytes
 from cl_compiler.cli.demo.command import INTERRUPTED, run_demo
-from cl_compiler.cli.demo.experiment import affordable_epochs
 from cl_compiler.cli.demo.settings import QUICK, DemoSettings
+from cl_compiler.cli.demo.training import learning_rate
 from cl_compiler.errors import ArgumentError
 
 # A dependency of a dependency: 350 pairs, harvested in a second.
 ROOTS = tuple(root for root in sources.installed_roots(("mpmath",)) if root.package == "mpmath")
+
+
+class Clock:
+    """Training's clock: every look at it takes a millisecond, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def perf_counter(self) -> float:
+        self.looks += 1
+        return self.looks / 1000
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl_compiler.cli.demo.training.time", Clock())
 
 
 def settings(out: Path) -> DemoSettings:
@@ -34,9 +50,8 @@ def settings(out: Path) -> DemoSettings:
         batch=64,
         budget_bytes=40_000,
         dim=16,
-        epochs=2,
         max_files=None,
-        seconds=3600,
+        seconds=0.2,
     )
 
 
@@ -66,26 +81,38 @@ def test_a_run_writes_a_table_a_page_and_numbers_that_agree(tmp_path: Path) -> N
     code, printed = run(tmp_path / "out", tmp_path / "cache", planned())
     assert code == 0
     assert "\x1b" not in printed  # a pipe gets no escape sequences
-    assert max(len(line) for line in printed.splitlines() if "equal" in line and "%" in line) <= 80
+    assert max(len(line) for line in printed.splitlines() if "%" in line and line[0] in "cP") <= 80
     assert "…" not in printed
 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["ended"] == "complete"
-    assert [each["what"] for each in results["comparisons"]] == ["equal epochs", "equal seconds"]
-    assert len(results["runs"]) == 6
     assert {(run["arm"], run["rate"]) for run in results["runs"]} == {
-        (arm, rate) for arm in ("compiled", "dense") for rate in QUICK.rates
+        (arm["name"], learning_rate(multiple, arm["batch"]))
+        for arm in results["arms"]
+        for multiple in QUICK.multiples
     }
-    assert sum(run["is_chosen"] for run in results["runs"]) == 2
+    assert sorted(run["arm"] for run in results["runs"] if run["is_chosen"]) == [
+        "compiled",
+        "dense",
+    ]
+    assert all(run["is_complete"] for run in results["runs"])
     assert 0 < results["untrained"]["recall_at_10"] < 1
-    recall = results["comparisons"][0]["compiled"]["reported"]["test"]["recall_at_10"]
+    recall = results["comparison"]["compiled"]["reported"]["test"]["recall_at_10"]
     assert f"{recall:.1%}" in printed
+
+    same = results["same_batch"]
+    assert same["batch"] == 64
+    assert len(same["compiled"]["losses"]) == QUICK.same_batch_steps
+    # Here both losses are the dense one.
+    assert same["compiled"]["losses"] == same["dense"]["losses"]
+    assert same["largest_difference"] == 0
+    assert f"{same['dense']['losses'][-1]:.5f}" in printed
 
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"{recall:.1%}" in page
     assert "a plan with &lt;angles&gt; &amp; ampersands" in page
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []  # loads nothing
-    assert page.count("data:image/svg+xml") == 2
+    assert page.count("data:image/svg+xml") == 3
     assert sorted(os.listdir(tmp_path / "out")) == ["report.html", "results.json"]
 
 
@@ -94,9 +121,8 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run(tmp_path / name, tmp_path / "cache", planned())
         results = json.loads((tmp_path / name / "results.json").read_text())
-        found.append(
-            [each["train_loss"] for run in results["runs"] for each in run["evaluations"][:2]]
-        )
+        runs = [[each["train_loss"] for each in run["evaluations"]] for run in results["runs"]]
+        found.append((runs, results["same_batch"]["compiled"]["losses"]))
     assert found[0] == found[1]
 
 
@@ -121,9 +147,7 @@ def test_an_interrupt_in_training_reports_what_was_done(tmp_path: Path) -> None:
         return dense_loss(x, y, scale)
 
     before = signal.getsignal(signal.SIGINT)
-    code, printed = run(
-        tmp_path / "out", tmp_path / "cache", planned(interrupting), epochs=40, seconds=3600
-    )
+    code, printed = run(tmp_path / "out", tmp_path / "cache", planned(interrupting), seconds=3600)
     assert code == INTERRUPTED
     assert "Run the same command again" in printed
     assert signal.getsignal(signal.SIGINT) is before
@@ -147,11 +171,45 @@ def test_an_interrupt_in_the_harvest_leaves_no_half_file(
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_time_that_runs_out_still_gives_a_report(tmp_path: Path) -> None:
-    code, printed = run(tmp_path / "out", tmp_path / "cache", planned(), seconds=0.05, epochs=100)
+def test_an_interrupt_before_training_leaves_what_is_known(tmp_path: Path) -> None:
+    calls = 0
+
+    def interrupting(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # after the measurements at four batches, in the second step
+            os.kill(os.getpid(), signal.SIGINT)
+        return dense_loss(x, y, scale)
+
+    code, printed = run(tmp_path / "out", tmp_path / "cache", planned(interrupting))
+    assert code == INTERRUPTED
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["same_batch"] is None
+    assert results["runs"] == []
+    assert results["comparison"] is None
+    assert "fits" in printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "there is nothing to compare" in page
+
+
+def test_however_little_time_every_run_takes_a_step(tmp_path: Path) -> None:
+    code, _ = run(tmp_path / "out", tmp_path / "cache", planned(), seconds=1e-6)
     assert code == 0
-    assert "The time limit ended the run" in printed
-    assert "1 of 100 epochs" in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [[each["steps"] for each in run["evaluations"]] for run in results["runs"]] == [[1]] * 4
+
+
+def test_a_machine_without_the_memory_leaves_the_dense_loss_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cl_compiler.cli.demo.experiment.available_bytes", lambda: 50_000)
+    code, printed = run(tmp_path / "out", tmp_path / "cache", planned())
+    assert code == 0
+    assert "The losses were not run at the same batch" in printed
+    assert "48.8 KiB" in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["same_batch"] is None
+    assert results["comparison"] is not None
 
 
 def test_a_loss_beyond_its_budget_is_said_to_be(tmp_path: Path) -> None:
@@ -181,14 +239,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pa
     assert not (tmp_path / "cache").exists()
 
 
-def test_epochs_shrink_to_the_time_there_is(tmp_path: Path) -> None:
-    base = replace(settings(tmp_path), epochs=12, seconds=100.0)
-    # 3 rates x (2 + 1) s + 1 s to make seconds equal: 10 s per epoch.
-    assert affordable_epochs(base, [2.0, 1.0]) == 10
-    assert affordable_epochs(base, [0.2, 0.1]) == 12
-    assert affordable_epochs(base, [500.0, 100.0]) == 1
-
-
 def test_the_command_line_reaches_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     import typer
     from typer.testing import CliRunner
@@ -202,10 +252,10 @@ def test_the_command_line_reaches_the_settings(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(command, "run_demo", record)
     app = typer.Typer()
     app.command()(command.demo)
-    arguments = ["--out", "o", "--batch", "4096", "--budget", "32MiB", "--epochs", "3"]
+    arguments = ["--out", "o", "--batch", "4096", "--budget", "32MiB", "--dim", "32"]
     result = CliRunner().invoke(app, [*arguments, "--seconds", "7", "--seed", "5"])
     assert result.exit_code == INTERRUPTED
-    expected = DemoSettings(Path("o"), 4096, 32 << 20, 3, 7.0, 5)
+    expected = DemoSettings(Path("o"), 4096, 32 << 20, 7.0, 5, 32)
     assert asked == [expected]
     CliRunner().invoke(app, ["--quick", "--batch", "64"])
     assert asked[1] == replace(QUICK, out=Path("cl-compiler-demo"), batch=64)

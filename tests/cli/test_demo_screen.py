@@ -63,3 +63,17 @@ def test_a_terminal_gets_a_bar_and_a_pipe_a_line() -> None:
     assert "75%" in shown(True)
     assert "dense, rate 0.1" in shown(True)
     assert shown(False) == "Training ...\n" + "word " * 40 + "\n"
+
+
+def test_a_pipe_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("cl_compiler.cli.demo.screen.time.monotonic", lambda: now)
+    file = io.StringIO()
+    with Screen(Console(file=file, width=100)).bar("Training") as advance:
+        for done in range(1, 61):
+            now += 1.0
+            advance(f"step {done}", done, 60)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "Training ..."
+    assert lines[1:3] == ["   17%  step 10", "   33%  step 20"]
+    assert len(lines) == 7

@@ -2,7 +2,8 @@
 
 The pipeline, a file each: ``sources`` (which files may be read) → ``harvest`` (pairs of description
 and code) → ``collection`` (kept beside the cache) → ``encoders`` (hashed features, two towers) →
-``arms`` (the compiled and the dense loss under one budget) → ``training`` (both, interleaved) →
-``comparison`` (what that shows, and what it does not) → ``figures`` and ``report``.  ``command``
+``arms`` (the compiled and the dense loss under one budget) → ``same_batch`` (both beyond it) →
+``training`` (both, interleaved) → ``comparison`` (what that shows, and what it does not) →
+``figures`` and ``report``.  ``command``
 ties them together; the modules that need PyTorch are imported there, when they are needed.
 """

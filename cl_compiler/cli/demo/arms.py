@@ -144,23 +144,22 @@ def dense_arm(dim: int, budget_bytes: int, max_batch: int) -> Arm:
         ArgumentError: not even a batch of 8 fits.
     """
 
-    def fits(eights: int) -> bool:
-        return measure_bytes(dense_loss, 8 * eights, dim) <= budget_bytes
+    def seems_to_fit(eights: int) -> bool:  # counted, so that nothing large is allocated
+        return measure_bytes(dense_loss, 8 * eights, dim, "meta") <= budget_bytes
 
-    good, bad = 0, 1
-    while 8 * bad <= max_batch and fits(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, max_batch // 8 + 1)
+    good, bad = 0, max_batch // 8 + 1
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    if good == 0:
-        raise ArgumentError(
-            f"the dense loss at width {dim} does not fit {format_bytes(budget_bytes)} even at a "
-            "batch of 8; give a larger --budget"
-        )
-    batch = 8 * good
-    return Arm("dense", batch, dense_loss, measure_bytes(dense_loss, batch, dim))
+        good, bad = (middle, bad) if seems_to_fit(middle) else (good, middle)
+    while good > 0:
+        measured_bytes = measure_bytes(dense_loss, 8 * good, dim)
+        if measured_bytes <= budget_bytes:
+            return Arm("dense", 8 * good, dense_loss, measured_bytes)
+        good -= 1
+    raise ArgumentError(
+        f"the dense loss at width {dim} does not fit {format_bytes(budget_bytes)} even at a "
+        "batch of 8; give a larger --budget"
+    )
 
 
 def memory_points(

@@ -40,16 +40,16 @@ def demo(
             f"[{format_bytes(_FULL.budget_bytes)}]"
         ),
     ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help=f"Epochs for each learning rate.  [{_FULL.epochs}]")
-    ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(
             min=1,
-            help="Time for training; on slow machines there are fewer epochs.  "
+            help="Time for training, all learning rates of both losses together.  "
             f"[{_FULL.seconds:g}]",
         ),
+    ] = None,
+    dim: Annotated[
+        int | None, typer.Option(min=8, help=f"Width of the embeddings.  [{_FULL.dim}]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and shuffles.")] = _FULL.seed,
     quick: Annotated[
@@ -60,8 +60,8 @@ def demo(
     """Learn to find code from its description: a large batch in a small memory budget.
 
     Pairs of docstrings and code come from the Python sources installed here.  Two encoders learn
-    with the compiled CLIP loss and, beside it, with plain PyTorch at the largest batch that fits
-    the same memory.
+    with the compiled CLIP loss and with plain PyTorch: first at the same batch, then at the
+    largest batch that plain PyTorch fits into the same memory.
     """
     base = QUICK if quick else _FULL
     settings = replace(
@@ -69,8 +69,8 @@ def demo(
         out=out,
         batch=base.batch if batch is None else batch,
         budget_bytes=base.budget_bytes if budget is None else parse_bytes(budget),
-        epochs=base.epochs if epochs is None else epochs,
         seconds=base.seconds if seconds is None else seconds,
+        dim=base.dim if dim is None else dim,
         seed=seed,
     )
     code = run_demo(settings)
@@ -86,7 +86,7 @@ def run_demo(
     roots: Sequence[SourceRoot] | None = None,
     plan: PlanLoss | None = None,
 ) -> int:
-    """Harvest, train both arms, compare, write the report.
+    """Harvest, train with both losses, compare, write the report.
 
     Args:
         settings: what to run.
@@ -104,7 +104,14 @@ def run_demo(
     """
     # Imported here, like PyTorch further down: a command line has to start at once.
     from cl_compiler.cache.store import cache_root
-    from cl_compiler.cli.demo.report import caveats, prepare_folder, result_table, write_report
+    from cl_compiler.cli.demo.report import (
+        caveats,
+        headline,
+        prepare_folder,
+        result_table,
+        same_batch_table,
+        write_report,
+    )
 
     console = Console() if console is None else console
     screen = Screen(console)
@@ -126,8 +133,15 @@ def run_demo(
             "Run the same command again: pairs once harvested are kept."
         )
         return INTERRUPTED
-    if outcome.comparisons:
+    screen.say("")
+    screen.say(headline(outcome))
+    screen.say("")
+    if outcome.same_batch:
+        console.print(same_batch_table(outcome.same_batch))
+        screen.say("")
+    if outcome.comparison:
         console.print(result_table(outcome))
+        screen.say("")
     for note in caveats(outcome):
         screen.say(f"- {note}")
     page, results = write_report(outcome, settings.out)

@@ -1,34 +1,27 @@
 """What the two arms' runs show, and what they do not.
 
-Of each arm the reported state is the one that did best on the validation modules up to the point of
-comparison (early stopping, alike for both).  A difference counts only where it exceeds twice its
-standard error; the modules, not the functions, are what was drawn, so the error is theirs.
+Both had the same memory and the same seconds.  Of each arm the reported state is the one that did
+best on the validation modules (early stopping, alike for both).  A difference counts only where it
+exceeds twice its standard error; the modules, not the functions, are what was drawn, so the error
+is theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cl_compiler.cli.demo.metrics import Retrieval
-from cl_compiler.cli.demo.training import Evaluation, Run, best_evaluation, within_epochs
+from cl_compiler.cli.demo.training import Evaluation, Run, best_evaluation
 
 __all__ = ["Comparison", "Row", "compare", "difference", "verdict"]
 
 
-_SAME_SECONDS = 1.02
-"""Two arms end within a step of each other and never at the same instant."""
-
-
 @dataclass(frozen=True)
 class Row:
-    """One arm at a point of comparison: ``spent_*`` up to there, ``at`` the state that is reported.
-
-    ``spent_epochs`` and ``spent_s`` tell what the arm was given, ``at`` what it made of it.
-    """
+    """One arm: what it was given (``spent_*``), and ``at``, the state it is reported by."""
 
     arm: str
     rate: float
@@ -43,28 +36,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``what``: "equal epochs" or "equal seconds"; ``compiled`` minus ``dense`` in recall@10."""
+    """``recall_at_10_gain``: compiled minus dense."""
 
-    what: str
     compiled: Row
     dense: Row
     recall_at_10_gain: float
     standard_error: float
 
 
-def compare(compiled: Run, dense: Run, test_modules: Tensor) -> tuple[Comparison, ...]:
-    """At equal epochs and at equal seconds, as far as both arms got; () where one got nowhere."""
-    runs = (compiled, dense)
-    epochs = min(run.evaluations[-1].whole_epochs for run in runs)
-    seconds = _SAME_SECONDS * min(run.evaluations[-1].seconds for run in runs)
-    found = []
-    by_epochs = [within_epochs(run.evaluations, epochs) for run in runs]
-    if all(by_epochs):
-        found.append(_comparison("equal epochs", runs, by_epochs, test_modules))
-    by_seconds = [[each for each in run.evaluations if each.seconds <= seconds] for run in runs]
-    if all(by_seconds):
-        found.append(_comparison("equal seconds", runs, by_seconds, test_modules))
-    return tuple(found)
+def compare(compiled: Run, dense: Run, test_modules: Tensor) -> Comparison:
+    """The best states of two runs that had the same seconds, to the nearest step."""
+    rows = [
+        Row(
+            run.arm,
+            run.rate,
+            run.evaluations[-1].epochs,
+            run.evaluations[-1].seconds,
+            best_evaluation(run.evaluations),
+        )
+        for run in (compiled, dense)
+    ]
+    hits = [(row.at.test_ranks <= 10).double() for row in rows]
+    gain, error = difference(hits[0], hits[1], test_modules)
+    return Comparison(rows[0], rows[1], gain, error)
 
 
 def difference(first: Tensor, second: Tensor, modules: Tensor) -> tuple[float, float]:
@@ -86,19 +80,8 @@ def verdict(comparison: Comparison) -> str:
     """One sentence that claims no more than the numbers do."""
     gain, error = comparison.recall_at_10_gain, comparison.standard_error
     measured = f"{100 * gain:+.1f} ± {100 * error:.1f} points of recall@10"
+    where = "In the same memory and the same seconds"
     if abs(gain) <= 2 * error:
-        return f"At {comparison.what} neither arm is ahead beyond chance: {measured}."
-    ahead, batch = ("compiled", "large") if gain > 0 else ("dense", "small")
-    return f"At {comparison.what} the {ahead} arm ({batch} batch) is ahead: {measured}."
-
-
-def _comparison(
-    what: str, runs: Sequence[Run], evaluations: Sequence[list[Evaluation]], modules: Tensor
-) -> Comparison:
-    compiled, dense = (
-        Row(run.arm, run.rate, mine[-1].epochs, mine[-1].seconds, best_evaluation(mine))
-        for run, mine in zip(runs, evaluations, strict=True)
-    )
-    hits = [(row.at.test_ranks <= 10).double() for row in (compiled, dense)]
-    gain, error = difference(hits[0], hits[1], modules)
-    return Comparison(what, compiled, dense, gain, error)
+        return f"{where} neither batch is ahead beyond chance: {measured}."
+    ahead = "compiled loss (large batch)" if gain > 0 else "dense loss (small batch)"
+    return f"{where} the {ahead} is ahead: {measured}."

@@ -84,9 +84,10 @@ class TwoTowers(nn.Module):
 
 
 def drop_features(bags: Bags, share: float, generator: torch.Generator) -> Bags:
-    """Zero the weight of a random ``share`` of the features: against learning pairs by heart."""
+    """Leave out a random ``share`` of the features: against learning pairs by heart."""
     kept = torch.rand(bags.weights.shape, generator=generator) >= share
-    return Bags(bags.features, bags.weights * kept, bags.starts)
+    counts = torch.cat([bags.starts.new_zeros(1), kept.cumsum(0)])
+    return Bags(bags.features[kept], bags.weights[kept], counts[bags.starts])
 
 
 def hash_bags(items: Sequence[str], train: Tensor, *, max_words: int, buckets: int) -> Bags:

@@ -1,7 +1,7 @@
 """The experiment itself: pairs in, an ``Outcome`` out.
 
-Prepares the features and the two arms, decides how many epochs this machine can afford, trains,
-and compares.  It prints nothing but what it hands to the ``Screen``.
+Prepares the features and the two arms, runs both losses at the same batch, trains both in the same
+memory and time, and compares.  It prints nothing but what it hands to the ``Screen``.
 """
 
 from __future__ import annotations
@@ -29,25 +29,22 @@ from cl_compiler.cli.demo.comparison import compare
 from cl_compiler.cli.demo.encoders import hash_bags
 from cl_compiler.cli.demo.harvest import Split, split
 from cl_compiler.cli.demo.outcome import DataFacts, Outcome
+from cl_compiler.cli.demo.same_batch import (
+    SameBatch,
+    available_bytes,
+    run_same_batch,
+    why_not,
+)
 from cl_compiler.cli.demo.screen import Interrupt, Screen, interruptible
 from cl_compiler.cli.demo.settings import DemoSettings
-from cl_compiler.cli.demo.training import (
-    Dataset,
-    Learner,
-    ModelSettings,
-    Run,
-    Schedule,
-    seconds_per_epoch,
-    train,
-    winner,
-)
+from cl_compiler.cli.demo.training import Dataset, Learner, ModelSettings, Run, Schedule, train
 from cl_compiler.errors import ArgumentError
 from cl_compiler.units import format_bytes, format_seconds
 
-__all__ = ["affordable_epochs", "conduct", "prepare_arms", "prepare_data"]
+__all__ = ["conduct", "prepare_arms", "prepare_data"]
 
 _MAX_TEXT_WORDS, _MAX_CODE_WORDS = 64, 160
-_OVERRUN = 1.25  # how far training may exceed its time before it is cut short
+_SAME_BATCH_S = 20.0  # no further step of the dense loss at the large batch after this
 
 
 def conduct(
@@ -70,36 +67,38 @@ def conduct(
     with screen.bar("Hashing n-grams"):
         data = prepare_data(settings, sides)
     marks.append(("compiling and measuring", time.perf_counter()))
-    with screen.bar("Compiling the loss, measuring memory"):
-        arms, points = prepare_arms(settings, plan)
+    arms, points = prepare_arms(settings, plan, screen)
     for arm in arms:
         screen.say(
             f"{arm.name}: batch {arm.batch:,}, peak {format_bytes(arm.measured_bytes)} "
             f"of {format_bytes(settings.budget_bytes)}"
         )
-    marks.append(("training, tuning, evaluation", time.perf_counter()))
     model = ModelSettings(settings.buckets, settings.dim, settings.seed)
     untrained = Learner(arms[0], 0.0, data, model).evaluate().test
     with interruptible() as interrupt:
-        runs, epochs, ended = _train(settings, arms, data, model, screen, interrupt)
+        marks.append(("both losses at the same batch", time.perf_counter()))
+        same_batch, no_same_batch = _same_batch(settings, arms[0], data, model, screen, interrupt)
+        marks.append(("training and evaluation", time.perf_counter()))
+        runs = _train(settings, arms, data, model, screen, interrupt)
     marks.append(("", time.perf_counter()))
-    chosen = [run for arm in arms if (run := winner(runs, arm.name, epochs)) is not None]
+    chosen = {run.arm: run for run in runs if run.is_chosen}
     both = len(chosen) == len(arms)
     return Outcome(
-        ended=ended,
+        ended="interrupted" if interrupt.requested else "complete",
         budget_bytes=settings.budget_bytes,
         dim=settings.dim,
         seed=settings.seed,
-        rates=settings.rates,
-        epochs=epochs,
-        epochs_asked=settings.epochs,
+        run_s=settings.run_s,
         data=_facts(collection, sides),
         arms=arms,
         memory=points,
+        same_batch=same_batch,
+        no_same_batch=no_same_batch,
         untrained=untrained,
         runs=runs,
-        chosen=tuple(chosen),
-        comparisons=compare(chosen[0], chosen[1], data.test_modules) if both else (),
+        comparison=(
+            compare(chosen["compiled"], chosen["dense"], data.test_modules) if both else None
+        ),
         seconds_by_part=tuple((name, end - start) for (name, start), (_, end) in pairwise(marks)),
         machine=_machine(),
     )
@@ -133,32 +132,50 @@ def prepare_data(settings: DemoSettings, sides: Split) -> Dataset:
 
 
 def prepare_arms(
-    settings: DemoSettings, plan: PlanLoss
+    settings: DemoSettings, plan: PlanLoss, screen: Screen
 ) -> tuple[tuple[Arm, Arm], tuple[MemoryPoint, ...]]:
     """Both arms under the budget, and the bytes of both losses at the batch and three halvings."""
     batch, dim, budget_bytes = settings.batch, settings.dim, settings.budget_bytes
-    compiled = compiled_arm(batch, dim, budget_bytes, plan)
-    dense = dense_arm(dim, budget_bytes, max_batch=batch)
+    with screen.bar(f"Compiling the loss for a batch of {batch:,}, measuring its memory"):
+        compiled = compiled_arm(batch, dim, budget_bytes, plan)
+    with screen.bar(f"Looking for the largest dense batch in {format_bytes(budget_bytes)}"):
+        dense = dense_arm(dim, budget_bytes, max_batch=batch)
     smaller = [batch >> halvings for halvings in (3, 2, 1) if batch >> halvings > 0]
+    with screen.bar(f"Measuring memory at {', '.join(f'{each:,}' for each in smaller)}"):
+        points = memory_points(smaller, dim, budget_bytes, plan)
     full = MemoryPoint(
         batch,
         measure_bytes(dense_loss, batch, dim, "meta"),
         compiled.predicted_bytes or 0,
         compiled.measured_bytes,
     )
-    return (compiled, dense), (*memory_points(smaller, dim, budget_bytes, plan), full)
+    return (compiled, dense), (*points, full)
 
 
-def affordable_epochs(settings: DemoSettings, epoch_s: Sequence[float]) -> int:
-    """How many of the epochs fit the time: every rate for every arm, then equal seconds.
-
-    Args:
-        settings: the epochs asked for, the rates and the seconds there are.
-        epoch_s: seconds per epoch of each arm.
-    """
-    slowest_s, quickest_s = max(epoch_s), min(epoch_s)
-    per_epoch_s = len(settings.rates) * sum(epoch_s) + slowest_s - quickest_s
-    return max(1, min(settings.epochs, int(settings.seconds / per_epoch_s)))
+def _same_batch(
+    settings: DemoSettings,
+    compiled: Arm,
+    data: Dataset,
+    model: ModelSettings,
+    screen: Screen,
+    interrupt: Interrupt,
+) -> tuple[SameBatch | None, str]:
+    """(what was found, why there is nothing)."""
+    obstacle = why_not(compiled.batch, settings.dim, available_bytes())
+    if obstacle:
+        screen.say(f"No dense loss at the same batch: {obstacle}")
+        return None, obstacle
+    with screen.bar(f"Both losses at a batch of {compiled.batch:,}") as advance:
+        found = run_same_batch(
+            compiled,
+            data,
+            model,
+            max_steps=settings.same_batch_steps,
+            max_s=_SAME_BATCH_S,
+            stop=lambda: interrupt.requested,
+            progress=advance,
+        )
+    return found, "" if found else "the run was interrupted"
 
 
 def _train(
@@ -168,41 +185,26 @@ def _train(
     model: ModelSettings,
     screen: Screen,
     interrupt: Interrupt,
-) -> tuple[tuple[Run, ...], int, str]:
-    """(runs, epochs given to each, how it ended)."""
-    started = time.perf_counter()
-    epoch_s = [seconds_per_epoch(arm, data, model) for arm in arms]
-    epochs = affordable_epochs(settings, epoch_s)
-    extra = epochs * (max(epoch_s) / min(epoch_s) - 1)  # epochs that the quicker arm goes on for
-    total = epochs * len(settings.rates) * len(arms) + extra
+) -> tuple[Run, ...]:
     screen.say(
-        f"{epochs} epochs for each of {len(settings.rates)} rates and {len(arms)} losses: about "
-        f"{format_seconds(time.perf_counter() - started + _duration_s(settings, epochs, epoch_s))}"
+        f"Each loss at {len(settings.multiples)} learning rates, "
+        f"{format_seconds(settings.run_s)} of training each: "
+        f"{format_seconds(settings.seconds)} and the evaluations"
     )
-    deadline = started + _OVERRUN * settings.seconds
-    late = False
-
-    def stop() -> bool:
-        nonlocal late
-        late = late or time.perf_counter() > deadline
-        return late or interrupt.requested
-
     done = 0.0
     with screen.bar("Training") as advance:
 
         def progress(what: str, more: float) -> None:
             nonlocal done
             done += more
-            advance(what, done, max(total, done))
+            advance(what, done, max(settings.seconds, done))
 
-        runs = train(arms, data, model, Schedule(settings.rates, epochs, stop, progress))
-    ended = "interrupted" if interrupt.requested else "out of time" if late else "complete"
-    return runs, epochs, ended
-
-
-def _duration_s(settings: DemoSettings, epochs: int, epoch_s: Sequence[float]) -> float:
-    tuning_s = len(settings.rates) * sum(epoch_s)
-    return epochs * (tuning_s + max(epoch_s) - min(epoch_s))
+        return train(
+            arms,
+            data,
+            model,
+            Schedule(settings.multiples, settings.run_s, lambda: interrupt.requested, progress),
+        )
 
 
 def _check_sizes(settings: DemoSettings, sides: Split) -> None:

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from cl_compiler.cli.demo.arms import MemoryPoint
+from cl_compiler.cli.demo.same_batch import SameBatch
 from cl_compiler.cli.demo.training import Run
 from cl_compiler.units import format_bytes
 
-__all__ = ["memory_figure", "recall_figure"]
+__all__ = ["memory_figure", "recall_figure", "same_batch_figure"]
 
 _COLOURS = {"compiled": "#2a7de1", "dense": "#d9731a"}
 _INK = "#7d838c"  # legible on white and on near-black
@@ -36,36 +37,54 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def recall_figure(runs: Sequence[Run], chosen: Sequence[Run], untrained_recall: float) -> str:
-    """Recall@10 on the test modules over steps, epochs and seconds; ``chosen`` drawn heavily."""
+def same_batch_figure(same: SameBatch) -> str:
+    """Training loss over steps and over seconds, both losses at the same batch."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+        by_step, by_second = figure.subplots(1, 2, sharey=True)
+        steps = range(1, same.steps + 1)
+        for name, side, style in (
+            ("dense", same.dense, {"marker": "o", "markersize": 11, "fillstyle": "none"}),
+            ("compiled", same.compiled, {"marker": "o", "markersize": 4}),
+        ):
+            looks: dict[str, Any] = {"color": _COLOURS[name], "linewidth": 1.6, **style}
+            by_step.plot(
+                steps, side.losses, label=f"{name}, {format_bytes(side.peak_bytes)}", **looks
+            )
+            by_second.plot([side.step_s * step for step in steps], side.losses, **looks)
+        by_step.set_xlabel("optimiser steps")
+        by_second.set_xlabel("seconds, at the median of a step")
+        by_second.set_xlim(left=0)
+        by_step.set_ylabel(f"training loss, batch {same.batch:,}")
+        by_step.legend()
+        return _svg(figure)
+
+
+def recall_figure(runs: Sequence[Run], untrained_recall: float) -> str:
+    """Recall@10 on the test modules over seconds and epochs; chosen runs drawn heavily."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(10.5, 3.6), layout="constrained")
-        panels = figure.subplots(1, 3, sharey=True)
+        panels = figure.subplots(1, 2, sharey=True)
         for run in runs:
-            is_chosen = any(run is other for other in chosen)
-            for axes, name in zip(panels, ("steps", "epochs", "seconds"), strict=True):
+            for axes, name in zip(panels, ("seconds", "epochs"), strict=True):
                 axes.plot(
                     [getattr(each, name) for each in run.evaluations],
                     [each.test.recall_at_10 for each in run.evaluations],
                     color=_COLOURS[run.arm],
-                    linewidth=2.2 if is_chosen else 0.9,
-                    alpha=1.0 if is_chosen else 0.35,
-                    marker="o" if is_chosen else None,
+                    linewidth=2.2 if run.is_chosen else 0.9,
+                    alpha=1.0 if run.is_chosen else 0.35,
+                    marker="o" if run.is_chosen else None,
                     markersize=3,
-                    label=f"{run.arm}, rate {run.rate:g}" if is_chosen else None,
+                    label=f"{run.arm}, rate {run.rate:.2g}" if run.is_chosen else None,
                 )
-        for axes, label in zip(
-            panels, ("optimiser steps", "epochs", "seconds of training"), strict=True
-        ):
+        for axes, label in zip(panels, ("seconds of training", "epochs"), strict=True):
             axes.axhline(untrained_recall, color=_INK, linestyle=":", label="before training")
             axes.set_xlabel(label)
+            axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        panels[0].set_xscale("log")
-        panels[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         panels[0].set_ylabel("recall@10, held-out modules")
-        if panels[1].lines:
-            panels[1].legend(loc="lower right")
+        panels[0].legend(loc="lower right")
         return _svg(figure)
 
 

@@ -112,7 +112,7 @@ def deduplicate(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
     return tuple(kept)
 
 
-def split(pairs: Iterable[Pair], *, test_share: float = 0.1, valid_share: float = 0.05) -> Split:
+def split(pairs: Iterable[Pair], *, test_share: float = 0.1, valid_share: float = 0.1) -> Split:
     """Divide ``pairs`` by a hash of their module: the same module always goes to the same side."""
     parts: tuple[list[Pair], list[Pair], list[Pair]] = ([], [], [])
     for pair in pairs:

@@ -9,6 +9,7 @@ from typing import Any
 from cl_compiler.cli.demo.arms import Arm, MemoryPoint
 from cl_compiler.cli.demo.comparison import Comparison, Row, verdict
 from cl_compiler.cli.demo.metrics import Retrieval
+from cl_compiler.cli.demo.same_batch import SameBatch
 from cl_compiler.cli.demo.training import Evaluation, Run
 
 __all__ = ["DataFacts", "Outcome", "to_json"]
@@ -28,25 +29,26 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``ended``: "complete", "interrupted", or "out of time"; ``machine``: (what, value).
+    """``ended``: "complete" or "interrupted"; ``machine``: (what, value).
 
+    ``same_batch``: both losses at the compiled arm's batch; None where ``no_same_batch`` says why.
     ``untrained``: what the initial weights retrieve from the test modules, the same for both arms.
+    ``comparison``: of the chosen runs, which had the same memory and time; None where one is not.
     """
 
     ended: str
     budget_bytes: int
     dim: int
     seed: int
-    rates: tuple[float, ...]
-    epochs: int
-    epochs_asked: int
+    run_s: float
     data: DataFacts
     arms: tuple[Arm, ...]
     memory: tuple[MemoryPoint, ...]
+    same_batch: SameBatch | None
+    no_same_batch: str
     untrained: Retrieval
     runs: tuple[Run, ...]
-    chosen: tuple[Run, ...]
-    comparisons: tuple[Comparison, ...]
+    comparison: Comparison | None
     seconds_by_part: tuple[tuple[str, float], ...]
     machine: tuple[tuple[str, str], ...]
 
@@ -61,24 +63,24 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "budget_bytes": outcome.budget_bytes,
         "dim": outcome.dim,
         "seed": outcome.seed,
-        "rates": list(outcome.rates),
-        "epochs": outcome.epochs,
-        "epochs_asked": outcome.epochs_asked,
+        "seconds_per_run": outcome.run_s,
         "data": dataclasses.asdict(outcome.data),
         "arms": [_arm(arm) for arm in outcome.arms],
         "memory": [dataclasses.asdict(point) for point in outcome.memory],
+        "same_batch": _same_batch(outcome.same_batch) if outcome.same_batch else None,
+        "no_same_batch": outcome.no_same_batch,
         "untrained": dataclasses.asdict(outcome.untrained),
         "runs": [
             {
                 "arm": run.arm,
                 "rate": run.rate,
                 "is_complete": run.is_complete,
-                "is_chosen": any(run is other for other in outcome.chosen),
+                "is_chosen": run.is_chosen,
                 "evaluations": [_evaluation(each) for each in run.evaluations],
             }
             for run in outcome.runs
         ],
-        "comparisons": [_comparison(each) for each in outcome.comparisons],
+        "comparison": _comparison(outcome.comparison) if outcome.comparison else None,
         "seconds_by_part": dict(outcome.seconds_by_part),
         "machine": dict(outcome.machine),
     }
@@ -92,6 +94,10 @@ def _arm(arm: Arm) -> dict[str, Any]:
         "measured_bytes": arm.measured_bytes,
         "compile_s": arm.compile_s,
     }
+
+
+def _same_batch(same: SameBatch) -> dict[str, Any]:
+    return dataclasses.asdict(same) | {"largest_difference": same.largest_difference}
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
@@ -108,7 +114,6 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 def _comparison(comparison: Comparison) -> dict[str, Any]:
     return {
-        "what": comparison.what,
         "verdict": verdict(comparison),
         "recall_at_10_gain": comparison.recall_at_10_gain,
         "standard_error": comparison.standard_error,

@@ -1,4 +1,4 @@
-"""Show an outcome: a table for the terminal, ``report.html`` and ``results.json`` for later.
+"""Show an outcome: tables for the terminal, ``report.html`` and ``results.json`` for later.
 
 The page is one file: its figures are embedded and it loads nothing.
 """
@@ -10,41 +10,69 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table
 
 from cl_compiler.cli.demo.comparison import Row, verdict
 from cl_compiler.cli.demo.outcome import Outcome, to_json
-from cl_compiler.cli.demo.training import within_epochs
+from cl_compiler.cli.demo.same_batch import SameBatch
+from cl_compiler.cli.demo.training import best_evaluation
 from cl_compiler.errors import ArgumentError
 from cl_compiler.units import format_bytes, format_seconds
 
-__all__ = ["caveats", "prepare_folder", "render_page", "result_table", "write_report"]
+__all__ = [
+    "caveats",
+    "headline",
+    "prepare_folder",
+    "render_page",
+    "result_table",
+    "same_batch_table",
+    "write_report",
+]
 
 _TEMPLATE = "report.html.jinja"
 
 
-def result_table(outcome: Outcome) -> Table:
-    """The comparisons, a line per arm, for a terminal."""
-    table = Table(
-        title="Finding code from its description, held-out modules",
-        title_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),  # 80 columns, for a pipe
-        pad_edge=False,
+def headline(outcome: Outcome) -> str:
+    """What holds whatever the data: batch, memory, time."""
+    compiled, dense = outcome.arm("compiled"), outcome.arm("dense")
+    full_bytes = next(
+        (point.dense_bytes for point in outcome.memory if point.batch == compiled.batch), 0
     )
-    for heading in _HEADINGS:
-        is_text = heading in ("compared at", "loss")
-        table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
-    for cells in _cells(outcome):
-        table.add_row(*cells)
-    return table
+    said = (
+        f"A batch of {compiled.batch:,} in {format_bytes(compiled.measured_bytes)}: plain PyTorch "
+        f"needs {format_bytes(full_bytes)} for it, {full_bytes / compiled.measured_bytes:.0f} "
+        f"times as much, and fits {dense.batch:,} into the budget of "
+        f"{format_bytes(outcome.budget_bytes)}."
+    )
+    same = outcome.same_batch
+    if same is None:
+        return said
+    ratio = same.dense.loss_s / same.compiled.loss_s
+    pace = f"{ratio:.1f} times as fast" if ratio >= 1 else f"{1 / ratio:.1f} times as slow"
+    return (
+        f"{said} At the same batch the compiled loss is {pace}, and {same.steps} training steps "
+        f"gave the same losses to {same.largest_difference:.0e}."
+    )
+
+
+def same_batch_table(same: SameBatch) -> Table:
+    """Both losses at the same batch, a line each, for a terminal."""
+    return _table(f"Same batch: {same.batch:,}", _SAME_BATCH_HEADINGS, _same_batch_cells(same))
+
+
+def result_table(outcome: Outcome) -> Table:
+    """The comparison in the same memory and time, a line per arm, for a terminal."""
+    title = "Same memory and same time: finding code from its description"
+    return _table(title, _HEADINGS, _cells(outcome))
 
 
 def caveats(outcome: Outcome) -> list[str]:
-    """What a reader has to know before believing the table; one sentence each."""
+    """What a reader has to know before believing the tables; one sentence each."""
     compiled, dense = outcome.arm("compiled"), outcome.arm("dense")
     notes = [
         f"The {arm.name} loss was measured to exceed the budget: "
@@ -52,40 +80,29 @@ def caveats(outcome: Outcome) -> list[str]:
         for arm in outcome.arms
         if arm.measured_bytes > outcome.budget_bytes
     ]
-    notes += [verdict(comparison) for comparison in outcome.comparisons]
+    if outcome.comparison:
+        notes.append(verdict(outcome.comparison))
     if outcome.ended == "interrupted":
         notes.append("The run was interrupted: this is what was done until then.")
-    if outcome.ended == "out of time":
-        notes.append("The time limit ended the run: this is what was done until then.")
-    if outcome.epochs < outcome.epochs_asked:
-        notes.append(
-            f"This machine had time for {outcome.epochs} of {outcome.epochs_asked} epochs."
-        )
-    if outcome.chosen:
-        rates = ", ".join(f"{run.arm} {run.rate:g}" for run in outcome.chosen)
-        notes.append(f"Learning rates, chosen on validation modules: {rates}.")
-    if not all(run.is_complete for run in outcome.runs):
-        notes.append("Some learning rates were cut short and were not chosen where others ended.")
-    edges = (min(outcome.rates), max(outcome.rates))
-    for run in outcome.chosen:
-        if len(outcome.rates) > 1 and run.rate in edges:
-            notes.append(
-                f"The {run.arm} arm chose the outermost rate {run.rate:g}: "
-                "a rate beyond the three might do better."
-            )
+    if outcome.no_same_batch:
+        notes.append(f"The losses were not run at the same batch: {outcome.no_same_batch}.")
     notes.append(
-        f"Before training, shared words alone give recall@1 {outcome.untrained.recall_at_1:.1%} "
-        f"and recall@10 {outcome.untrained.recall_at_10:.1%} to both."
+        f"Recall is that of {outcome.data.test_pairs:,} functions in {outcome.data.test_modules} "
+        "held-out modules; ± is one standard error over modules. Before training, shared words "
+        f"alone give recall@10 {outcome.untrained.recall_at_10:.1%} to both."
+    )
+    chosen = [run for run in outcome.runs if run.is_chosen]
+    if chosen:
+        rates = ", ".join(f"{run.arm} {run.rate:.2g}" for run in chosen)
+        count = sum(run.arm == chosen[0].arm for run in outcome.runs)
+        notes.append(f"Learning rates, chosen of {count} each on validation modules: {rates}.")
+    notes.append(
+        f"An epoch is {outcome.data.train_pairs / compiled.batch:.1f} steps at a batch of "
+        f"{compiled.batch:,} and {outcome.data.train_pairs / dense.batch:.1f} at {dense.batch:,}."
     )
     notes.append(
-        f"An epoch is {outcome.data.train_pairs / compiled.batch:.1f} steps for the compiled arm "
-        f"(batch {compiled.batch:,}) and {outcome.data.train_pairs / dense.batch:.1f} for the "
-        f"dense one (batch {dense.batch:,}); a pair meets as many others as its batch holds, so "
-        "the compiled arm computes more per epoch."
-    )
-    notes.append(
-        f"One seed, one data set of {outcome.data.train_pairs:,} training pairs; ± is one standard "
-        f"error over {outcome.data.test_modules} held-out modules."
+        "One seed, one data set. Whether a large batch learns more depends on data, encoders and "
+        "budget; memory and time at the same batch do not."
     )
     return notes
 
@@ -119,76 +136,106 @@ def render_page(outcome: Outcome) -> str:
     """The page as text."""
     from jinja2 import Environment, StrictUndefined
 
-    from cl_compiler.cli.demo.figures import memory_figure, recall_figure
+    from cl_compiler.cli.demo.figures import (
+        memory_figure,
+        recall_figure,
+        same_batch_figure,
+    )
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = resources.files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8")
     compiled, dense = outcome.arm("compiled"), outcome.arm("dense")
-    recall = (
-        recall_figure(outcome.runs, outcome.chosen, outcome.untrained.recall_at_10)
-        if outcome.runs
-        else ""
-    )
-    dense_full_bytes = next(
-        (point.dense_bytes for point in outcome.memory if point.batch == compiled.batch), 0
-    )
+    recall = recall_figure(outcome.runs, outcome.untrained.recall_at_10) if outcome.runs else ""
+    same = outcome.same_batch
     return environment.from_string(source).render(
         ended=outcome.ended,
-        headline=_headline(outcome, dense_full_bytes),
+        headline=headline(outcome),
+        same_batch=same,
+        same_headings=_SAME_BATCH_HEADINGS,
+        same_rows=_same_batch_cells(same) if same else (),
+        same_figure=_image(same_batch_figure(same)) if same else "",
         headings=_HEADINGS,
         rows=_cells(outcome),
         notes=caveats(outcome),
         recall_figure=_image(recall),
         memory_figure=_image(memory_figure(outcome.memory, dense.batch, outcome.budget_bytes)),
-        memory_rows=[
-            (
-                f"{point.batch:,}",
-                format_bytes(point.dense_bytes),
-                format_bytes(point.compiled_predicted_bytes),
-                format_bytes(point.compiled_measured_bytes),
-            )
-            for point in outcome.memory
-        ],
         rate_rows=_rate_rows(outcome),
         plan=compiled.explanation,
         source_path=compiled.source_path,
         data=outcome.data,
         dim=outcome.dim,
         seed=outcome.seed,
-        rates=", ".join(f"{rate:g}" for rate in outcome.rates),
         budget=format_bytes(outcome.budget_bytes),
+        run_time=format_seconds(outcome.run_s),
         times=[(what, format_seconds(value)) for what, value in outcome.seconds_by_part],
         machine=outcome.machine,
     )
 
 
+_SAME_BATCH_HEADINGS = (
+    "loss",
+    "memory",
+    "s/step, loss",
+    "s/step, all",
+    "first loss",
+    "last loss",
+    "recall@10",
+)
+
 _HEADINGS = (
-    "compared at",
     "loss",
     "batch",
-    "peak",
+    "memory",
     "epochs",
     "seconds",
     "recall@1",
     "recall@10",
-    "median",
+    "median rank",
 )
 
 
-def _cells(outcome: Outcome) -> list[tuple[str, ...]]:
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),  # 80 columns, for a pipe
+        pad_edge=False,
+    )
+    for heading in headings:
+        justify: Literal["left", "right"] = "left" if heading == "loss" else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def _same_batch_cells(same: SameBatch) -> list[tuple[str, ...]]:
     return [
-        _line(outcome, comparison.what if row is comparison.compiled else "", row)
-        for comparison in outcome.comparisons
-        for row in (comparison.compiled, comparison.dense)
+        (
+            name,
+            format_bytes(side.peak_bytes),
+            f"{side.loss_s:.3g}",
+            f"{side.step_s:.3g}",
+            f"{side.losses[0]:.5f}",
+            f"{side.losses[-1]:.5f}",
+            f"{side.test.recall_at_10:.1%}",
+        )
+        for name, side in (("compiled", same.compiled), ("PyTorch", same.dense))
     ]
 
 
-def _line(outcome: Outcome, what: str, row: Row) -> tuple[str, ...]:
+def _cells(outcome: Outcome) -> list[tuple[str, ...]]:
+    if outcome.comparison is None:
+        return []
+    return [_line(outcome, row) for row in (outcome.comparison.compiled, outcome.comparison.dense)]
+
+
+def _line(outcome: Outcome, row: Row) -> tuple[str, ...]:
     arm = outcome.arm(row.arm)
     return (
-        what,
         "compiled" if row.arm == "compiled" else "PyTorch",
         f"{arm.batch:,}",
         format_bytes(arm.measured_bytes),
@@ -200,31 +247,20 @@ def _line(outcome: Outcome, what: str, row: Row) -> tuple[str, ...]:
     )
 
 
-def _headline(outcome: Outcome, dense_full_bytes: int) -> str:
-    compiled, dense = outcome.arm("compiled"), outcome.arm("dense")
-    return (
-        f"Under a budget of {format_bytes(outcome.budget_bytes)}, the compiled CLIP loss ran at a "
-        f"batch of {compiled.batch:,} and peaked at {format_bytes(compiled.measured_bytes)}. Plain "
-        f"PyTorch fits up to {dense.batch:,}; at {compiled.batch:,} it would need "
-        f"{format_bytes(dense_full_bytes)}."
-    )
-
-
 def _rate_rows(outcome: Outcome) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for run in outcome.runs:
-        last = run.evaluations[-1]
-        within = within_epochs(run.evaluations, outcome.epochs)
-        score = max(each.valid.mean_reciprocal_rank for each in within)
+        last, best = run.evaluations[-1], best_evaluation(run.evaluations)
         rows.append(
             (
                 run.arm,
-                f"{run.rate:g}",
+                f"{run.rate:.2g}",
                 f"{last.epochs:.1f}",
                 f"{last.steps:,}",
                 f"{last.seconds:.1f}",
-                f"{score:.3f}",
-                "chosen" if any(run is other for other in outcome.chosen) else "",
+                f"{best.valid.mean_reciprocal_rank:.3f}",
+                f"{best.test.recall_at_10:.1%}",
+                "chosen" if run.is_chosen else "" if run.is_complete else "cut short",
             )
         )
     return rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +24,8 @@ from rich.progress import (
 from rich.text import Text
 
 __all__ = ["Interrupt", "Screen", "interruptible"]
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[[str, float, float], None]
 """(what is being done, done so far, in all)."""
@@ -47,10 +50,10 @@ class Screen:
 
     @contextmanager
     def bar(self, what: str) -> Iterator[Advance]:
-        """A bar for one part of the run; in a pipe, a line when it begins."""
+        """A bar for one part of the run; in a pipe, a line when it begins and at times after."""
         if not self._console.is_terminal:
             self.say(f"{what} ...")
-            yield lambda what, done, total: None
+            yield self._lines()
             return
         columns = (
             TextColumn("{task.description}"),
@@ -64,6 +67,17 @@ class Screen:
             yield lambda what, done, total: progress.update(
                 task, description=what, completed=done, total=total
             )
+
+    def _lines(self) -> Advance:
+        said = time.monotonic()
+
+        def advance(what: str, done: float, total: float) -> None:
+            nonlocal said
+            if time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                self.say(f"  {done / max(total, 1e-9):4.0%}  {what}")
+
+        return advance
 
 
 @contextmanager
