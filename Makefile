@@ -13,7 +13,7 @@ TEST_PROCESSES ?= 2
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.ready  ## compile a loss, run it, compare it with the dense one
+demo: $(VENV)/.ready  ## train with a compiled loss and with a dense one, at the same memory
 	$(BIN)/cl-compiler demo
 
 test: $(VENV)/.ready  ## the tests that need minutes at most and no GPU

@@ -18,13 +18,13 @@ from typing import Any
 
 from cl_compiler.cli.compare import ours_of, rivals_of
 from cl_compiler.cli.results import Results, read_results
-from cl_compiler.units import format_bytes, format_seconds
+from cl_compiler.units import format_bytes, format_seconds, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu measurements: begin -->", "<!-- gpu measurements: end -->"
-GROUPS = ("headline", "losses", "retain", "bf16")
+GROUPS = ("headline", "losses", "bf16")
 """Of the benchmark's groups, those that compare a compiled loss with its dense form."""
 
 
@@ -44,29 +44,37 @@ def measurements(path: Path) -> str:
             f"[{path.name}]({path.relative_to(ROOT).as_posix()})."
             + (" Other work ran on the machine meanwhile, which the file marks." if busy else ""),
             "",
-            "| loss | M = N | D | threads | dense | compiled | dense / compiled | memory: dense "
-            "| compiled | schedule |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| loss | M = N | D | threads | budget | dense | compiled | dense / compiled "
+            "| memory: dense | compiled | schedule |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
             *lines,
         ]
     )
 
 
 def rows_of(case: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each compiled provider that ran, beside the dense one if that ran too."""
-    of, dense = case["case"], case["rows"].get("dense", {})
+    """A line for each compiled provider that ran, beside the dense one.
+
+    None where nothing dense was tried; of the comparison of products only what other groups have
+    not.
+    """
+    of, dense = case["case"], case["rows"].get("dense")
     for name, row in case["rows"].items():
         if not name.startswith("compiled") or row["error"] or row["median_s"] is None:
             continue
-        beside = ["did not run" if dense else "not measured", "", ""]
+        if dense is None or (of["group"] == "bf16" and name == "compiled"):
+            continue
+        beside = ["did not run", "", ""]
         if dense.get("median_s"):
             ratio = dense["median_s"] / row["median_s"]
             beside = [
                 format_seconds(dense["median_s"]), f"{ratio:.2f}", format_bytes(dense["live_bytes"])
             ]  # fmt: skip
         dtype = "" if of["dtype"] == "float32" else f", {of['dtype']}"
+        products = ", bf16 products" if name == "compiled:bf16" else ""
         cells = [
-            of["loss"] + dtype, f"{of['M']:,}", str(of["D"]), str(of["threads"]), beside[0],
+            of["loss"] + dtype + products, f"{of['M']:,}", str(of["D"]), str(of["threads"]),
+            format_bytes(parse_bytes(of["budget"])), beside[0],
             format_seconds(row["median_s"]), beside[1], beside[2],
             format_bytes(row["live_bytes"]), f"`{row['plan']['schedule']}`",
         ]  # fmt: skip

@@ -49,10 +49,39 @@ def test_the_python_is_right(tmp_path, capsys):
     torch.testing.assert_close(own.detach(), expected)
 
 
+PRINTED = {
+    "plan --loss siglip": r"siglip on .*\n  problem +M=32768 N=32768 D=512(.*\n)+.*of 1\.0 GiB\n",
+    "plan --hardware h100x8": r'\{(.*\n)+  "hardware_name": "h100x8",(.*\n)+  "max_batch": \d{5,},',
+    "inspect --schedule spill --diff": r" +this plan +the other\nschedule +spill +recompute\n"
+    r"(.*\n)+-# schedule  spill\n",
+    "inspect --loss infonce --graph": r"loss graph: infonce\.png\nhardware graph: infonce-hard",
+    "compile": r"compiled: .*/cache/[0-9a-f]{16}/clip-[0-9a-f]{12}/kernels\.py\nwritten: clip\.py",
+    "cache list": r"0 variants, 0 B, in .*/cache\n",
+    "doctor": r"what +found(.*\n)+Python +3\.(.*\n)+presets: .*h100x8",
+}
+"""How a line of the README begins → what it prints."""
+WRITTEN = {"infonce.png": b"\x89PNG", "infonce-hardware.png": b"\x89PNG", "clip.py": b"# Generated"}
+
+
 @pytest.mark.parametrize("line", SHELL)
-def test_the_shell_lines_run(line):
+def test_the_shell_lines_do_what_they_say(line, tmp_path):
     result = CliRunner().invoke(app, shlex.split(line)[1:])
     assert result.exit_code == 0, result.output
+    (printed,) = (p for start, p in PRINTED.items() if line.startswith(f"cl-compiler {start}"))
+    assert re.match(printed, result.stdout), result.stdout
+    for name in re.findall(r"\S+\.(?:png|py)\b", line):
+        assert (tmp_path / name).read_bytes().startswith(WRITTEN[name])
+
+
+def test_every_line_that_is_checked_is_in_the_readme():
+    assert len(SHELL) == len(PRINTED)
+
+
+def test_every_variable_of_the_environment_is_documented():
+    package = (ROOT / "cl_compiler").rglob("*.py")
+    read = {name for p in package for name in re.findall(r'"(CL_COMPILER_\w+)"', p.read_text())}
+    assert read == set(re.findall(r"^\| `(CL_COMPILER_\w+)", README, re.M))
+    assert len(read) > 2
 
 
 def test_the_commands_that_are_named_exist():
@@ -73,16 +102,36 @@ def test_the_measurements_are_those_of_the_file_that_is_named():
 def test_a_results_file_becomes_a_table(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "measurements.py"))
     of = {"group": "losses", "loss": "siglip", "M": 8192, "N": 8192, "D": 512, "threads": 1,
-          "dtype": "bfloat16"}  # fmt: skip
+          "dtype": "bfloat16", "budget": "48MiB"}  # fmt: skip
     compiled = {"error": "", "median_s": 0.5, "live_bytes": 3 << 20, "plan": {"schedule": "spill"}}
     dense = {"error": "", "median_s": 1.0, "live_bytes": 3 << 30}
     case = {"case": of, "rows": {"compiled": compiled, "dense": dense, "gemm": dense}}
     assert list(script["rows_of"](case)) == [
-        "| siglip, bfloat16 | 8,192 | 512 | 1 | 1.0 s | 500.0 ms | 2.00 | 3.0 GiB | 3.0 MiB "
-        "| `spill` |"
+        "| siglip, bfloat16 | 8,192 | 512 | 1 | 48.0 MiB | 1.0 s | 500.0 ms | 2.00 | 3.0 GiB "
+        "| 3.0 MiB | `spill` |"
     ]
     case["rows"]["dense"] = {"error": "out of memory"}
     assert "| did not run | 500.0 ms |  |  | 3.0 MiB |" in next(script["rows_of"](case))
+    del case["rows"]["dense"]  # nothing to compare with
+    assert list(script["rows_of"](case)) == []
+
+
+def test_no_two_lines_of_the_measurements_look_alike():
+    section = README.split("<!-- measurements: begin -->")[1].split("<!-- measurements: end -->")[0]
+    lines = [line.split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    asked = [tuple(cell.strip() for cell in (*line[1:6], line[-2])) for line in lines]
+    assert len(set(asked)) == len(asked)
+
+
+def test_bf16_products_are_a_line_of_their_own():
+    script = runpy.run_path(str(ROOT / "docs" / "measurements.py"))
+    of = {"group": "bf16", "loss": "clip", "M": 64, "N": 64, "D": 8, "threads": 1,
+          "dtype": "float32", "budget": "48MiB"}  # fmt: skip
+    row = {"error": "", "median_s": 0.5, "live_bytes": 3 << 20, "plan": {"schedule": "spill"}}
+    (line,) = script["rows_of"](
+        {"case": of, "rows": {"compiled:bf16": row, "compiled": row, "dense": row}}
+    )
+    assert line.startswith("| clip, bf16 products | 64 |")
 
 
 def test_links_lead_somewhere():
