@@ -46,7 +46,8 @@ def compile_loss(
         hardware_spec: "auto" (detect), a preset's name, a path to a ``.toml`` or a spec.
         memory_budget: bytes, "512MiB", {"device": …, "host": …}, a ``MemoryBudget``, or None for a
             quarter of the free memory.  It bounds every byte that the loss allocates or keeps,
-            returned gradients included, the caller's inputs not.
+            returned gradients included, the caller's inputs not.  What is given for the host has no
+            effect so far.
         loss: a name in ``cl_compiler.losses``, or what ``@cl.define_loss`` returned.
         problem: the largest sizes, a ``Problem`` or "MxNxD", to compile ahead of time; without it
             the loss specialises at its first call, and again for a new dtype, width or size class.

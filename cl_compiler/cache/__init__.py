@@ -17,7 +17,7 @@ from cl_compiler.cache.manage import (
     prune,
     verify,
 )
-from cl_compiler.cache.store import Entry, Variant, cache_root
+from cl_compiler.cache.store import Entry, Variant, cache_root, is_switched_off
 
 __all__ = [
     "CacheKey",
@@ -33,6 +33,7 @@ __all__ = [
     "clear",
     "environment_fingerprint",
     "fetch",
+    "is_switched_off",
     "list_entries",
     "max_cache_bytes",
     "prune",

@@ -40,7 +40,15 @@ from cl_compiler.cache.key import CacheKey, canonical_json, sha256_hex
 from cl_compiler.cache.manifest import Manifest, describe_files, parse_manifest
 from cl_compiler.errors import CacheError
 
-__all__ = ["Entry", "Variant", "cache_root", "fetch", "read_manifest", "read_variant"]
+__all__ = [
+    "Entry",
+    "Variant",
+    "cache_root",
+    "fetch",
+    "is_switched_off",
+    "read_manifest",
+    "read_variant",
+]
 
 SOURCE, REQUEST, PLAN, MANIFEST = "kernels.py", "request.json", "plan.json", "manifest.json"
 LOCK_PREFIX, BUILDING_PREFIX = ".lock-", ".building-"
@@ -86,6 +94,12 @@ def cache_root() -> Path:
     return Path(platformdirs.user_cache_dir("cl_compiler", appauthor=False))
 
 
+def is_switched_off() -> bool:
+    """Whether everything is compiled in memory: ``CL_COMPILER_NO_CACHE``, or no POSIX system."""
+    # Elsewhere there are no owners and modes to check.
+    return _is_on("CL_COMPILER_NO_CACHE") or os.name != "posix"
+
+
 def fetch(
     key: CacheKey, build: Callable[[], Variant], *, lock_timeout_s: float = LOCK_TIMEOUT_S
 ) -> Entry:
@@ -99,7 +113,7 @@ def fetch(
         CacheError: ``build`` made a variant for another key or one that JSON cannot hold.
         Whatever ``build`` raises.
     """
-    if _is_on("CL_COMPILER_NO_CACHE") or os.name != "posix":  # no owners and modes to check there
+    if is_switched_off():
         return _in_memory(_build(key, build))
     root = cache_root()
     try:

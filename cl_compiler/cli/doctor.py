@@ -192,10 +192,10 @@ def _bfloat16(spec: HardwareSpec) -> Finding:
 
 
 def _cache() -> Iterator[Finding]:
-    from cl_compiler.cache import cache_root, list_entries, verify
+    from cl_compiler.cache import cache_root, is_switched_off, list_entries, verify
     from cl_compiler.units import format_bytes
 
-    if os.environ.get("CL_COMPILER_NO_CACHE", "0") not in ("", "0"):
+    if is_switched_off():
         yield Finding(
             "cache", "switched off by CL_COMPILER_NO_CACHE", "slow",
             "every process plans and renders again; unset CL_COMPILER_NO_CACHE",

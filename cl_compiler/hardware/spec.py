@@ -198,11 +198,6 @@ class HardwareSpec:
         return math.prod(level.count for level in outer)
 
     @property
-    def devices_per_node(self) -> int:
-        """Devices that share one host and the fast links."""
-        return self.device_level.count
-
-    @property
     def nodes(self) -> int:
         """Number of nodes; 1 where the spec has no node level."""
         return self.world_size // self.device_level.count

@@ -150,3 +150,5 @@ def test_doctor_mentions_a_cache_that_is_off(cli, monkeypatch):
     assert result.exit_code == 0
     assert "unset CL_COMPILER_NO_CACHE" in result.stdout
     assert "h100x8" in result.stdout  # presets are listed
+    monkeypatch.setenv("CL_COMPILER_NO_CACHE", "false")  # which the cache reads as on
+    assert "CL_COMPILER_NO_CACHE" not in cli("doctor").stdout

@@ -74,7 +74,7 @@ def test_numbers_are_of_a_plausible_size(name: str) -> None:
         assert 1e9 < link.bandwidth_bytes_per_s < device.bandwidth_bytes_per_s
         assert 1e-7 < link.latency_s < 1e-3
     if spec.host is not None:
-        assert spec.host.memory_bytes > spec.devices_per_node * device.memory_bytes
+        assert spec.host.memory_bytes > spec.device_level.count * device.memory_bytes
         assert 1e9 < spec.host.link_bandwidth_bytes_per_s < device.bandwidth_bytes_per_s
 
 

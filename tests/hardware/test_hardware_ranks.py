@@ -13,7 +13,7 @@ from cl_compiler.hardware.ranks import with_ranks
 def test_ranks_of_one_node_share_the_fast_link() -> None:
     spec = with_ranks(load_hardware("h100x1"), 8, 8)
     preset = load_hardware("h100x8")
-    assert (spec.world_size, spec.nodes, spec.devices_per_node) == (8, 1, 8)
+    assert (spec.world_size, spec.nodes, spec.device_level.count) == (8, 1, 8)
     ours, theirs = spec.link("device"), preset.link("device")
     assert ours is not None and theirs is not None
     assert (ours.kind, ours.bandwidth_bytes_per_s, ours.latency_s) == (
@@ -36,7 +36,7 @@ def test_ranks_of_many_nodes_have_a_link_at_both_levels() -> None:
 
 def test_uneven_nodes_are_planned_as_if_every_rank_were_alone() -> None:
     spec = with_ranks(load_hardware("h100x1"), 12, 8)
-    assert (spec.world_size, spec.nodes, spec.devices_per_node) == (12, 12, 1)
+    assert (spec.world_size, spec.nodes, spec.device_level.count) == (12, 12, 1)
 
 
 def test_cpu_ranks_talk_over_sockets() -> None:

@@ -52,8 +52,8 @@ def test_a_missing_gemm_rate_names_those_that_exist() -> None:
 
 def test_world_size_multiplies_the_levels_down_to_the_device() -> None:
     spec = load_hardware("h100-128x8")
-    assert (spec.world_size, spec.nodes, spec.devices_per_node) == (1024, 128, 8)
-    assert (SPEC.world_size, SPEC.nodes, SPEC.devices_per_node, SPEC.cores) == (1, 1, 1, 10)
+    assert (spec.world_size, spec.nodes, spec.device_level.count) == (1024, 128, 8)
+    assert (SPEC.world_size, SPEC.nodes, SPEC.device_level.count, SPEC.cores) == (1, 1, 1, 10)
     mi300 = load_hardware("mi300x8")
     assert (mi300.world_size, mi300.cores) == (8, 304)
 
