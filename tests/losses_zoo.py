@@ -468,8 +468,7 @@ def sinkhorn_formula(t, pos, p):
 
 def cases() -> tuple[Case, ...]:
     """Every entry; with one positive per row also as many rows as columns."""
-    some = [c for c in _entries() if c.positives == "diagonal" and c.loss.uses_positives]
-    return (*_entries(), *map(paired, some))
+    return (*_entries(), *(paired(c) for c in _entries() if c.can_pair))
 
 
 def _entries() -> tuple[Case, ...]:

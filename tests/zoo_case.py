@@ -43,6 +43,11 @@ class Case:
     bank: int = 6
 
     @property
+    def can_pair(self) -> bool:
+        """Whether rows and columns pair off where there are as many of them."""
+        return self.positives == "diagonal" and self.loss.uses_positives
+
+    @property
     def operands(self) -> tuple[str, ...]:
         return tuple(op.name for op in self.loss.operands)
 

@@ -101,7 +101,7 @@ def test_svg_of_both_graphs(cli, tmp_path):
     assert result.stdout == f"loss graph: {out}\nhardware graph: {hardware}\n"
     text = out.read_text()
     for label in (
-        "clip, positives: diagonal",
+        "clip, positives: paired",
         "logits = logit_scale * &lt;x, y&gt;",
         "[M, N]  16.0 MiB, never stored  1 unit",
         "saved: r0",
