@@ -43,6 +43,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cl_compiler.cli.demo.training.time", Clock())
 
 
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that keeps the pairs, for tests that are not about the harvest."""
+    return tmp_path_factory.mktemp("pairs")
+
+
+@pytest.fixture
+def drawn() -> None:
+    """A test that asks for this gets its figures drawn, which takes longer than the rest."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("cl_compiler.cli.demo.figures._svg", lambda figure: "<svg/>")
+
+
 def settings(out: Path) -> DemoSettings:
     return replace(
         QUICK,
@@ -77,8 +94,10 @@ def run(out: Path, cache: Path, plan: Any, **changes: Any) -> tuple[int, str]:
     return code, file.getvalue()
 
 
-def test_a_run_writes_a_table_a_page_and_numbers_that_agree(tmp_path: Path) -> None:
-    code, printed = run(tmp_path / "out", tmp_path / "cache", planned())
+def test_a_run_writes_tables_a_page_and_numbers_that_agree(
+    tmp_path: Path, kept: Path, drawn: None
+) -> None:
+    code, printed = run(tmp_path / "out", kept, planned())
     assert code == 0
     assert "\x1b" not in printed  # a pipe gets no escape sequences
     assert max(len(line) for line in printed.splitlines() if "%" in line and line[0] in "cP") <= 80
@@ -116,10 +135,10 @@ def test_a_run_writes_a_table_a_page_and_numbers_that_agree(tmp_path: Path) -> N
     assert sorted(os.listdir(tmp_path / "out")) == ["report.html", "results.json"]
 
 
-def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_numbers(tmp_path: Path, kept: Path) -> None:
     found = []
     for name in ("a", "b"):
-        run(tmp_path / name, tmp_path / "cache", planned())
+        run(tmp_path / name, kept, planned())
         results = json.loads((tmp_path / name / "results.json").read_text())
         runs = [[each["train_loss"] for each in run["evaluations"]] for run in results["runs"]]
         found.append((runs, results["same_batch"]["compiled"]["losses"]))
@@ -136,7 +155,7 @@ def test_a_second_run_reads_the_pairs_that_the_first_kept(
     assert f"kept in {tmp_path / 'cache'}" in printed
 
 
-def test_an_interrupt_in_training_reports_what_was_done(tmp_path: Path) -> None:
+def test_an_interrupt_in_training_reports_what_was_done(tmp_path: Path, kept: Path) -> None:
     calls = 0
 
     def interrupting(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -147,7 +166,7 @@ def test_an_interrupt_in_training_reports_what_was_done(tmp_path: Path) -> None:
         return dense_loss(x, y, scale)
 
     before = signal.getsignal(signal.SIGINT)
-    code, printed = run(tmp_path / "out", tmp_path / "cache", planned(interrupting), seconds=3600)
+    code, printed = run(tmp_path / "out", kept, planned(interrupting), seconds=3600)
     assert code == INTERRUPTED
     assert "Run the same command again" in printed
     assert signal.getsignal(signal.SIGINT) is before
@@ -171,7 +190,7 @@ def test_an_interrupt_in_the_harvest_leaves_no_half_file(
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_an_interrupt_before_training_leaves_what_is_known(tmp_path: Path) -> None:
+def test_an_interrupt_before_training_leaves_what_is_known(tmp_path: Path, kept: Path) -> None:
     calls = 0
 
     def interrupting(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -181,7 +200,7 @@ def test_an_interrupt_before_training_leaves_what_is_known(tmp_path: Path) -> No
             os.kill(os.getpid(), signal.SIGINT)
         return dense_loss(x, y, scale)
 
-    code, printed = run(tmp_path / "out", tmp_path / "cache", planned(interrupting))
+    code, printed = run(tmp_path / "out", kept, planned(interrupting))
     assert code == INTERRUPTED
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["same_batch"] is None
@@ -192,18 +211,18 @@ def test_an_interrupt_before_training_leaves_what_is_known(tmp_path: Path) -> No
     assert "there is nothing to compare" in page
 
 
-def test_however_little_time_every_run_takes_a_step(tmp_path: Path) -> None:
-    code, _ = run(tmp_path / "out", tmp_path / "cache", planned(), seconds=1e-6)
+def test_however_little_time_every_run_takes_a_step(tmp_path: Path, kept: Path) -> None:
+    code, _ = run(tmp_path / "out", kept, planned(), seconds=1e-6)
     assert code == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [[each["steps"] for each in run["evaluations"]] for run in results["runs"]] == [[1]] * 4
 
 
 def test_a_machine_without_the_memory_leaves_the_dense_loss_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cl_compiler.cli.demo.experiment.available_bytes", lambda: 50_000)
-    code, printed = run(tmp_path / "out", tmp_path / "cache", planned())
+    code, printed = run(tmp_path / "out", kept, planned())
     assert code == 0
     assert "The losses were not run at the same batch" in printed
     assert "48.8 KiB" in printed
@@ -212,8 +231,8 @@ def test_a_machine_without_the_memory_leaves_the_dense_loss_out(
     assert results["comparison"] is not None
 
 
-def test_a_loss_beyond_its_budget_is_said_to_be(tmp_path: Path) -> None:
-    _, printed = run(tmp_path / "out", tmp_path / "cache", planned(), batch=128)
+def test_a_loss_beyond_its_budget_is_said_to_be(tmp_path: Path, kept: Path) -> None:
+    _, printed = run(tmp_path / "out", kept, planned(), batch=128)
     assert "The compiled loss was measured to exceed the budget" in printed
     assert "The dense loss was measured" not in printed
 
@@ -226,10 +245,10 @@ def test_a_loss_beyond_its_budget_is_said_to_be(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_run_is_refused_with_a_remedy(
-    tmp_path: Path, changes: dict[str, Any], message: str
+    tmp_path: Path, kept: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
-        run(tmp_path / "out", tmp_path / "cache", planned(), **changes)
+        run(tmp_path / "out", kept, planned(), **changes)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
