@@ -200,7 +200,7 @@ def _texts(program: Program, printer: SweepPrinter) -> dict[str, Any]:
 def _as_tensor(text: str, expr: sp.Expr, name: str, plan: SweepPlan, printer: SweepPrinter) -> str:
     """Text that is a tensor also where the expression is a number."""
     if not (expr.is_number or printer.host.numbers(expr)):
-        return f"({text})" if name else text
+        return text
     shape = "()"
     if name and plan.leaves[name].kind == "input":
         shape = f"{printer.names(name)}.shape"

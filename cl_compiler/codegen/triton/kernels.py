@@ -394,8 +394,8 @@ class KernelPrinter:
         if (inside, identity) not in self.masked:
             self.masked.add((inside, identity))
             k.body += [] if alone else [f"{inside} = {variable}"]
-            k.body += ["if RAGGED:", "    if at_edge:"]
-            k.body.append(f"        {inside} = tl.where(inside, {inside}, {identity})")
+            k.body.append("if RAGGED and at_edge:")
+            k.body.append(f"    {inside} = tl.where(inside, {inside}, {identity})")
         return inside
 
     def _gradient(self, k: KernelText, value: int, similarity: str, scale: sp.Expr) -> None:

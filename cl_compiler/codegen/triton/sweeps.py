@@ -48,9 +48,9 @@ class SweepText:
 
     @property
     def doc(self) -> str:
-        which = "one of two kernels, by ``unsafe``," if len(self.kernels) > 1 else "the kernel"
+        which = "a kernel, by ``unsafe``," if len(self.kernels) > 1 else "the kernel"
         half = "the upper panels" if self.symmetric else "panels"
-        return f"Launch {which} on {half} of TILE_M by TILE_N, and fold what it leaves."
+        return f"Launch {which} on {half} of at most TILE_M by TILE_N."
 
     @property
     def tile_name(self) -> str:
