@@ -14,13 +14,23 @@ if TYPE_CHECKING:
     from cl_compiler.api import compile_loss
     from cl_compiler.hardware.spec import HardwareSpec
     from cl_compiler.plan.types import MemoryBudget, Problem
+    from cl_compiler.step.grad_cache import GradientCache
 
 __version__ = "0.1.0"
 
-__all__ = ["HardwareSpec", "MemoryBudget", "Problem", "compile_loss", "lang", "losses"]
+__all__ = [
+    "GradientCache",
+    "HardwareSpec",
+    "MemoryBudget",
+    "Problem",
+    "compile_loss",
+    "lang",
+    "losses",
+]
 
 _HOME = {
     "compile_loss": "cl_compiler.api",
+    "GradientCache": "cl_compiler.step.grad_cache",
     "HardwareSpec": "cl_compiler.hardware.spec",
     "MemoryBudget": "cl_compiler.plan.types",
     "Problem": "cl_compiler.plan.types",

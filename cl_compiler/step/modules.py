@@ -1,0 +1,153 @@
+"""What an encoder consists of: the modules behind it, their buffers, and who reduces gradients.
+
+An encoder is an ``nn.Module``, a method of one, a ``partial``, or any function; in a function the
+modules are looked for among the names that it uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = [
+    "Buffers",
+    "devices_of_modules",
+    "is_compiled",
+    "leaves_of",
+    "modules_of",
+    "owner_of",
+    "reducers_of",
+    "without_reduction",
+]
+
+
+def owner_of(encoder: Callable[..., Any]) -> nn.Module | None:
+    """The one module whose parameters are all that the encoder can train; None if unknown."""
+    if isinstance(encoder, nn.Module):
+        return encoder
+    if isinstance(encoder, functools.partial) and not (encoder.args or encoder.keywords):
+        return owner_of(encoder.func)
+    owner = getattr(encoder, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def modules_of(*values: Any) -> tuple[nn.Module, ...]:
+    """The modules behind encoders, each once, outermost first."""
+    found: dict[int, nn.Module] = {}
+    _search(values, found, set())
+    return tuple(found.values())
+
+
+def _search(value: Any, found: dict[int, nn.Module], seen: set[int]) -> None:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        found[id(value)] = value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _search(part, found, seen)
+    elif isinstance(value, functools.partial):
+        _search((value.func, *value.args, *value.keywords.values()), found, seen)
+    elif inspect.ismethod(value):
+        _search((value.__self__, value.__func__), found, seen)
+    elif inspect.isfunction(value):
+        used = inspect.getclosurevars(value)
+        _search(list(used.nonlocals.values()), found, seen)
+        _search([v for v in used.globals.values() if isinstance(v, nn.Module)], found, seen)
+
+
+def leaves_of(values: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors without a history that values depend on and that train."""
+    leaves = [v for v in values if v.requires_grad and v.is_leaf]
+    nodes = [v.grad_fn for v in values if v.grad_fn is not None]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    return leaves
+
+
+def parts_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules and all inside them, each once."""
+    return list({id(part): part for module in modules for part in module.modules()}.values())
+
+
+def devices_of_modules(modules: Iterable[nn.Module]) -> frozenset[torch.device]:
+    """The devices of their parameters and buffers."""
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    return frozenset(t.device for t in tensors)
+
+
+def is_compiled(encoder: Callable[..., Any], modules: Iterable[nn.Module]) -> bool:
+    """Whether ``torch.compile`` has a hand in it."""
+    if hasattr(encoder, "_torchdynamo_orig_callable"):
+        return True
+    return any(
+        hasattr(part, "_torchdynamo_orig_callable")
+        or getattr(part, "_compiled_call_impl", None) is not None
+        for part in parts_of(modules)
+    )
+
+
+class Buffers:
+    """The buffers of modules as they are now; ``restore`` brings them back, in place.
+
+    Restoring does not count as a change for autograd: graphs that saved a buffer stay valid.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._kept = [
+            (part, name, tensor, tensor.detach().clone())
+            for part in parts_of(modules)
+            for name, tensor in part._buffers.items()
+            if tensor is not None
+        ]
+
+    def forget_unchanged(self) -> Buffers:
+        """Keep only buffers that have changed since; return their present values."""
+        self._kept = [
+            (part, name, tensor, value)
+            for part, name, tensor, value in self._kept
+            if part._buffers.get(name) is not tensor or not _equal(tensor, value)
+        ]
+        now = Buffers(())
+        for part, name, _, _ in self._kept:
+            tensor = part._buffers.get(name)
+            if tensor is not None:
+                now._kept.append((part, name, tensor, tensor.detach().clone()))
+        return now
+
+    def restore(self) -> None:
+        """Give every buffer its kept value; one that was replaced by another tensor comes back."""
+        for part, name, tensor, value in self._kept:
+            part._buffers[name] = tensor
+            tensor.data.copy_(value)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def reducers_of(modules: Iterable[nn.Module]) -> tuple[DistributedDataParallel, ...]:
+    """The modules that reduce gradients across ranks during a backward."""
+    return tuple(p for p in parts_of(modules) if isinstance(p, DistributedDataParallel))
+
+
+@contextmanager
+def without_reduction(reducers: Iterable[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, forwards and backwards accumulate gradients on each rank alone."""
+    with ExitStack() as stack:
+        for reducer in reducers:
+            stack.enter_context(reducer.no_sync())
+        yield
