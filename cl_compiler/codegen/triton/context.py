@@ -105,6 +105,7 @@ def build_triton_context(
         **own,
         "required": [r for r in own["required"] if r[0] in unsure],
         "arch": arch,
+        "device": "triton",
         "descriptors": descriptors,
         "forward": forward,
         "backward": backward,

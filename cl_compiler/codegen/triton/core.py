@@ -147,5 +147,5 @@ def registers(code: TileProgram, tile: CoreTile, arch: str) -> int:
         column, folds = 0, folds * 4
     total = 40 + element * live + column * (columns + folds)
     if code.mode == "running":
-        total += element * (folds > 0) // 2
+        total += element * (folds > 0) // 2 + 8 * folds
     return total + element // 4 * (diagonals > 1)

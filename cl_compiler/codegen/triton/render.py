@@ -28,6 +28,4 @@ def render_triton(
         raise ScheduleError(f"{plan.loss_name} cannot be emitted as Triton: {reason}.")
     context = {**build_triton_context(plan, program, arch, core), "variant": variant}
     text = environment().get_template("triton/loss.py.jinja").render(context)
-    # The Function is the torch templates'; but here a parameter on the device stays there.
-    text = text.replace('.to("cpu", torch.float64)', ".to(torch.float64)")
     return fit(drop_unused(tidy_text(text)))
