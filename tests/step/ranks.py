@@ -38,7 +38,7 @@ def counted(module: nn.Module, **options: Any) -> tuple[DistributedDataParallel,
     """The module reduced across ranks, and a list that grows with each bucket that is."""
     wrapped, buckets = DistributedDataParallel(module, **options), []
 
-    def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(state, bucket):  # PyTorch reads annotations, and not as text
         buckets.append(bucket.index())
         return allreduce_hook(None, bucket)
 
