@@ -158,6 +158,11 @@ def bench(
                    dtype=dtype, precision=precision, schedule=schedule, operands=None)  # fmt: skip
     machine = hardware_of(hardware)
     refusal = refusal_of(machine)
+    if machine.kind != "cpu":
+        refusal = (
+            f"{machine.name} has GPUs, and this command measures on the CPU. In the repository, "
+            "`python -m benchmarks.gpu` measures GPUs"
+        )
     if refusal:
         raise HardwareError(f"--hardware {hardware}: {refusal}")
     steps = ["dense, memory", "compiled, memory"]

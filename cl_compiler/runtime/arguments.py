@@ -193,7 +193,7 @@ class ArgumentChecker:
         if value.device.type == "meta":
             raise ArgumentError(
                 f"{self.signature.name}: {name} is on the meta device and has no elements; make it "
-                "on the CPU, e.g. with .to_empty or torch.empty_like(…, device='cpu')."
+                "on the CPU."
             )
         if value.device.type != "cpu":
             raise ArgumentError(

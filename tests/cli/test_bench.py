@@ -78,7 +78,9 @@ def test_a_machine_that_is_not_here_is_refused_before_anything_runs(monkeypatch)
     monkeypatch.setattr("cl_compiler.cli.bench.compare", None)
     code, text = run("--hardware", "h100x1")
     assert code == 1
-    assert text.startswith("error: --hardware h100x1: compiled for h100x1, which is 1 device(s)")
+    assert text.startswith("error: --hardware h100x1: h100x1 has GPUs, and this command measures")
+    code, text = run("--hardware", "h100x8")
+    assert code == 1 and text.startswith("error: --hardware h100x8: ")
 
 
 def test_two_views_need_an_even_number_of_rows():
