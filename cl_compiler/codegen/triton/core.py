@@ -83,7 +83,7 @@ def core_tiles(plan: Plan, pass_: Pass, modes: Sequence[Mode], arch: str) -> dic
         alike = [t for t in tiles if (t.rows, t.cols) == shape]
         found = {
             mode: next(
-                (t for t in alike if registers(pass_.programs[mode], t, arch) <= most(mode)),
+                (t for t in alike if registers(pass_.programs[mode], t, arch) <= most(mode, modes)),
                 None,
             )
             for mode in modes
@@ -114,12 +114,12 @@ def _candidates(plan: Plan, arch: str) -> list[CoreTile]:
     return [*wide, *shared, *narrow]
 
 
-def most(mode: Mode) -> int:
+def most(mode: Mode, modes: Sequence[Mode]) -> int:
     """Registers to aim for, of 255, by an estimate that is off by up to 40.
 
     Safe kernels run rarely and may be tight, so that they do not decide the tile that others share.
     """
-    return 250 if mode == "running" else 216
+    return 250 if mode == "running" and len(modes) > 1 else 216
 
 
 def registers(code: TileProgram, tile: CoreTile, arch: str) -> int:
@@ -129,7 +129,10 @@ def registers(code: TileProgram, tile: CoreTile, arch: str) -> int:
     live = sum(isinstance(i, Gemm) for i in code.instructions)
     masks = any(isinstance(i, Compute) and i.is_mask for i in code.instructions)
     steps = sum(isinstance(i, Compute) for i in code.instructions)
-    live += masks or steps > 3 or code.transcendentals > 1
+    sums = [i for i in code.instructions if isinstance(i, Accumulate)]
+    several = len({i.args for i in sums}) > 1
+    long = masks or several or steps > 3 or code.transcendentals > 1 or code.mode == "running"
+    live += long + (steps > 7)
     diagonals = sum(isinstance(i, Diagonal) for i in code.instructions)
     reads = {
         (a.name, a.dim)
@@ -140,12 +143,12 @@ def registers(code: TileProgram, tile: CoreTile, arch: str) -> int:
     }
     columns = sum(dim == 1 for _, dim in reads)
     columns += any(isinstance(i, Compute) and i.op == "positive_tile" for i in code.instructions)
-    folds = sum(
-        len(i.targets) for i in code.instructions if isinstance(i, Accumulate) and not i.dim
-    )
+    folds = sum(len(i.targets) for i in sums if not i.dim)
     if column_sums(arch) == "whole":
         column, folds = 0, folds * 4
     total = 40 + element * live + column * (columns + folds)
     if code.mode == "running":
-        total += element * (folds > 0) // 2 + 8 * folds
-    return total + element // 4 * (diagonals > 1)
+        total += element * (folds > 0) // 2
+    return (
+        total + element // 4 * (diagonals > 1) + 10 * sum(len(i.targets) for i in sums if several)
+    )
