@@ -218,18 +218,38 @@ def test_an_arm_is_reported_by_its_best_validation_and_not_by_its_best_test() ->
     dense = run_of("dense", 1.0, [0.04, 0.2, 1.0])
     better_test = replace(compiled.evaluations[2], test_ranks=torch.ones(4, dtype=torch.int64))
     compiled = replace(compiled, evaluations=(*compiled.evaluations[:2], better_test))
-    found = compare(compiled, dense, torch.tensor([0, 0, 1, 1]))
-    assert found.compiled.at is compiled.evaluations[1]
-    assert found.dense.at is dense.evaluations[2]
-    assert found.compiled.spent_s == 3.0
+    at_time, at_epochs = compare([compiled, dense], torch.tensor([0, 0, 1, 1]))
+    for found in (at_time, at_epochs):
+        assert found.compiled.at is compiled.evaluations[1]
+        assert found.dense.at is dense.evaluations[2]
+        assert found.compiled.spent_s == 3.0
+
+
+def test_at_the_same_epochs_each_arm_has_its_best_rate_so_far() -> None:
+    compiled = run_of("compiled", 1.0, [0.1, 0.4])
+    quick = replace(run_of("dense", 2.0, [0.3, 0.5, 0.5, 0.6]), is_chosen=False)
+    steady = run_of("dense", 1.0, [0.2, 0.4, 0.6, 0.9])
+    # On its way to a third epoch: of no concern at two.
+    later = replace(compiled.evaluations[1], epochs=2.5, valid=Retrieval(10, 0, 0, 0, 9))
+    compiled = replace(compiled, evaluations=(*compiled.evaluations, later))
+    at_time, at_epochs = compare([compiled, quick, steady], torch.tensor([0, 0, 1, 1]))
+    assert at_time.compiled.at is later
+    assert at_time.dense.at is steady.evaluations[3]
+    assert at_epochs.what == "same epochs"
+    assert at_epochs.compiled.at is compiled.evaluations[1]
+    assert at_epochs.dense.at is quick.evaluations[1]
+    assert at_epochs.dense.spent_epochs == 2
 
 
 def test_the_verdict_claims_nothing_that_chance_explains() -> None:
     same = run_of("compiled", 1.0, [0.5])
-    tie = compare(same, run_of("dense", 1.0, [0.5]), torch.arange(4))
+    tie, _ = compare([same, run_of("dense", 1.0, [0.5])], torch.arange(4))
     assert "neither batch is ahead" in verdict(tie)
-    lost = compare(run_of("compiled", 1.0, [0.01]), same, torch.arange(4))
+    lost, _ = compare(
+        [run_of("compiled", 1.0, [0.01]), run_of("dense", 1.0, [0.5])], torch.arange(4)
+    )
     assert "dense loss (small batch) is ahead: -100.0" in verdict(lost)
+    assert compare([same], torch.arange(4)) == ()
 
 
 def test_at_the_same_batch_only_the_loss_function_differs() -> None:

@@ -139,7 +139,7 @@ def run_demo(
     if outcome.same_batch:
         console.print(same_batch_table(outcome.same_batch))
         screen.say("")
-    if outcome.comparison:
+    if outcome.comparisons:
         console.print(result_table(outcome))
         screen.say("")
     for note in caveats(outcome):

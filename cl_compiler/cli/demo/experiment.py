@@ -81,8 +81,6 @@ def conduct(
         marks.append(("training and evaluation", time.perf_counter()))
         runs = _train(settings, arms, data, model, screen, interrupt)
     marks.append(("", time.perf_counter()))
-    chosen = {run.arm: run for run in runs if run.is_chosen}
-    both = len(chosen) == len(arms)
     return Outcome(
         ended="interrupted" if interrupt.requested else "complete",
         budget_bytes=settings.budget_bytes,
@@ -96,9 +94,7 @@ def conduct(
         no_same_batch=no_same_batch,
         untrained=untrained,
         runs=runs,
-        comparison=(
-            compare(chosen["compiled"], chosen["dense"], data.test_modules) if both else None
-        ),
+        comparisons=compare(runs, data.test_modules),
         seconds_by_part=tuple((name, end - start) for (name, start), (_, end) in pairwise(marks)),
         machine=_machine(),
     )

@@ -33,7 +33,7 @@ class Outcome:
 
     ``same_batch``: both losses at the compiled arm's batch; None where ``no_same_batch`` says why.
     ``untrained``: what the initial weights retrieve from the test modules, the same for both arms.
-    ``comparison``: of the chosen runs, which had the same memory and time; None where one is not.
+    ``comparisons``: in the same memory, after the same time and after the same epochs.
     """
 
     ended: str
@@ -48,7 +48,7 @@ class Outcome:
     no_same_batch: str
     untrained: Retrieval
     runs: tuple[Run, ...]
-    comparison: Comparison | None
+    comparisons: tuple[Comparison, ...]
     seconds_by_part: tuple[tuple[str, float], ...]
     machine: tuple[tuple[str, str], ...]
 
@@ -80,7 +80,7 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
             }
             for run in outcome.runs
         ],
-        "comparison": _comparison(outcome.comparison) if outcome.comparison else None,
+        "comparisons": [_comparison(each) for each in outcome.comparisons],
         "seconds_by_part": dict(outcome.seconds_by_part),
         "machine": dict(outcome.machine),
     }
@@ -114,6 +114,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 def _comparison(comparison: Comparison) -> dict[str, Any]:
     return {
+        "what": comparison.what,
         "verdict": verdict(comparison),
         "recall_at_10_gain": comparison.recall_at_10_gain,
         "standard_error": comparison.standard_error,

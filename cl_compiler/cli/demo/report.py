@@ -66,8 +66,8 @@ def same_batch_table(same: SameBatch) -> Table:
 
 
 def result_table(outcome: Outcome) -> Table:
-    """The comparison in the same memory and time, a line per arm, for a terminal."""
-    title = "Same memory and same time: finding code from its description"
+    """The comparisons in the same memory, a line per arm, for a terminal."""
+    title = "Same memory: finding code from its description"
     return _table(title, _HEADINGS, _cells(outcome))
 
 
@@ -80,8 +80,7 @@ def caveats(outcome: Outcome) -> list[str]:
         for arm in outcome.arms
         if arm.measured_bytes > outcome.budget_bytes
     ]
-    if outcome.comparison:
-        notes.append(verdict(outcome.comparison))
+    notes += [verdict(comparison) for comparison in outcome.comparisons]
     if outcome.ended == "interrupted":
         notes.append("The run was interrupted: this is what was done until then.")
     if outcome.no_same_batch:
@@ -96,6 +95,11 @@ def caveats(outcome: Outcome) -> list[str]:
         rates = ", ".join(f"{run.arm} {run.rate:.2g}" for run in chosen)
         count = sum(run.arm == chosen[0].arm for run in outcome.runs)
         notes.append(f"Learning rates, chosen of {count} each on validation modules: {rates}.")
+        if count > 1 and all(
+            run.rate == min(each.rate for each in outcome.runs if each.arm == run.arm)
+            for run in chosen
+        ):
+            notes.append("Both losses did best at their lowest rate; a lower one might do better.")
     notes.append(
         f"An epoch is {outcome.data.train_pairs / compiled.batch:.1f} steps at a batch of "
         f"{compiled.batch:,} and {outcome.data.train_pairs / dense.batch:.1f} at {dense.batch:,}."
@@ -185,6 +189,7 @@ _SAME_BATCH_HEADINGS = (
 )
 
 _HEADINGS = (
+    "compared at",
     "loss",
     "batch",
     "memory",
@@ -192,7 +197,7 @@ _HEADINGS = (
     "seconds",
     "recall@1",
     "recall@10",
-    "median rank",
+    "median",
 )
 
 
@@ -205,7 +210,9 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
         pad_edge=False,
     )
     for heading in headings:
-        justify: Literal["left", "right"] = "left" if heading == "loss" else "right"
+        justify: Literal["left", "right"] = (
+            "left" if heading in ("loss", "compared at") else "right"
+        )
         table.add_column(heading, justify=justify, no_wrap=True)
     for cells in rows:
         table.add_row(*cells)
@@ -228,14 +235,17 @@ def _same_batch_cells(same: SameBatch) -> list[tuple[str, ...]]:
 
 
 def _cells(outcome: Outcome) -> list[tuple[str, ...]]:
-    if outcome.comparison is None:
-        return []
-    return [_line(outcome, row) for row in (outcome.comparison.compiled, outcome.comparison.dense)]
+    return [
+        _line(outcome, comparison.what if row is comparison.compiled else "", row)
+        for comparison in outcome.comparisons
+        for row in (comparison.compiled, comparison.dense)
+    ]
 
 
-def _line(outcome: Outcome, row: Row) -> tuple[str, ...]:
+def _line(outcome: Outcome, what: str, row: Row) -> tuple[str, ...]:
     arm = outcome.arm(row.arm)
     return (
+        what,
         "compiled" if row.arm == "compiled" else "PyTorch",
         f"{arm.batch:,}",
         format_bytes(arm.measured_bytes),
