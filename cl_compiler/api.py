@@ -92,6 +92,7 @@ def compile_loss(
         planned=planned,
         nonfinite=nonfinite,
         verify=_verifier(ir) if verify else None,
+        device_type="cpu" if hardware.kind == "cpu" else "cuda",
         refusal=refusal_of(hardware),
     )
 
@@ -104,12 +105,12 @@ def _verifier(ir: LossIR) -> Callable[[CompiledLoss, Mapping[str, Any]], None]:
 
 def refusal_of(hardware: HardwareSpec) -> str:
     """Why this process cannot call what it compiles; "" where it can."""
-    if hardware.kind == "cpu" and hardware.world_size == 1:
+    if hardware.world_size == 1:
         return ""
     return (
-        f"compiled for {hardware.name}, which is {hardware.world_size} device(s) of kind "
-        f"{hardware.kind}; this process is alone, and the emitted code runs on CPUs so far. Plan "
-        'and inspect it anywhere; to call a loss here, compile for "auto".'
+        f"compiled for {hardware.name}, which has {hardware.world_size} devices; this process is "
+        "alone, and what is emitted for several is one rank's share so far. Plan and inspect it "
+        'anywhere; to call a loss here, compile for "auto".'
     )
 
 
@@ -261,15 +262,12 @@ def build_variant(request: Request, described: Mapping[str, Any], name: str) -> 
     Raises:
         BudgetError, ScheduleError, LossDefinitionError: no plan exists; the message says why.
     """
-    from cl_compiler.codegen.render import render
-    from cl_compiler.lang.program import build_program
+    from cl_compiler.codegen.backend import plan_and_print
     from cl_compiler.lang.sweeps import plan_sweeps
     from cl_compiler.plan.report import plan_to_json
-    from cl_compiler.plan.search import choose_plan
 
     sweeps = plan_sweeps(request.loss, request.positives, request.needs)
-    plan = choose_plan(request, sweeps)
-    source = render(plan, build_program(sweeps, plan.schedule), name)
+    plan, source = plan_and_print(request, sweeps, name)
     return Variant(name, source, dict(described), plan_to_json(plan))
 
 

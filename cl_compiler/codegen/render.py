@@ -27,12 +27,13 @@ def environment() -> jinja2.Environment:
     )
 
 
-def render(plan: Plan, program: Program, variant: str) -> str:
+def render(plan: Plan, program: Program, variant: str, device: str = "cpu") -> str:
     """The text of the file that runs ``plan``; ``variant`` is its name in the header.
 
-    The text depends on its arguments only: no timestamps, no paths.
+    ``device``: "cpu", or "cuda" where what is allocated must lie beside the operands.  The text
+    depends on its arguments only: no timestamps, no paths.
     """
-    context = {**build_context(plan, program), "variant": variant}
+    context = {**build_context(plan, program), "variant": variant, "device": device}
     text = environment().get_template("torch/loss.py.jinja").render(context)
     return fit(drop_unused(tidy_text(text)))
 

@@ -105,8 +105,7 @@ def notes_of(space: Space, point: Point) -> tuple[str, ...]:
             f"one rank's share of {ranks}: {int(values['M'])} rows x {int(values['N'])} columns, "
             f"with the other ranks' shards at hand ({format_bytes(gathered)} of them counted)"
         )
-    if machine.spec.kind != "cpu" or ranks > 1:
-        notes.append("the PyTorch template is emitted")
+        notes.append("the PyTorch template is emitted, for one rank")
     if request.budget.device_bytes > machine.device_memory_bytes:
         notes.append(
             f"the device has {format_bytes(machine.device_memory_bytes)}, less than the budget"

@@ -37,10 +37,17 @@ class Call:
 
 
 class ArgumentChecker:
-    """Checks the arguments of one loss; ``nonfinite``: also look at every element."""
+    """Checks the arguments of one loss.
 
-    def __init__(self, signature: LossSignature, *, nonfinite: bool) -> None:
+    ``device_type``: where they have to lie, "cpu" or "cuda"; scalars may always be on the CPU.
+    ``nonfinite``: also look at every element.
+    """
+
+    def __init__(
+        self, signature: LossSignature, device_type: str = "cpu", *, nonfinite: bool = False
+    ) -> None:
         self.signature, self._nonfinite = signature, nonfinite
+        self._device_type = device_type
         self._known: dict[tuple[Any, ...], tuple[CallSignature, torch.dtype]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -107,6 +114,7 @@ class ArgumentChecker:
                 copies += ready.numel() * ready.element_size()
             operands[name] = ready
         lengths = self._lengths(operands)
+        self._one_device({**operands, **given})
         outer = torch.float64 if dtype == torch.float64 else torch.float32
         inputs = {n: self._input(n, axis, given.pop(n), lengths, outer) for n, axis in sig.inputs}
         parameters = {n: self._parameter(n, given.pop(n)) for n in sig.parameters}
@@ -183,7 +191,7 @@ class ArgumentChecker:
             )
         return value
 
-    def _check_storage(self, name: str, value: Tensor) -> None:
+    def _check_storage(self, name: str, value: Tensor, *, is_scalar: bool = False) -> None:
         """Whether emitted code can read the tensor where and how it lies."""
         if value.layout != torch.strided:
             raise ArgumentError(
@@ -195,15 +203,30 @@ class ArgumentChecker:
                 f"{self.signature.name}: {name} is on the meta device and has no elements; make it "
                 "on the CPU."
             )
-        if value.device.type != "cpu":
+        if value.device.type != self._device_type and not (is_scalar and value.is_cpu):
+            wanted = self._device_type
             raise ArgumentError(
-                f"{self.signature.name}: {name} is on {value.device}; this package emits code for "
-                "CPUs so far. Move it with .cpu()."
+                f"{self.signature.name}: {name} is on {value.device}, and this loss was compiled "
+                f"for tensors on {wanted}. Move it with .to({wanted!r}), or compile the loss for "
+                "the machine that it runs on."
             )
         if value.is_complex():
             raise ArgumentError(
                 f"{self.signature.name}: {name} is complex ({value.dtype}); a loss takes real "
                 "numbers. Pass its .real part."
+            )
+
+    def _one_device(self, given: Mapping[str, Any]) -> None:
+        """Of everything but scalars."""
+        tensors = {
+            n: t.device
+            for n, t in given.items()
+            if isinstance(t, Tensor) and n not in self.signature.parameters
+        }
+        if len(set(tensors.values())) > 1:
+            places = ", ".join(f"{n} on {device}" for n, device in tensors.items())
+            raise ArgumentError(
+                f"{self.signature.name}: {places}; a call runs on one device. Move them together."
             )
 
     def _lengths(self, operands: Mapping[str, Tensor]) -> dict[str, int]:
@@ -249,7 +272,7 @@ class ArgumentChecker:
                 f"got {got}."
             )
         if isinstance(value, Tensor):
-            self._check_storage(name, value)
+            self._check_storage(name, value, is_scalar=True)
         return _scalar(value)
 
     def _ids(self, given: Mapping[str, Any], lengths: Mapping[str, int]) -> dict[str, Tensor]:

@@ -42,13 +42,15 @@ class CompiledLoss(nn.Module):
         planned: CallSignature | None = None,
         nonfinite: Literal["propagate", "error"] = "propagate",
         verify: Callable[[CompiledLoss, Mapping[str, Any]], None] | None = None,
+        device_type: str = "cpu",
         refusal: str = "",
     ) -> None:
         super().__init__()
         self.signature = signature
         self._specialise = specialise
         self._nonfinite = nonfinite
-        self._check = ArgumentChecker(signature, nonfinite=nonfinite == "error")
+        self._check = ArgumentChecker(signature, device_type, nonfinite=nonfinite == "error")
+        self._device_type = device_type
         self._verify = verify
         self._refusal = refusal
         self._variants: list[LoadedVariant] = []
@@ -168,8 +170,8 @@ class CompiledLoss(nn.Module):
         if self._verify is not None:
             self._run_verification({**values, "dtype": call.outer_dtype})
         try:
-            if torch.is_autocast_enabled("cpu"):
-                with torch.autocast("cpu", enabled=False):
+            if torch.is_autocast_enabled(self._device_type):
+                with torch.autocast(self._device_type, enabled=False):
                     results = module.Loss.apply(*arguments)
             else:
                 results = module.Loss.apply(*arguments)

@@ -1,0 +1,87 @@
+"""Which templates a request is printed with, and that the PyTorch ones follow their operands."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cl_compiler import compile_loss
+from cl_compiler.api import build_variant, request_to_json
+from cl_compiler.codegen.render import render
+from cl_compiler.errors import ArgumentError
+from cl_compiler.hardware import load_hardware
+from cl_compiler.lang.program import build_program
+from cl_compiler.lang.sweeps import plan_sweeps
+from cl_compiler.losses import find
+from cl_compiler.plan import MemoryBudget, Problem, Request
+from cl_compiler.plan.report import plan_from_json
+from cl_compiler.plan.search import choose_plan
+from tests import losses_zoo as zoo
+from tests.tiles import errors, run
+from tests.zoo_case import sample
+
+H100 = load_hardware("h100x1")
+
+
+def request(loss, dtype="bfloat16", schedule="auto", hardware=H100) -> Request:
+    operands = {op.name for op in loss.operands if not op.stop}
+    return Request(
+        loss,
+        hardware,
+        MemoryBudget.parse("1GiB"),
+        Problem(4096, 4096, 512, dtype, slots=4 * any("slots" in op.axes for op in loss.operands)),
+        "views" if loss.is_single_set else "paired",
+        frozenset(operands | set(loss.parameters)),
+        "ieee",
+        schedule,
+    )
+
+
+def built(asked: Request):
+    variant = build_variant(asked, request_to_json(asked), "test")
+    return plan_from_json(variant.plan), variant.source
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip", "infonce", "nt_xent", "supcon"])
+def test_one_gpu_gets_triton(loss):
+    plan, source = built(request(find(loss)))
+    assert (plan.template, plan.schedule) == ("triton", "spill")
+    assert "import triton" in source and "@triton.jit" in source
+    assert any("sm_90" in note for note in plan.notes)
+
+
+def test_what_triton_does_not_serve_is_printed_in_pytorch():
+    slots = next(c.loss for c in zoo.cases() if c.name == "hard_negatives")
+    for asked in (request(slots), request(find("clip"), dtype="float64")):
+        plan, source = built(asked)
+        assert plan.template == "torch" and "triton" not in source
+        assert any("PyTorch template is emitted" in note for note in plan.notes)
+        assert re.search(r"with \w+\.device, _MatmulPrecision\(\)", source)
+        assert "torch.backends.cuda.matmul" in source and "mkldnn" not in source
+
+
+def test_several_gpus_say_whose_share_is_printed():
+    plan, source = built(request(find("clip"), hardware=load_hardware("h100x8")))
+    assert plan.template == "torch" and "@triton.jit" not in source
+    assert any("one rank's share of 8" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "hard_negatives", "supcon"])
+def test_pytorch_for_another_device_is_right(name):
+    """The text for CUDA tensors runs on any device: what it allocates follows its operands."""
+    case = next(c for c in zoo.cases() if c.name == name)
+    asked = replace(request(case.loss, dtype="float64"), positives=case.positives, needs=case.needs)
+    sweeps = plan_sweeps(case.loss, case.positives, case.needs)
+    plan = choose_plan(asked, sweeps)
+    source = render(plan, build_program(sweeps, plan.schedule), "test", device="cuda")
+    inputs = sample(case, m=6, n=9, seed=8)
+    found = errors(run(source, inputs), inputs)
+    assert max(found.values()) < 1e-9, found
+
+
+def test_tensors_must_lie_where_the_loss_runs():
+    loss_fn = compile_loss("h100x1", "1GiB")
+    x = torch.randn(4, 8)
+    with pytest.raises(ArgumentError, match=r"x is on cpu, .* compiled for tensors on cuda"):
+        loss_fn(x, x, logit_scale=1.0)
