@@ -39,7 +39,8 @@ Budget = Annotated[
     typer.Option(
         "--budget",
         "-b",
-        help="Memory that the loss may use: 512MiB, 2GiB, or device=2GiB,host=64GiB. "
+        help="Memory that the loss may use: 512MiB, 2GiB, or device=2GiB,host=64GiB (the host's "
+        "has no effect so far). "
         "[default: a quarter of the free memory, of a preset's memory]",
         show_default=False,
     ),
