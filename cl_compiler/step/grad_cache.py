@@ -57,9 +57,11 @@ class GradientCache:
     *Randomness.*  Every chunk sees the same random numbers in both passes.  *Buffers* (BatchNorm's
     running statistics) are updated once, as the chunks in their order update them; BatchNorm itself
     normalises with the statistics of its chunk, not of the batch.  *Autocast* of the caller holds
-    for encoders and loss, not for the backwards.  *DistributedDataParallel* reduces once per step,
-    and not at all inside the caller's ``no_sync``.  *Errors* leave random generators, buffers and
-    gradients as they were; gradients that were there before the step hold a part of its sum.
+    for encoders and loss, not for the backwards.  *DistributedDataParallel* and ``fully_shard``
+    reduce once per step, and not at all where the caller has turned that off; the latter gathers
+    weights for every chunk, so that all ranks need the same number of chunks.  *Errors* leave
+    random generators, buffers and gradients as they were; gradients that were there before the step
+    then hold a part of its sum.
 
     Args:
         encoders: modules, methods of modules or functions; the same one may occur twice.  One whose
@@ -180,7 +182,7 @@ def _train(
     autocast = AutocastState.now(devices)
     # A keyword's parameter (logit_scale) inside a DistributedDataParallel belongs to the backward
     # that reduces, unless unused parameters are looked for: then it counts as one of them there.
-    hold = any(not reducer.find_unused_parameters for reducer in reducers)
+    hold = any(getattr(reducer, "find_unused_parameters", True) is False for reducer in reducers)
     parameters: list[Tensor] = [p for m in (*modules_of(loss_fn), *modules) for p in m.parameters()]
     given = [*loss_arguments.values(), *(job.value for job in jobs)]
     parameters += leaves_of([t for value in given for t in tensors_of(value)])

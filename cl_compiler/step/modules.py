@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -139,15 +140,40 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def reducers_of(modules: Iterable[nn.Module]) -> tuple[DistributedDataParallel, ...]:
+def reducers_of(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     """The modules that reduce gradients across ranks during a backward."""
-    return tuple(p for p in parts_of(modules) if isinstance(p, DistributedDataParallel))
+    return tuple(
+        p for p in parts_of(modules) if isinstance(p, DistributedDataParallel) or _is_sharded(p)
+    )
+
+
+def _is_sharded(part: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied; whoever did that has imported its module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(part, fsdp.FSDPModule)
 
 
 @contextmanager
-def without_reduction(reducers: Iterable[DistributedDataParallel]) -> Iterator[None]:
+def without_reduction(reducers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, forwards and backwards accumulate gradients on each rank alone."""
     with ExitStack() as stack:
         for reducer in reducers:
-            stack.enter_context(reducer.no_sync())
+            if isinstance(reducer, DistributedDataParallel):
+                stack.enter_context(reducer.no_sync())
+            else:
+                stack.enter_context(_unreduced(reducer))
         yield
+
+
+@contextmanager
+def _unreduced(sharded: Any) -> Iterator[None]:
+    """The same for one module of ``fully_shard``, which has no such block of its own."""
+    state = sharded._get_fsdp_state()
+    reduces = all(group.reduce_grads for group in getattr(state, "_fsdp_param_groups", ()))
+    sharded.set_requires_gradient_sync(False, recurse=False)
+    sharded.set_is_last_backward(False)
+    try:
+        yield
+    finally:
+        sharded.set_requires_gradient_sync(reduces, recurse=False)
+        sharded.set_is_last_backward(True)

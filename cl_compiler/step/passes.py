@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from cl_compiler.errors import ArgumentError
@@ -177,17 +176,10 @@ def _value_of(returned: Any) -> tuple[Tensor, Any]:
 
 
 def last_uses(
-    jobs: Sequence[Job], items: Iterable[tuple[int, int]]
-) -> dict[tuple[int, int], tuple[DistributedDataParallel, ...]]:
-    """Of each (job, chunk) the reducers that no later one uses: there they reduce."""
-    last: dict[int, tuple[tuple[int, int], DistributedDataParallel]] = {}
-    for item in items:
-        for reducer in reducers_of(jobs[item[0]].tower.modules):
-            last[id(reducer)] = item, reducer
-    return {
-        item: tuple(reducer for where, reducer in last.values() if where == item)
-        for item in {where for where, _ in last.values()}
-    }
+    reducers: Mapping[int, Sequence[nn.Module]], items: Iterable[tuple[int, int]]
+) -> dict[nn.Module, tuple[int, int]]:
+    """Of each reducer the last (job, chunk) that uses it: there it reduces."""
+    return {reducer: item for item in items for reducer in reducers[item[0]]}
 
 
 def backpropagate(
@@ -204,8 +196,8 @@ def backpropagate(
     """
     wanted = [n for n, gradient in enumerate(loss.embeddings) if gradient is not None]
     items = [(n, chunk) for n in wanted for chunk in range(len(jobs[n].ranges))]
-    closing = last_uses(jobs, items)
-    reducers = reducers_of(m for n in wanted for m in jobs[n].tower.modules)
+    reducers = {n: reducers_of(jobs[n].tower.modules) for n in wanted}
+    last = last_uses(reducers, items)
     late = loss.late
     without: set[int] = set()  # encoders that turned out to train nothing
     for item in items:
@@ -214,8 +206,7 @@ def backpropagate(
         start, stop = job.ranges[chunk]
         if n in without or gradient is None:
             continue
-        closed = closing.get(item, ())
-        with without_reduction(r for r in reducers if r not in closed):
+        with without_reduction(reducer for reducer in last if last[reducer] != item):
             state = states[n][chunk]
             if state is not None:
                 state.set()

@@ -55,3 +55,16 @@ def assert_same(got: Sequence[Tensor | None], want: Sequence[Tensor | None]) -> 
 def chunked(encoder: nn.Module, value: Tensor, size: int) -> Tensor:
     """The reference where chunks matter: they run as in a cached step, and keep their graphs."""
     return torch.cat([encoder(part) for part in value.split(size)])
+
+
+class WatchesBackward(nn.Module):
+    """Keeps whether autocast was on in each of its backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocast: list[bool] = []
+
+    def forward(self, value: Tensor) -> Tensor:
+        if value.requires_grad:
+            value.register_hook(lambda _: self.autocast.append(torch.is_autocast_enabled("cpu")))
+        return value

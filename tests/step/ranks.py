@@ -15,10 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from cl_compiler import GradientCache
-from tests.step.encoders import assert_same, batch, contrast, gradients, tower
+from tests.step.encoders import assert_same, batch, chunked, contrast, gradients, tower
 
 
 class Towers(nn.Module):
@@ -95,6 +98,45 @@ def one_wrapper(x: Tensor, y: Tensor, chunk: int, *, shared: bool, unused: bool)
         assert len(buckets) <= 2 * steps, buckets
 
 
+def sharded_and_checkpointed(x: Tensor, y: Tensor, chunk: int) -> None:
+    """``fully_shard`` reduces with the last chunk too; checkpoints beside it draw the same."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Linear(6, 6).double(), tower(seed, nn.Dropout(0.4))
+            nn.init.eye_(self.first.weight)
+            nn.init.zeros_(self.first.bias)
+
+        def forward(self, value: Tensor) -> Tensor:
+            return checkpoint(self.inner, self.first(value), use_reentrant=False)
+
+    plain, a, b = Checkpointed(0), Checkpointed(0), Checkpointed(1)
+    wrapped, reduced = counted(b)
+    torch.manual_seed(5)
+    want = local(plain, b, loss=lambda: contrast(chunked(plain, x, chunk), chunked(b, y, 2)))
+    fully_shard(a.inner)
+    fully_shard(a)
+    step = GradientCache([a, wrapped], contrast, chunk_sizes=[chunk, 2])
+    for reduces in (True, False):
+        a.set_requires_gradient_sync(reduces)
+        torch.manual_seed(5)
+        if reduces:
+            step(x, y)
+            got = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients(a, b)]
+            assert_same(got, want)
+            continue
+        with wrapped.no_sync():
+            step(x, y)
+        assert gradients(a) == [None] * 6  # kept unsharded until the next step that reduces
+    a.set_requires_gradient_sync(True)
+    torch.manual_seed(5)
+    step(x, y)
+    got = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients(a, b)]
+    assert_same(got, [2 * w for w in want])
+    assert len(reduced) <= 4
+
+
 def main(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
@@ -105,6 +147,8 @@ def main(rank: int, rendezvous: str) -> None:
     for shared, unused in ((True, False), (True, True), (False, True)):
         one_wrapper(x, y, chunk, shared=shared, unused=unused)
         print(f"one wrapper, shared={shared}, unused={unused}")
+    sharded_and_checkpointed(x, y, 4)  # weights are gathered chunk by chunk: as many on each rank
+    print("sharded")
     dist.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from cl_compiler.errors import ArgumentError
 from cl_compiler.step import deferred, joined
-from tests.step.encoders import assert_same, batch, contrast, gradients, tower
+from tests.step.encoders import WatchesBackward, assert_same, batch, contrast, gradients, tower
 
 
 @deferred
@@ -66,7 +66,8 @@ def test_two_steps_in_flight_share_nothing():
 
 
 def test_autocast_of_the_forward_holds_for_its_repetition():
-    a = tower(0, dtype=torch.float32)
+    watch = WatchesBackward()
+    a = tower(0, watch, dtype=torch.float32)
     seen = []
     a.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -83,6 +84,7 @@ def test_autocast_of_the_forward_holds_for_its_repetition():
     with torch.autocast("cpu", torch.bfloat16):
         chunk.backward()
     assert seen[-2:] == [torch.float32] * 2
+    assert watch.autocast == [False, True, False]  # the middle one is the plain step's, inside
     torch.testing.assert_close(gradients(a)[0], once, rtol=0, atol=3e-2 * once.abs().max().item())
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cl_compiler import GradientCache
 from tests.step.encoders import (
+    WatchesBackward,
     assert_same,
     batch,
     chunked,
@@ -125,6 +126,7 @@ def test_buffers_that_change_the_output_are_replayed(replaces):
     assert_same([a[2].mean], [same[2].mean])
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_encoders(reentrant):
     class Checkpointed(nn.Module):
@@ -151,7 +153,8 @@ def test_outer_autocast(cached_casts):
 
     It may be off from float64's by half as much again as that of the plain step is.
     """
-    a, b = (tower(n, dtype=torch.float32) for n in range(2))
+    watch = WatchesBackward()
+    a, b = (tower(n, watch, dtype=torch.float32) for n in range(2))
     x, y = (batch(n, dtype=torch.float32) for n in (2, 3))
     autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=cached_casts)
     kinds = []
@@ -169,6 +172,7 @@ def test_outer_autocast(cached_casts):
         assert torch.is_autocast_enabled("cpu")
     assert kinds == [(torch.bfloat16, True)] * 2
     assert torch.equal(value, plain.detach())
+    assert watch.autocast == [False] * 16
     cached = gradients(a, b)
     contrast(a.double()(x.double()), b.double()(y.double())).backward()
     exact = torch.cat([g.flatten() for g in gradients(a, b)])
