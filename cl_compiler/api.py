@@ -45,9 +45,9 @@ def compile_loss(
     Args:
         hardware_spec: "auto" (detect), a preset's name, a path to a ``.toml`` or a spec.
         memory_budget: bytes, "512MiB", {"device": …, "host": …}, a ``MemoryBudget``, or None for a
-            quarter of the free memory.  It bounds every byte that the loss allocates or keeps,
-            returned gradients included, the caller's inputs not.  What is given for the host has no
-            effect so far.
+            quarter: of the memory that is free here ("auto"), or of the named device's.  It bounds
+            every byte that the loss allocates or keeps, returned gradients included, the caller's
+            inputs not.  What is given for the host has no effect so far.
         loss: a name in ``cl_compiler.losses``, or what ``@cl.define_loss`` returned.
         problem: the largest sizes, a ``Problem`` or "MxNxD", to compile ahead of time; without it
             the loss specialises at its first call, and again for a new dtype, width or size class.
@@ -82,7 +82,7 @@ def compile_loss(
     from cl_compiler.runtime.function import CompiledLoss
 
     hardware = load_hardware(hardware_spec)
-    budget = _budget(memory_budget)
+    budget = _budget(memory_budget, hardware, is_here=hardware_spec == "auto")
     ir = find_loss(loss)
     specialise = Specialiser(ir, hardware, budget, precision, schedule)
     planned = None if problem is None else specialise.signature_of(Problem.parse(problem))
@@ -141,12 +141,20 @@ def loss_signature(ir: LossIR) -> LossSignature:
     )
 
 
-def _budget(budget: int | str | Mapping[str, int | str] | MemoryBudget | None) -> MemoryBudget:
+def _budget(
+    budget: int | str | Mapping[str, int | str] | MemoryBudget | None,
+    hardware: HardwareSpec,
+    *,
+    is_here: bool,
+) -> MemoryBudget:
+    """What was asked for, or a share of the memory: of what is free here, or of the device's."""
     if budget is not None:
         return MemoryBudget.parse(budget)
     from cl_compiler.hardware.cpu import free_memory_bytes
 
-    return MemoryBudget.share_of(free_memory_bytes())
+    measured = is_here and hardware.kind == "cpu"
+    free_bytes = free_memory_bytes() if measured else hardware.device_memory_bytes
+    return MemoryBudget.share_of(free_bytes)
 
 
 @dataclass(frozen=True)

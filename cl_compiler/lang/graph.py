@@ -109,6 +109,7 @@ class _Builder:
         self.known: dict[str, str] = {}
         self.units_of: dict[str, sp.Expr] = {}
         self.saved = set(plan.saved)
+        self.maps: dict[tuple[object, ...], str] = {}
         self.last = "forward" if plan.is_fused else "backward"
 
     def build(self) -> None:
@@ -241,11 +242,7 @@ class _Builder:
             late = phase == "backward"
             axes, text = self.leaves[node.name].axes, describe(node)
             if isinstance(node, Reduction) and is_full(node, self.leaves):
-                full = reduction_axes(node, self.leaves)
-                reads = self.reads(node.expressions, self.sweep_of(full, level), late)
-                pair = f"map:{node.name}"
-                self.add(pair, "map", full, reads, text=describe(node.operand), level=level,
-                         phase=phase, stored=False)  # fmt: skip
+                pair = self.pair_map(node, level, phase)
                 self.add(node.name, "reduction", axes, [pair], text=text, level=level, phase=phase)
             else:
                 exprs = [node.expr] if isinstance(node, Let) else list(node.expressions)
@@ -254,6 +251,19 @@ class _Builder:
                 self.add(node.name, "vector", axes, reads, text=text, level=level, phase=phase)
             self.known[node.name] = node.name
             self.save(node.name)
+
+    def pair_map(self, red: Reduction, level: int, phase: str) -> str:
+        """The node of what a reduction folds; reductions of the same pairs share it."""
+        full = reduction_axes(red, self.leaves)
+        key = (full, level, *red.expressions)
+        if key not in self.maps:
+            node = self.maps[key] = f"map:{red.name}"
+            reads = self.reads(red.expressions, self.sweep_of(full, level), phase == "backward")
+            text = describe(red.operand)
+            text += "" if red.logits is None else f" weighted by softmax of {describe(red.logits)}"
+            text += "" if red.where == 1 else f" where {describe(red.where)}"
+            self.add(node, "map", full, reads, text=text, level=level, phase=phase, stored=False)
+        return self.maps[key]
 
     def save(self, name: str) -> None:
         if name in self.saved:
@@ -371,12 +381,36 @@ class _Builder:
             if not nodes[name]["phase"]:
                 readers = [nodes[r]["phase"] for r in self.graph.successors(name)]
                 nodes[name]["phase"] = "forward" if "forward" in readers else "backward"
+        self.late_reads()
         total = {"forward": ZERO, "backward": ZERO}
         for name, units in self.units_of.items():
             total[nodes[name]["phase"]] += units
         self.graph.graph["units_forward"] = str(total["forward"])
         self.graph.graph["units_backward"] = str(total["backward"])
         self.graph.graph["units"] = str(total["forward"] + total["backward"])
+
+    def late_reads(self) -> None:
+        """Have the backward read what was saved, and make again what was not."""
+        nodes = self.graph.nodes
+        for read, reader in list(self.graph.edges):
+            early = nodes[read]["phase"] == "forward" and nodes[reader]["phase"] == "backward"
+            if early and (late := self.late(read)) != read:
+                self.graph.remove_edge(read, reader)
+                self.graph.add_edge(late, reader)
+
+    def late(self, name: str) -> str:
+        """The node from which the backward has a value of the forward."""
+        node = self.graph.nodes[name]
+        if f"saved:{name}" in self.graph:
+            return f"saved:{name}"
+        if node["kind"] != "vector":
+            return name
+        again = f"again:{name}"
+        if again not in self.graph:
+            reads = [self.late(read) for read in self.graph.predecessors(name)]
+            self.graph.add_node(again, **{**node, "phase": "backward"})
+            self.graph.add_edges_from((read, again) for read in reads)
+        return again
 
 
 def _views(leaf: Leaf) -> tuple[View, View]:

@@ -108,6 +108,8 @@ class _Resolver:
                 return self.on_axis(fn.select(keep, value, fn.ZERO), target)
             if keep == 1 and red.over == COLS:
                 return value  # one element: its logsumexp, its max, its mean
+        if red.monoid == "sum" and red.where == 0:
+            return fn.ZERO
         if (
             red.monoid == "sum"
             and red.where == 1
@@ -151,11 +153,12 @@ def resolve(ir: LossIR, positives: Positives) -> LossIR:
     work = _Resolver(ir, positives)
     for red in ir.reductions:
         work.values[ir.leaves[red.name].symbol] = work.resolve(red)
+    required = [(n, e.xreplace(work.values)) for n, e in ir.required]
     resolved = replace(
         ir,
         value=ir.value.xreplace(work.values),
         outputs=tuple((n, e.xreplace(work.values)) for n, e in ir.outputs),
-        required=tuple((n, e.xreplace(work.values)) for n, e in ir.required),
+        required=tuple((n, e) for n, e in required if not e.is_positive),
         reductions=tuple(work.reductions),
         leaves=MappingProxyType(work.leaves),
     )

@@ -305,12 +305,11 @@ def mean(value: Any, *, over: str = "", where: Any = None, empty: str | float = 
         over: as in ``cl.sum``.
         where: as in ``cl.sum``.
         empty: what the mean of nothing is: a number, or "error": ``NoPositiveError`` when it
-            happens, in a call.
+            happens, in a call; of a vector, when it happens to any of its elements.
 
     Raises:
         LossDefinitionError: as ``cl.sum``.
     """
-    trace = running()
     expr = value_of(value)
     mask = None if where is None else mask_of(where)
     if (has := _has_positive(expr, over)) is not None:
@@ -321,10 +320,19 @@ def mean(value: Any, *, over: str = "", where: Any = None, empty: str | float = 
     number = _reduce("sum", 1, over, masked)
     total = _reduce("sum", Expr(expr), over, masked)
     if empty == "error":
-        if not trace.leaves[number.name].axes:
-            trace.required.append((f"the mean over {over} has no element", number))
+        _require(number, f"the mean over {over} has no element")
         return Expr(total / number)
     return Expr(fn.select(fn.greater(number, fn.ZERO), total / number, value_of(empty)))
+
+
+def _require(number: sp.Symbol, message: str) -> None:
+    """Have calls fail where a number of elements is 0; of a vector's, where any is."""
+    required: sp.Expr = number
+    for axis in running().leaves[number.name].axes:
+        none = fn.mask_not(fn.greater(number, fn.ZERO))
+        required = 1 - _reduce("sum", 1, axis, Expr(none, is_mask=True))
+        message = f"{message} for some of the {axis}"
+    running().required.append((message, required))
 
 
 def at_positive(value: Any, *, on: str = "") -> Expr:

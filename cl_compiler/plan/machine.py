@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import networkx as nx
 
+from cl_compiler.errors import ArgumentError
 from cl_compiler.hardware.graph import device_node, path, spec_of
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.plan.types import Tile
@@ -24,6 +25,8 @@ RATED_TILE = Tile(512, 1024)
 """The tile with which calibration and presets measure GEMM rates."""
 PASS_BYTES = 12
 """Bytes that an elementwise pass moves per element while its rate is measured."""
+WAYS = ("auto", "ieee", "bf16", "tf32", "bf16x3", "fp16", "fp8")
+"""Of multiplying that the cost model knows; fewer can be compiled (see ``precision``)."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,13 @@ def machine_of(graph: nx.DiGraph) -> Machine:
 
 
 def gemm_type(dtype: str, precision: str, spec: HardwareSpec) -> tuple[str, int]:
-    """(entry of the machine's GEMM rates, products that stand for one)."""
+    """(entry of the machine's GEMM rates, products that stand for one).
+
+    Raises:
+        ArgumentError: an unknown precision.
+    """
+    if precision not in WAYS:
+        raise ArgumentError(f"precision {precision!r}: products are planned as {', '.join(WAYS)}.")
     if dtype == "float64":
         return "float64", 1
     rates = dict(spec.gemm_flops_per_s)
@@ -221,7 +230,7 @@ def gemm_type(dtype: str, precision: str, spec: HardwareSpec) -> tuple[str, int]
             return "bfloat16", 3
         case "auto":
             return dtype, 1
-        case _:  # "ieee": 16-bit operands are widened and multiplied in fp32
+        case _:  # 16-bit operands are widened and multiplied in fp32
             return "float32", 1
 
 

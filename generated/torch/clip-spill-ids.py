@@ -376,11 +376,11 @@ def forward(x, y, logit_scale, row_ids, col_ids):
     ).sum(dtype=torch.float64)
     if not row_count_2 > 0:
         raise NoPositiveError(
-            "clip: the mean over rows has no element: no row has a positive; check the ids"
+            "clip: the mean over rows has no element; check the ids, or say empty=0"
         )
     if not col_count_2 > 0:
         raise NoPositiveError(
-            "clip: the mean over cols has no element: no row has a positive; check the ids"
+            "clip: the mean over cols has no element; check the ids, or say empty=0"
         )
     value = torch.as_tensor(
         col_total / (2 * col_count_2) + row_total / (2 * row_count_2), dtype=torch.float64

@@ -347,7 +347,7 @@ def forward(z, logit_scale, ids):
     ).sum(dtype=torch.float64)
     if not row_count_2 > 0:
         raise NoPositiveError(
-            "supcon: the mean over rows has no element: no row has a positive; check the ids"
+            "supcon: the mean over rows has no element; check the ids, or say empty=0"
         )
     value = torch.as_tensor(row_total / row_count_2, dtype=torch.float64)
     outputs = ()

@@ -109,3 +109,24 @@ def test_no_gradient_no_backward():
     graph = loss_graph(plan_sweeps(case.loss, case.positives, frozenset()))
     assert graph.graph["units"] == "1"
     assert not {"gradient_map", "product", "gradient", "saved"} & set(kinds(graph))
+
+
+@pytest.mark.parametrize("case", [*cases(), *(draw(s) for s in range(40))], ids=lambda c: c.name)
+def test_what_is_saved_is_read_and_what_is_not_is_made_again(case):
+    graph = graph_of(case)
+    phase, kind = dict(graph.nodes(data="phase")), dict(graph.nodes(data="kind"))
+    for name in graph:
+        if kind[name] == "saved":
+            readers = list(graph.successors(name))
+            assert readers and {phase[r] for r in readers} == {"backward"}, name
+    for read, reader in graph.edges:  # the backward has vectors of the forward from nowhere else
+        if (phase[read], phase[reader]) == ("forward", "backward"):
+            assert kind[read] in ("saved", "operand", "input", "parameter"), (read, reader)
+
+
+@pytest.mark.parametrize("case", [*cases(), *(draw(s) for s in range(40))], ids=lambda c: c.name)
+def test_equal_pairs_are_one_map(case):
+    graph = graph_of(case)
+    maps = [(n["text"], n["axes"], n["level"]) for _, n in graph.nodes(data=True)
+            if n["kind"] == "map"]  # fmt: skip
+    assert len(set(maps)) == len(maps)

@@ -6,10 +6,14 @@ import math
 
 import pytest
 
+from cl_compiler.errors import ArgumentError
 from cl_compiler.hardware import load_hardware, preset_names
 from cl_compiler.hardware.graph import hardware_graph
-from cl_compiler.plan.machine import gemm_type, machine_of
+from cl_compiler.plan import choose_plan, max_batch
+from cl_compiler.plan.machine import WAYS, gemm_type, machine_of
+from cl_compiler.plan.search import plan_candidates
 from cl_compiler.plan.types import Tile
+from tests.plan.requests import request
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -85,3 +89,17 @@ def test_precision_selects_the_rate_of_a_gpu(
 
 def test_on_a_cpu_automatic_precision_of_float32_is_ieee() -> None:
     assert gemm_type("float32", "auto", load_hardware("xeon-amx-2c")) == ("float32", 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("schedule", ["auto", "recompute"])
+def test_an_unknown_precision_is_refused_by_the_planner_itself(dtype, schedule):
+    for planned in (choose_plan, plan_candidates, max_batch):
+        with pytest.raises(ArgumentError, match="precision 'fp7': products are planned as auto"):
+            planned(request(rows=256, dtype=dtype, precision="fp7", schedule=schedule))
+
+
+@pytest.mark.parametrize("precision", WAYS)
+def test_every_known_precision_has_a_rate(precision):
+    name, products = gemm_type("float32", precision, load_hardware("h100x1"))
+    assert products >= 1 and load_hardware("h100x1").gemm_rate(name) > 0

@@ -9,6 +9,7 @@ from torch import Tensor
 from cl_compiler import Problem, compile_loss
 from cl_compiler.api import find_loss
 from cl_compiler.errors import ArgumentError, BudgetError, NonFiniteError, NotPlannedError
+from cl_compiler.hardware import load_hardware
 from cl_compiler.lang.reference import evaluate
 from cl_compiler.runtime.function import CompiledLoss
 from tests.runtime.dense_case import EXACT, LOSSES, compiled, dense, embeddings, error
@@ -84,6 +85,20 @@ def test_every_variant_holds_the_budget_or_says_so() -> None:
         loss(x, y, logit_scale=5.0)
     x, y = embeddings(6, 100, 100, 64)  # and what was compiled before goes on
     assert error(loss(x, y, logit_scale=5.0), dense("clip", x, y, 5.0).detach()) < EXACT
+
+
+@pytest.mark.parametrize("preset", ["h100x1", "rtx4090x1", "xeon-amx-2c"])
+def test_without_a_budget_a_preset_gives_a_quarter_of_its_own_memory(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This machine's memory says nothing about that one's."""
+    monkeypatch.setattr("cl_compiler.hardware.cpu.free_memory_bytes", lambda: 1 << 20)
+    problem = Problem(4096, 4096, 256)
+    memory = load_hardware(preset).device_memory_bytes
+    plan = compile_loss(preset, None, problem=problem).plan
+    assert 0.21 * memory < plan.budget.device_bytes <= 0.25 * memory  # four leading bits
+    with pytest.raises(BudgetError, match=r"budget 256\.0 KiB"):
+        compile_loss("auto", None, problem=problem)
 
 
 def test_copies_that_strides_force_are_in_the_plan() -> None:
