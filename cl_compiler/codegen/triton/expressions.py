@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import sympy as sp
 from sympy.printing.str import StrPrinter
 
+from cl_compiler.codegen.printers import spaced
 from cl_compiler.lang.tile_ir import (
     Accumulate,
     Compute,
@@ -317,7 +318,7 @@ class DiagonalPrinter(StrPrinter):
         self.texts, self.scalar = texts, scalar
 
     def text(self, expr: sp.Expr) -> str:
-        return str(self.doprint(expr))
+        return spaced(str(self.doprint(expr)))
 
     def _print_Symbol(self, expr: sp.Symbol) -> str:
         return self.texts[expr.name] if expr.name in self.texts else self.scalar(expr, False)
