@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cl_compiler.codegen.render import render
+from cl_compiler.codegen.triton.panel import with_panel
 from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.support import obstacle
 from cl_compiler.lang.program import build_program
@@ -30,7 +31,8 @@ def plan_and_print(request: Request, sweeps: SweepPlan, variant: str) -> tuple[P
     program = build_program(sweeps, plan.schedule)
     reason = obstacle(plan, program)
     if not reason:
-        plan = replace(plan, template="triton")
+        symmetric = any(p.symmetric for p in program.passes)
+        plan = with_panel(replace(plan, template="triton"), spec, symmetric=symmetric)
         plan = _noted(plan, f"Triton kernels for {spec.arch}; no GPU has run them yet")
         return plan, render_triton(plan, program, variant, spec.arch)
     plan = _noted(choose_plan(request, sweeps), f"the PyTorch template is emitted: {reason}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cl_compiler.hardware.spec import HardwareSpec
-from cl_compiler.plan.types import DTYPE_BYTES, Problem, Tile
+from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem, Tile
 
 FEWEST_ROWS = 8192
 """Below it launches and the products' last waves cost more than the workspace saves."""
 BLOCK_ROWS, BLOCK_COLS = 128, 256
 """The library's own tile of a product [rows, D]."""
+SMALLEST_COLS = 32
+"""Columns of the narrowest kernel's tile: one partial statistic of a row for each."""
 STEP = 256
 """Panels are whole multiples of it: of every kernel's rows and columns."""
 
@@ -40,8 +44,33 @@ def panel(spec: HardwareSpec, problem: Problem, free_bytes: int, *, symmetric: b
     return Tile(rows, cols)
 
 
+def with_panel(plan: Plan, spec: HardwareSpec, *, symmetric: bool) -> Plan:
+    """The plan with a panel for its tile, and with what that takes in its memory.
+
+    Tiles in caches are the torch templates' way: here a tile lives in registers, and the panel of
+    gradients between a kernel and the library's products is all that is allocated for them.
+    """
+    of_tiles = ("tile buffers", "tile masks", "operand tiles in fp32")
+    rest = [(what, bytes_) for what, bytes_ in plan.memory if what not in of_tiles]
+    rest = [(w, 2 * b if w.startswith("statistics") else b) for w, b in rest]  # they are fp64
+    free = plan.budget.device_bytes - sum(bytes_ for _, bytes_ in rest)
+    partial = 1 + 2 * 4 / SMALLEST_COLS / gradient_bytes(
+        plan.problem
+    )  # statistics beside gradients
+    tile = panel(spec, plan.problem, int(free / partial), symmetric=symmetric)
+    elements = tile.rows * tile.cols
+    memory = (
+        *rest,
+        ("a panel of gradients", elements * gradient_bytes(plan.problem)),
+        ("partial statistics", 2 * 4 * elements // SMALLEST_COLS),
+    )
+    peak = max(plan.peak_bytes, sum(bytes_ for _, bytes_ in memory))
+    levels = tuple(replace(x, tile=tile) for x in plan.levels if x.kind == "device")
+    return replace(plan, tile=tile, memory=memory, peak_bytes=peak, levels=levels)
+
+
 def _whole(length: int) -> int:
     return -(-length // STEP) * STEP
 
 
-__all__ = ["gradient_bytes", "panel"]
+__all__ = ["gradient_bytes", "panel", "with_panel"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cl_compiler import compile_loss
 from cl_compiler.codegen.triton.panel import STEP, gradient_bytes, panel
 from cl_compiler.hardware import load_hardware
 from cl_compiler.plan.types import Problem, Tile
@@ -32,3 +33,15 @@ def test_the_workspace_fits(free: int, dtype: str, symmetric: bool):
 def test_a_small_problem_is_one_panel():
     tile = panel(H100, Problem(1000, 3000, 512, "bfloat16"), 1 << 30, symmetric=False)
     assert tile == Tile(1024, 3072)
+
+
+@pytest.mark.parametrize("loss", ["clip", "nt_xent", "siglip"])
+@pytest.mark.parametrize("budget", ["400MiB", "2GiB"])
+def test_a_plan_with_its_panel_stays_within_the_budget(loss: str, budget: str):
+    loss_fn = compile_loss(
+        "h100x1", budget, loss=loss, problem=Problem(1 << 16, 1 << 16, 512, "bfloat16")
+    )
+    plan = loss_fn.plan
+    assert plan.template == "triton"
+    assert sum(bytes_ for _, bytes_ in plan.memory) <= plan.peak_bytes <= plan.budget.device_bytes
+    assert f"TILE_M, TILE_N = {plan.tile.rows}, {plan.tile.cols}" in loss_fn.source
