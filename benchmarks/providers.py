@@ -132,10 +132,13 @@ def _compiled(variant: str, case: Case, inputs: Mapping[str, Tensor]) -> Prepare
 
 
 def open_clip(x: Tensor, y: Tensor, *, logit_scale: Tensor) -> Tensor:
-    """open_clip 3.3's ``ClipLoss`` with one rank, line by line: it makes both matrices.
+    """What open_clip's ``ClipLoss`` computes on one rank: it makes both matrices.
 
-    ``dense`` is faster: it transposes the first one, as OpenAI's CLIP does.
+    ``dense`` is faster: it transposes the first one, which open_clip does only across ranks.
     """
+    # Checked against github.com/mlfoundations/open_clip, src/open_clip/loss.py as of commit
+    # 2e25cb1a0897ae598319d7f8626d60eef4af8531 (4.2.0.dev0): ``ClipLoss.get_logits``, its branch
+    # for world_size 1 without logit_bias, and ``ClipLoss.forward``.
     logits_per_image = logit_scale * x @ y.T
     logits_per_text = logit_scale * y @ x.T
     labels = torch.arange(len(x), device=x.device, dtype=torch.long)

@@ -29,7 +29,7 @@ DenseFormula = Callable[..., "Tensor"]
 
 
 def dense_clip(x: Tensor, y: Tensor, *, logit_scale: Tensor) -> Tensor:
-    """CLIP: two cross-entropies of one matrix (OpenAI's CLIP, open_clip's ``ClipLoss``)."""
+    """CLIP: two cross-entropies of one matrix, as OpenAI's; on one rank open_clip makes two."""
     import torch
     import torch.nn.functional as F
 
