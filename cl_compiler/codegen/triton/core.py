@@ -144,8 +144,8 @@ def registers(code: TileProgram, tile: CoreTile, arch: str) -> int:
     columns = sum(dim == 1 for _, dim in reads)
     columns += any(isinstance(i, Compute) and i.op == "positive_tile" for i in code.instructions)
     folds = sum(len(i.targets) for i in sums if not i.dim)
-    if column_sums(arch) == "whole":
-        column, folds = 0, folds * 4
+    if column_sums(arch) == "whole":  # a column's sum is a tile, and its maximum crosses threads
+        live, column, folds = live + folds * (3 if code.mode == "running" else 2) // 2, 0, 0
     total = 40 + element * live + column * (columns + folds)
     if code.mode == "running":
         total += element * (folds > 0) // 2
