@@ -13,7 +13,7 @@ TEST_PROCESSES ?= 2
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.ready  ## train with a compiled loss and with a dense one, at the same memory
+demo: $(VENV)/.ready  ## train with a compiled and a dense loss: same batch, same memory (about 2 minutes)
 	$(BIN)/cl-compiler demo
 
 test: $(VENV)/.ready  ## the tests that need minutes at most and no GPU
