@@ -107,7 +107,7 @@ def _candidates(plan: Plan, arch: str) -> list[CoreTile]:
     if capability(arch) < 90:
         return [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32)]
     if capability(arch) >= 100:
-        return [CoreTile(128, cols, depth, 8, stages) for cols in (128, 64, 32)]
+        return [CoreTile(128, cols, depth, 8, stages) for cols in (128, 64, 32, 16)]
     wide = [CoreTile(128, 256, depth, 8, stages)] if width >= 1024 and bytes_ == 2 else []
     shared = [] if bytes_ == 4 else [CoreTile(128, 128, depth, 4, stages)]
     narrow = [CoreTile(128, cols, depth, 8, stages) for cols in (128, 64, 32)]

@@ -11,7 +11,7 @@ FEWEST_ROWS = 8192
 """Below it launches and the products' last waves cost more than the workspace saves."""
 BLOCK_ROWS, BLOCK_COLS = 128, 256
 """The library's own tile of a product [rows, D]."""
-SMALLEST_COLS = 32
+SMALLEST_COLS = 16
 """Columns of the narrowest kernel's tile: one partial statistic of a row for each."""
 STEP = 256
 """Panels are whole multiples of it: of every kernel's rows and columns."""
