@@ -175,7 +175,7 @@ def _train(
     scaler: torch.amp.GradScaler | None,
     report: Report,
 ) -> Any:
-    modules = modules_of([job.tower.modules for job in jobs])
+    modules = modules_of(*(job.tower.modules for job in jobs))
     training = [job for job in jobs if job.trains]
     reducers = reducers_of(m for job in training for m in job.tower.modules)
     devices = frozenset().union(*(job.devices for job in jobs))

@@ -28,6 +28,9 @@ __all__ = [
     "without_reduction",
 ]
 
+_SEARCHED_ENTRIES = 64
+"""A longer list holds data, not modules."""
+
 
 def owner_of(encoder: Callable[..., Any]) -> nn.Module | None:
     """The one module whose parameters are all that the encoder can train; None if unknown."""
@@ -42,7 +45,9 @@ def owner_of(encoder: Callable[..., Any]) -> nn.Module | None:
 def modules_of(*values: Any) -> tuple[nn.Module, ...]:
     """The modules behind encoders, each once, outermost first."""
     found: dict[int, nn.Module] = {}
-    _search(values, found, set())
+    seen: set[int] = set()
+    for value in values:
+        _search(value, found, seen)
     return tuple(found.values())
 
 
@@ -52,7 +57,7 @@ def _search(value: Any, found: dict[int, nn.Module], seen: set[int]) -> None:
     seen.add(id(value))
     if isinstance(value, nn.Module):
         found[id(value)] = value
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and len(value) <= _SEARCHED_ENTRIES:
         for part in value:
             _search(part, found, seen)
     elif isinstance(value, functools.partial):
@@ -60,9 +65,15 @@ def _search(value: Any, found: dict[int, nn.Module], seen: set[int]) -> None:
     elif inspect.ismethod(value):
         _search((value.__self__, value.__func__), found, seen)
     elif inspect.isfunction(value):
-        used = inspect.getclosurevars(value)
-        _search(list(used.nonlocals.values()), found, seen)
-        _search([v for v in used.globals.values() if isinstance(v, nn.Module)], found, seen)
+        try:
+            used = inspect.getclosurevars(value)
+        except ValueError:  # a name that is bound later: nothing of it runs yet
+            return
+        for part in used.nonlocals.values():
+            _search(part, found, seen)
+        for part in used.globals.values():
+            if isinstance(part, nn.Module):
+                _search(part, found, seen)
 
 
 def leaves_of(values: Iterable[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from cl_compiler import GradientCache, compile_loss
 from cl_compiler.step import Tokens, Whole
+from cl_compiler.step.modules import modules_of
 from tests.step.encoders import SAMPLES, assert_same, batch, contrast, gradients, tower
 
 
@@ -275,3 +276,22 @@ def test_a_tower_that_the_loss_ignores_gets_no_gradient():
     assert b.calls == 4
     assert gradients(b) == [None] * 4
     assert all(g is not None for g in gradients(a))
+
+
+def test_modules_are_found_behind_functions_that_are_not_complete_yet():
+    """A name that is bound later, and a long list of data, are no obstacle."""
+    a, data, x, y = tower(0), [batch(2)] * 100, batch(2), batch(3)
+
+    def encode(value):
+        return finish(a(value)) + 0 * data[0].sum()
+
+    before = modules_of(encode)
+
+    def finish(value):
+        return 2.0 * value
+
+    assert (before, modules_of(encode)) == ((), (a,))
+    contrast(encode(x), encode(y)).backward()
+    want = gradients(a)
+    GradientCache([encode, encode], contrast, chunk_sizes=4)(x, y)
+    assert_same(gradients(a), want)
