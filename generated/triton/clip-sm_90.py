@@ -5,7 +5,7 @@
 # problem   up to M=32768 N=32768 D=768; gradients: logit_scale, x, y
 # schedule  spill
 # tiles     device 11264x11264
-# memory    predicted peak 465.8 MiB of 2.0 GiB
+# memory    predicted peak 496.0 MiB of 2.0 GiB
 """clip: value and gradients in tiles; the similarity matrix never exists.
 
 Symmetric InfoNCE (Radford et al. 2021): the mean of both directions' cross-entropies.

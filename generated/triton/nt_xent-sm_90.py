@@ -5,7 +5,7 @@
 # problem   up to M=32768 N=32768 D=768; gradients: logit_scale, z
 # schedule  spill
 # tiles     device 11264x11264
-# memory    predicted peak 369.0 MiB of 2.0 GiB
+# memory    predicted peak 399.2 MiB of 2.0 GiB
 """nt_xent: value and gradients in tiles; the similarity matrix never exists.
 
 NT-Xent (Chen et al. 2020): a row's positive is its other view, itself excluded.

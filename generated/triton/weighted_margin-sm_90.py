@@ -5,7 +5,7 @@
 # problem   up to M=32768 N=32768 D=768; gradients: logit_scale, margin, x, y
 # schedule  spill
 # tiles     device 11264x11264
-# memory    predicted peak 466.2 MiB of 2.0 GiB
+# memory    predicted peak 496.5 MiB of 2.0 GiB
 """weighted_margin: value and gradients in tiles; the similarity matrix never exists.
 
 A user's loss: InfoNCE with a margin on the positives and a weight for each row.

@@ -145,10 +145,10 @@ def registers(code: TileProgram, tile: CoreTile, arch: str) -> int:
     columns += any(isinstance(i, Compute) and i.op == "positive_tile" for i in code.instructions)
     folds = sum(len(i.targets) for i in sums if not i.dim)
     if column_sums(arch) == "whole":  # a column's sum is a tile, and its maximum crosses threads
-        live, column, folds = live + folds * (3 if code.mode == "running" else 2) // 2, 0, 0
-    total = 40 + element * live + column * (columns + folds)
-    if code.mode == "running":
-        total += element * (folds > 0) // 2
-    return (
-        total + element // 4 * (diagonals > 1) + 10 * sum(len(i.targets) for i in sums if several)
-    )
+        live, column = live + folds * (3 if code.mode == "running" else 2) // 2, 0
+    total = 40 if has_descriptors(arch) else 52  # addresses
+    total += element * live + column * (columns + folds)
+    if folds and (several or code.mode == "running"):
+        total += element // 2
+    total += element // 4 * (diagonals > 1)
+    return total + 10 * sum(len(i.targets) for i in sums if several)
