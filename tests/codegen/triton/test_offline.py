@@ -43,8 +43,14 @@ def compiled(name: str, arch: str, width: int, dtype: str = "bfloat16") -> dict[
     return {b.kernel: b for b in offline.binaries(CASES[name], arch, width, dtype)}
 
 
-KNOWN_SPILLS = {("gist", "sm_100", "running"): 8}
-"""Bytes per thread in safe kernels, which only run where a guard trips; to be lowered."""
+KNOWN_SPILLS = {
+    ("gist", "sm_100", "running"): 8,
+    ("own_denominator", "gfx942", "bounded"): 104,
+    ("own_denominator", "gfx942", "running"): 104,
+    ("matryoshka", "gfx942", "bounded"): 768,
+    ("matryoshka", "gfx942", "running"): 724,
+}
+"""Bytes per thread of what still spills (Triton 3.9): to be lowered, never raised."""
 
 
 def assert_sound(binary: Binary, arch: str, spills: int = 0) -> None:
