@@ -15,13 +15,13 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 0 unless nothing could be measured."""
+    """Run the benchmark; 0 unless nothing could be measured, 130 if it was interrupted."""
     options = parse(arguments)
     if options.worker:
         from benchmarks.gpu.worker import work
 
         return work(options)
-    from benchmarks.gpu.supervisor import supervise
+    from benchmarks.gpu.supervisor import INTERRUPTED, supervise
     from cl_compiler.cli.compare import show
 
     path, why = supervise(options)
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show([path], path.parent)
     if why:
         print(f"ended early: {why}", file=sys.stderr)
+    if why == INTERRUPTED:
+        return 130
     return 0 if why in ("", "the time budget is spent") else 1
 
 

@@ -98,6 +98,14 @@ class Journal:
     def save(self) -> None:
         save(self.path, self.content)
 
+    def explain(self, key: str, provider: str, trace: str) -> None:
+        """Keep an error in full in a text file beside the results, whose rows have one line.
+
+        It is for whoever repairs the provider, and names paths of this machine.
+        """
+        with self.path.with_suffix(".errors.txt").open("a", encoding="utf-8") as file:
+            file.write(f"==== {self.run} {key}: {provider}\n{trace}\n")
+
     @contextmanager
     def doing(self, key: str, provider: str) -> Iterator[None]:
         """Leave a note while something runs that may never come back."""

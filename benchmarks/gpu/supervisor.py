@@ -24,9 +24,10 @@ from tempfile import TemporaryDirectory
 from benchmarks.gpu.journal import Journal, read_note
 from benchmarks.record import ROOT, slug_of
 
-__all__ = ["supervise", "unpacked"]
+__all__ = ["INTERRUPTED", "supervise", "unpacked"]
 
 DONE, REFUSED, BROKEN, STOPPED = 0, 2, 3, 4  # as in worker.py, which imports PyTorch
+INTERRUPTED = "interrupted"
 POLL_S = 0.1
 GRACE_S = 10.0
 """How long a worker may go on beyond the budget before it is ended."""
@@ -44,25 +45,32 @@ def supervise(options: Namespace) -> tuple[Path, str]:
     run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}-{os.getpid()}"
     options.out = options.out or _default_path(options)
     options.deadline = started + options.budget_seconds
-    unexplained, why = 0, ""
-    with unpacked(options.wheels) as search_path:
-        while True:
-            code, why = _one_worker(options, run, search_path)
-            if code in (DONE, STOPPED) or why:
-                break
-            if code == BROKEN:
-                continue
-            if not _blame(options, run, _death(code)):
-                unexplained += 1
-                if unexplained > MOST_UNEXPLAINED:
-                    why = f"workers die before they measure anything: {_death(code)}"
-                    break
-    if code == STOPPED:
-        why = "the time budget is spent"
+    try:
+        why = _until_done(options, run)
+    except KeyboardInterrupt:
+        why = INTERRUPTED
+        options.out.with_suffix(".now").unlink(missing_ok=True)
     journal = Journal(options.out, run)
     if run in journal.content["runs"]:
         journal.end_run(seconds=time.time() - started, ended_early=why)
     return options.out, why
+
+
+def _until_done(options: Namespace, run: str) -> str:
+    """One worker after the other; "" or why there is no further one."""
+    unexplained = 0
+    with unpacked(options.wheels) as search_path:
+        while True:
+            code, why = _one_worker(options, run, search_path)
+            if code == STOPPED:
+                return "the time budget is spent"
+            if code == DONE or why:
+                return why
+            if code == BROKEN or _blame(options, run, _death(code)):
+                continue
+            unexplained += 1
+            if unexplained > MOST_UNEXPLAINED:
+                return f"workers die before they measure anything: {_death(code)}"
 
 
 def _one_worker(options: Namespace, run: str, search_path: str) -> tuple[int, str]:

@@ -10,6 +10,7 @@ import ctypes
 import signal
 import sys
 import time
+import traceback
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -69,6 +70,7 @@ class ContextLost(Exception):
 def work(options: Namespace) -> int:
     """Measure what is left to measure; returns how it ended."""
     _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, which ends this
     if not options.quick:
         _allow_recompiling()
     journal = Journal(Path(options.out), options.worker, resume=options.resume is not None)
@@ -182,9 +184,11 @@ class _Bench:
         """
         row = entry["rows"].setdefault(provider, {"error": ""})
         with self.journal.doing(entry["key"], provider):
-            error = _outcome(call, row, self.device)
+            error, trace = _outcome(call, row, self.device)
             if error:
                 row["error"] = error
+                if trace:
+                    self.journal.explain(entry["key"], provider, trace)
                 release(self.device)
                 print(f"  {provider}: {error}", file=sys.stderr, flush=True)
                 if not is_alive(self.device):
@@ -302,8 +306,8 @@ class _Bench:
             del times[name]
 
 
-def _outcome(call: Callable[[], Row], row: Row, device: torch.device) -> str:
-    """Update a row with what a call returns; "" or what it raised.
+def _outcome(call: Callable[[], Row], row: Row, device: torch.device) -> tuple[str, str]:
+    """Update a row with what a call returns; ("", "") or what it raised, in a line and in full.
 
     The error's frames, which hold on to tensors, end with this function.
     """
@@ -311,12 +315,12 @@ def _outcome(call: Callable[[], Row], row: Row, device: torch.device) -> str:
         row |= call()
         synchronize(device)
     except Skipped as error:
-        return f"skipped: {error}"
+        return f"skipped: {error}", ""
     except Exception as error:
         if str(error).startswith("skipped: "):
-            return str(error)
-        return describe(error)
-    return ""
+            return str(error), ""
+        return describe(error), traceback.format_exc()
+    return "", ""
 
 
 def _warmed(entrant: Entrant, device: torch.device) -> Row:
@@ -358,4 +362,5 @@ def _equal(first: list[Tensor | None], second: list[Tensor | None]) -> bool:
 
 
 def _plan_of(entrant: Entrant) -> Row:
-    return {} if entrant.plan is None else {"plan": plan_entry(entrant.plan)}
+    plan = entrant.plan
+    return {} if plan is None else {"plan": {**plan_entry(plan), "template": plan.template}}

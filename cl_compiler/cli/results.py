@@ -60,7 +60,7 @@ class Line:
         ceiling: fraction of the library's best product, of the device or of the file's own limit.
         same_width: fraction of the library's square product with K = D.
         target: the promised ``ceiling``.
-        note: schedule of a compiled loss.
+        note: schedule of a compiled loss, and its templates where the file says.
     """
 
     key: str
@@ -193,8 +193,16 @@ def _lines(entry: Entry, ceilings: Sequence[Ceiling]) -> Iterator[Line]:
             spread=_spread(row.get("seconds", ())), live_bytes=row.get("live_bytes"), flops=flops,
             ceiling=row.get("gemm_fraction") or (rate / best if rate and best else None),
             same_width=rate / same if rate and same else None, target=case.get("target"),
-            note="" if plan is None else plan["schedule"], error=row.get("error", ""),
+            note=_note(plan), error=row.get("error", ""),
         )  # fmt: skip
+
+
+def _note(plan: Entry | None) -> str:
+    """Schedule, and where Triton was possible, which templates printed it."""
+    if plan is None:
+        return ""
+    schedule = str(plan["schedule"])
+    return f"{schedule}, {plan['template']}" if "template" in plan else schedule
 
 
 def _title(case: Entry) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.cases import SECTIONS, Contest, items_of
-from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.journal import Journal, read_note
 from benchmarks.gpu.options import parse
 from benchmarks.gpu.peers import PEERS
 from benchmarks.gpu.supervisor import unpacked
@@ -162,6 +162,24 @@ def test_a_killed_run_is_resumed(tmp_path):
     assert len(content["runs"]) == 2
 
 
+def test_an_interrupted_run_shows_what_it_has(tmp_path):
+    """Ctrl-C reaches every process of the terminal's foreground group."""
+    path = tmp_path / "r.json"
+    process = subprocess.Popen(
+        command(path, "--providers", "broken:hang"), cwd=ROOT, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: (read_note(path.with_suffix(".now")) or {}).get("provider") == "broken:hang")
+    os.killpg(process.pid, signal.SIGINT)
+    text, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and errors.rstrip().endswith("ended early: interrupted")
+    assert "Limits" in text and "ended early: interrupted; go on with --resume" in text
+    (described,) = json.loads(path.read_text())["runs"].values()
+    assert described["ended_early"] == "interrupted"
+    assert not path.with_suffix(".now").exists()
+
+
 def children_of(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -170,7 +188,7 @@ def children_of(pid: int) -> list[str]:
 
 
 def wait_for(condition) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)

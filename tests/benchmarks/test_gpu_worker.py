@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from benchmarks.gpu.cases import Ceiling, Contest
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.options import parse
 from benchmarks.gpu.worker import ContextLost, TimeUp, _Bench
+from cl_compiler.cli.results import read_results
 
 CPU = torch.device("cpu")
 COPY = Ceiling("copy", M=1 << 12)
@@ -73,6 +75,28 @@ def test_after_two_strikes_a_provider_is_left_out(bench, journal):
     found = rows(journal, CLIP.key)
     assert found["chunked"] == {"error": "skipped: it took its process down before"}
     assert found["dense"]["median_s"] > 0
+
+
+def test_an_error_is_a_line_in_its_row_and_in_full_beside_the_results(bench, journal):
+    bench.run(CLIP)
+    errors = journal.path.with_suffix(".errors.txt").read_text()
+    assert errors.startswith(f"==== run {CLIP.key}: broken:raise\nTraceback")
+    assert errors.rstrip().endswith("ValueError: failed on purpose") and "in _break" in errors
+    assert errors.count("====") == 1
+    assert rows(journal, CLIP.key)["broken:raise"]["error"] == "ValueError: failed on purpose"
+
+
+def test_what_is_skipped_is_no_error_to_look_into(bench, journal):
+    bench.run(replace(CLIP, providers=("memeff",)))
+    assert not journal.path.with_suffix(".errors.txt").exists()
+
+
+def test_a_plan_s_row_says_whose_templates_ran(bench, journal):
+    bench.run(replace(CLIP, providers=("ours:spill",)))
+    plan = rows(journal, CLIP.key)["ours:spill"]["plan"]
+    assert (plan["schedule"], plan["template"]) == ("spill", "torch")
+    (line,) = read_results(journal.path).lines
+    assert line.note == "spill, torch"
 
 
 def test_time_is_up_between_providers_and_what_exists_is_kept(bench, journal, monkeypatch):
