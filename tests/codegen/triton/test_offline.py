@@ -101,7 +101,8 @@ def test_gradient_tile_has_one_exponential():
 def test_value_and_gradient_of_a_pairwise_loss_share_an_exponential():
     binary = compiled("siglip", "sm_90", 768)["_forward_sweep_kernel"]
     assert binary.per_logit("MUFU") <= 2.05  # the exponential, and the reciprocal of the sigmoid
-    assert binary.per_logit("FFMA", "FMUL", "FADD") <= 19
+    # 9 for log(1 + u), and Triton 3.6 takes the exponential's argument twice
+    assert binary.per_logit("FFMA", "FMUL", "FADD") <= 20
     assert binary.registers <= 255
 
 
