@@ -53,6 +53,8 @@ DONE, REFUSED, BROKEN, STOPPED = 0, 2, 3, 4
 and the next one goes on; time is up."""
 ENOUGH_TURNS = 3
 MOST_KERNELS = 16
+SAVE_EVERY_S = 2.0
+"""Between turns: a large file takes longer to write than a turn on a GPU takes."""
 MOST_STRIKES = 2
 """A crash or a hang costs a new process, or the whole time that a step may take."""
 
@@ -279,11 +281,14 @@ class _Bench:
                 leaf.grad = None
             self.journal.write(entry)
         times: dict[str, list[Times]] = {name: [] for name in entrants}
+        saved = time.perf_counter()
         for turn in range(contest.turns):
             for name in list(times):
                 self.check_time()
                 self._turn(contest, entry, entrants[name], name, times, turn)
-            self.journal.write(entry)
+            if time.perf_counter() - saved > SAVE_EVERY_S:
+                self.journal.write(entry)
+                saved = time.perf_counter()
 
     def _turn(
         self,
