@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
@@ -18,15 +17,6 @@ def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.fixture
-def hears_ctrl_c() -> Iterator[None]:
-    """A test run in the background of a shell ignores SIGINT; this test listens."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("hears_ctrl_c")
 def test_the_first_ctrl_c_asks_and_the_second_raises() -> None:
     with interruptible() as interrupt:
         assert not interrupt.requested
