@@ -33,7 +33,7 @@ def plan_and_print(request: Request, sweeps: SweepPlan, variant: str) -> tuple[P
     if not reason:
         symmetric = any(p.symmetric for p in program.passes)
         plan = with_panel(replace(plan, template="triton"), spec, symmetric=symmetric)
-        plan = _noted(plan, f"Triton kernels for {spec.arch}; no GPU has run them yet")
+        plan = _noted(plan, f"Triton kernels for {spec.arch}")
         return plan, render_triton(plan, program, variant, spec.arch)
     plan = _noted(choose_plan(request, sweeps), f"the PyTorch template is emitted: {reason}")
     return plan, render(plan, build_program(sweeps, plan.schedule), variant, device="cuda")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import sympy as sp
 
@@ -53,7 +54,7 @@ class OperandText:
     """(coefficient, norm, prefix slice) of gradients through norms."""
 
 
-def build_context(plan: Plan, program: Program) -> dict[str, object]:
+def build_context(plan: Plan, program: Program) -> dict[str, Any]:
     """Everything that the template reads; nothing is computed in Jinja."""
     sweep_plan = program.plan
     ir, gradient = sweep_plan.ir, sweep_plan.gradient
@@ -122,7 +123,6 @@ def build_context(plan: Plan, program: Program) -> dict[str, object]:
         ),
         "dtype": "torch.float64" if plan.problem.dtype == "float64" else "torch.float32",
         "cast": cast,
-        "matmul_precision": "bf16" if plan.precision == "bf16" else "ieee",
         "width": plan.problem.D,
         "tile": plan.tile,
         "kept_tiles": plan.kept_tiles,

@@ -9,6 +9,7 @@ import jinja2
 
 from cl_compiler.codegen.context import build_context
 from cl_compiler.codegen.layout import drop_unused, fit
+from cl_compiler.codegen.library import library_products
 from cl_compiler.codegen.templates import template_root
 from cl_compiler.lang.program import Program
 from cl_compiler.plan.types import Plan
@@ -33,7 +34,15 @@ def render(plan: Plan, program: Program, variant: str, device: str = "cpu") -> s
     ``device``: "cpu", or "cuda" where what is allocated must lie beside the operands.  The text
     depends on its arguments only: no timestamps, no paths.
     """
-    context = {**build_context(plan, program), "variant": variant, "device": device}
+    context = build_context(plan, program) | {
+        "variant": variant,
+        "device": device,
+        "products": library_products(device, plan.precision),
+        "scalar_home": '"cpu", ',
+        "beside": "",
+    }
+    if device != "cpu":
+        context["beside"] = f"{context['arguments'][0]}.device, "
     text = environment().get_template("torch/loss.py.jinja").render(context)
     return fit(drop_unused(tidy_text(text)))
 

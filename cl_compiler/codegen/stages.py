@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import sympy as sp
 
+from cl_compiler.codegen.bounds import bound_text
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.passes import PassPrinter, PassText
 from cl_compiler.codegen.printers import VectorPrinter, bare, spaced
@@ -119,26 +120,17 @@ class StagePrinter:
 
     def bound(self, expr: sp.Expr) -> str:
         """An upper bound of |expr| over all pairs, from the operands' norms."""
-        terms = []
-        for term in sp.Add.make_args(expr):
-            factors = []
-            for factor in sp.Mul.make_args(term):
-                if isinstance(factor, sp.Symbol) and self.leaves[factor.name].kind == "similarity":
-                    leaf = self.leaves[factor.name]
-                    assert leaf.left is not None and leaf.right is not None
-                    factors += [_largest_norm(v.operand, v.prefix) for v in (leaf.left, leaf.right)]
-                    if leaf.scale:
-                        factors.append(f"abs({self.names(leaf.scale)}.item())")
-                elif factor.is_number:
-                    factors.append(repr(abs(float(factor))))
-                elif axes_of(factor, self.leaves):
-                    factors.append(f"{self._method(factor)}.abs().max().item()")
-                elif self.numbers(factor):
-                    factors.append(f"abs({self.vectors().text(factor)})")
-                else:
-                    factors.append(f"abs({self._method(factor)}.item())")
-            terms.append(" * ".join(factors))
-        return " + ".join(terms)
+
+        def largest(factor: sp.Expr) -> str:
+            if axes_of(factor, self.leaves):
+                return f"{self._method(factor)}.abs().max().item()"
+            if self.numbers(factor):
+                return f"abs({self.vectors().text(factor)})"
+            return f"abs({self._method(factor)}.item())"
+
+        return bound_text(
+            expr, self.leaves, lambda view: _largest_norm(view.operand, view.prefix), largest
+        )
 
     def _method(self, expr: sp.Expr) -> str:
         text = self.vectors().text(expr)

@@ -50,7 +50,6 @@ class CompiledLoss(nn.Module):
         self._specialise = specialise
         self._nonfinite = nonfinite
         self._check = ArgumentChecker(signature, device_type, nonfinite=nonfinite == "error")
-        self._device_type = device_type
         self._verify = verify
         self._refusal = refusal
         self._variants: list[LoadedVariant] = []
@@ -170,11 +169,7 @@ class CompiledLoss(nn.Module):
         if self._verify is not None:
             self._run_verification({**values, "dtype": call.outer_dtype})
         try:
-            if torch.is_autocast_enabled(self._device_type):
-                with torch.autocast(self._device_type, enabled=False):
-                    results = module.Loss.apply(*arguments)
-            else:
-                results = module.Loss.apply(*arguments)
+            results = module.Loss.apply(*arguments)
         except getattr(module, "NoPositiveError", ()) as error:
             raise NoPositiveError(str(error)) from None
         value = results[0]

@@ -30,6 +30,7 @@ DTYPE = torch.float64  # of vectors and scalars between kernels; tiles are fp32
 GRADIENT_DTYPE = torch.bfloat16  # of the workspace between a kernel and the library's products
 D = 768  # columns of the operands
 TILE_M, TILE_N = 9216, 9216  # rows and columns of one launch
+MATMUL_PRECISION = "tf32"  # of the library's fp32 products: "ieee" is exact
 STRIP_TILES = 8  # row tiles that a program visits before its column statistics leave its registers
 LOG2_E = 1 / math.log(2)
 LOG2E = tl.constexpr(LOG2_E)
@@ -94,6 +95,20 @@ def _merge_logsumexp(maximum, total, other_maximum, other_total):
     return largest, total + other_total * _exp2((other_maximum - base) * LOG2E)
 
 
+class _MatmulPrecision:
+    """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
+
+    def __enter__(self):
+        self.before = torch.backends.cuda.matmul.fp32_precision
+        self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
+        torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
+        torch.set_autocast_enabled("cuda", False)
+
+    def __exit__(self, *_):
+        torch.set_autocast_enabled("cuda", self.autocast)
+        torch.backends.cuda.matmul.fp32_precision = self.before
+
+
 def _on_its_device(function):
     """Launch on the device of the tensors, which need not be the current one."""
 
@@ -103,17 +118,6 @@ def _on_its_device(function):
             return function(*arguments)
 
     return run
-
-
-class _MatmulPrecision:
-    """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
-
-    def __enter__(self):
-        self.before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-    def __exit__(self, *_):
-        torch.backends.cuda.matmul.fp32_precision = self.before
 
 
 def _whole(length, block):

@@ -31,6 +31,7 @@ DTYPE = torch.float64  # of vectors and scalars between kernels; tiles are fp32
 GRADIENT_DTYPE = torch.bfloat16  # of the workspace between a kernel and the library's products
 D = 768  # columns of the operands
 TILE_M, TILE_N = 9216, 9216  # rows and columns of one launch
+MATMUL_PRECISION = "tf32"  # of the library's fp32 products: "ieee" is exact
 LOG2_E = 1 / math.log(2)
 LOG2E = tl.constexpr(LOG2_E)
 ONE_INSTRUCTION = tl.constexpr(not triton.knobs.runtime.interpret)  # it knows no assembly
@@ -101,6 +102,20 @@ def _reciprocal(t):
     return 1.0 / t
 
 
+class _MatmulPrecision:
+    """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
+
+    def __enter__(self):
+        self.before = torch.backends.cuda.matmul.fp32_precision
+        self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
+        torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
+        torch.set_autocast_enabled("cuda", False)
+
+    def __exit__(self, *_):
+        torch.set_autocast_enabled("cuda", self.autocast)
+        torch.backends.cuda.matmul.fp32_precision = self.before
+
+
 def _on_its_device(function):
     """Launch on the device of the tensors, which need not be the current one."""
 
@@ -110,17 +125,6 @@ def _on_its_device(function):
             return function(*arguments)
 
     return run
-
-
-class _MatmulPrecision:
-    """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
-
-    def __enter__(self):
-        self.before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-    def __exit__(self, *_):
-        torch.backends.cuda.matmul.fp32_precision = self.before
 
 
 def _whole(length, block):

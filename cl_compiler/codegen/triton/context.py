@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import sympy as sp
 
-from cl_compiler.codegen.context import build_context
+from cl_compiler.codegen.context import LateText, build_context
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
 from cl_compiler.codegen.triton.core import CoreTile, column_sums, core_tiles, has_descriptors
@@ -53,17 +53,6 @@ NEEDED_BY = {
 }
 
 
-@dataclass
-class LateText:
-    """A gradient at the positives that is only known after the sweep over its matrix."""
-
-    coefficient: str
-    left: str
-    right: str
-    d_left: str
-    d_right: str
-
-
 def build_triton_context(
     plan: Plan, program: Program, arch: str, core: CoreTile | None = None
 ) -> dict[str, Any]:
@@ -98,14 +87,13 @@ def build_triton_context(
     kernels = [k for s in sweeps for k in s.kernels]
     lines += [t for k in kernels for t in (*k.body, *k.start, *k.finish)]
     lines += _strings(own)
-    unsure = {message for message, _ in common["required"]}  # type: ignore[attr-defined]
+    unsure = {message for message, _ in common["required"]}
     tile = _panel(plan, [k.tile for k in kernels], any(s.symmetric for s in sweeps))
     return {
         **common,
         **own,
         "required": [r for r in own["required"] if r[0] in unsure],
         "arch": arch,
-        "device": "triton",
         "descriptors": descriptors,
         "forward": forward,
         "backward": backward,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cl_compiler.codegen.layout import drop_unused, fit
+from cl_compiler.codegen.library import library_products
 from cl_compiler.codegen.render import environment, tidy_text
 from cl_compiler.codegen.triton.context import build_triton_context
 from cl_compiler.codegen.triton.core import CoreTile
@@ -26,6 +27,11 @@ def render_triton(
     reason = obstacle(plan, program)
     if reason:
         raise ScheduleError(f"{plan.loss_name} cannot be emitted as Triton: {reason}.")
-    context = {**build_triton_context(plan, program, arch, core), "variant": variant}
+    context = build_triton_context(plan, program, arch, core) | {
+        "variant": variant,
+        "products": library_products("cuda", plan.precision),
+        "scalar_home": "",
+        "beside": "",
+    }
     text = environment().get_template("triton/loss.py.jinja").render(context)
     return fit(drop_unused(tidy_text(text)))

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 
 import sympy as sp
 
+from cl_compiler.codegen.bounds import bound_text
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import VectorPrinter, bare
 from cl_compiler.codegen.stages import StagePrinter
 from cl_compiler.codegen.symbols import PythonNumbers, shift_owner, softmean_partner
-from cl_compiler.lang.ir import Leaf, Reduction, axes_of
+from cl_compiler.lang.ir import Leaf, Reduction, View, axes_of
 from cl_compiler.lang.lower import inverse_of, shift_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.resolve import ONE_TO_ONE, Positives
@@ -98,27 +99,17 @@ class DeviceStages(StagePrinter):
 
     def bound(self, expr: sp.Expr) -> str:
         """An upper bound of |expr| over all pairs, from the operands' norms: [] fp64."""
-        terms = []
-        for term in sp.Add.make_args(expr):
-            factors = []
-            for factor in sp.Mul.make_args(term):
-                if isinstance(factor, sp.Symbol) and self.leaves[factor.name].kind == "similarity":
-                    leaf = self.leaves[factor.name]
-                    for view in (leaf.left, leaf.right):
-                        assert view is not None
-                        part = "" if view.prefix is None else f"[:, :{view.prefix}]"
-                        factors.append(f"_largest_norm({view.operand}{part})")
-                    if leaf.scale:
-                        factors.append(f"{self.names(leaf.scale)}.abs()")
-                elif factor.is_number:
-                    factors.append(repr(abs(float(factor))))
-                elif self.numbers(factor):
-                    factors.append(f"abs({self.vectors().text(factor)})")
-                else:
-                    largest = ".max()" if axes_of(factor, self.leaves) else ""
-                    factors.append(f"{self._method(factor)}.abs(){largest}")
-            terms.append(" * ".join(factors))
-        return " + ".join(terms)
+
+        def norm(view: View) -> str:
+            part = "" if view.prefix is None else f"[:, :{view.prefix}]"
+            return f"_largest_norm({view.operand}{part})"
+
+        def largest(factor: sp.Expr) -> str:
+            if self.numbers(factor):
+                return f"abs({self.vectors().text(factor)})"
+            return f"{self._method(factor)}.abs()" + ".max()" * bool(axes_of(factor, self.leaves))
+
+        return bound_text(expr, self.leaves, norm, largest)
 
     def finish(self, red: Reduction, mode: Mode, suffix: str = "") -> str:
         """The statistic that follows from a reduction's accumulators: text."""
