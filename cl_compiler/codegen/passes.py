@@ -11,16 +11,15 @@ from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import TilePrinter, VectorPrinter, number
 from cl_compiler.codegen.products import ProductPrinter
+from cl_compiler.codegen.row_blocks import block_statistics
 from cl_compiler.codegen.symbols import (
     LENGTH,
     PythonNumbers,
-    finalise,
     prefixed,
-    shift_owner,
     symbol_table,
 )
 from cl_compiler.lang.ir import Leaf, Let, View, axes_of
-from cl_compiler.lang.lower import inverse_of, shift_of
+from cl_compiler.lang.lower import inverse_of
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import (
     Accumulate,
@@ -348,7 +347,7 @@ class PassPrinter:
                 case Accumulate():
                     lines += self._accumulate(printer, instruction)
                 case Barrier():
-                    lines += self.barrier(code)
+                    lines += block_statistics(self, code)
         return lines
 
     def _accumulate(self, printer: TilePrinter, a: Accumulate) -> list[str]:
@@ -408,61 +407,6 @@ class PassPrinter:
                 return self.symbol(name)
             case _:
                 return printer.ref(ref)
-
-    # -- row blocks ------------------------------------------------------------------------------
-
-    def barrier(self, code: TileProgram) -> list[str]:
-        """Statistics of this block of rows, now complete, and what follows from them."""
-        wanted: set[str] = set()
-        for i in code.instructions:
-            if isinstance(i, Compute):
-                wanted |= {a.name for a in i.args if isinstance(a, VectorRef)}
-            if isinstance(i, Diagonal):
-                wanted |= {s.name for s in i.expr.free_symbols}
-                wanted |= {r.name for _, r in i.reads if isinstance(r, VectorRef)}
-        wanted |= {g.row_scale for g in code.gradients if g.row_scale}
-        stack = [n for n in wanted if n in self.local]
-        needed: set[str] = set()
-        while stack:
-            name = stack.pop()
-            if name in needed or name not in self.local:
-                continue
-            needed.add(name)
-            node = self.plan.by_name.get(name)
-            expr = (
-                code.hoisted[name][0]
-                if name in code.hoisted
-                else (node.expr if isinstance(node, Let) else None)
-            )
-            if expr is not None:
-                stack.extend(s.name for s in expr.free_symbols)
-        lines = []
-        for red in self.pass_.reductions:
-            block = {
-                t: f"{self.names(f'{t}_{red.name}')}[i:i1]" for t in ("max", "sum", "weighted")
-            }
-            for symbol, text in finalise(self.program, red, self.mode, self.names, block):
-                if symbol in needed:
-                    lines.append(f"{self.symbol(symbol)} = {text}")
-                    if red.monoid == "logsumexp" and self.mode == "bounded" and symbol == red.name:
-                        self.params.setdefault(
-                            self.names(shift_of(shift_owner(self.program, red)).name)
-                        )
-            if red.monoid in ("sum", "max") and red.name in needed:
-                lines.append(f"{self.symbol(red.name)} = {self.names(red.name)}[i:i1]")
-        printer = self.printer(self._in_block, block=True)
-        for node in self.plan.nodes:
-            if isinstance(node, Let) and node.name in needed:
-                lines.append(f"{self.symbol(node.name)} = {printer.text(node.expr)}")
-        for symbol, (expr, _) in code.hoisted.items():
-            if symbol in needed:
-                lines.append(f"{self.symbol(symbol)} = {printer.text(expr)}")
-        return lines
-
-    def _in_block(self, name: str) -> str:
-        text = self.symbol(name)
-        axes = self.all_leaves[name].axes
-        return text if name in self.local or not axes else f"{text}[i:i1]"
 
     # -- gradients -------------------------------------------------------------------------------
 

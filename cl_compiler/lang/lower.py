@@ -9,19 +9,17 @@ share, times a vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
 
 import sympy as sp
 
 from cl_compiler.lang import functions as fn
-from cl_compiler.lang.ir import COLS, ROWS, Leaf, Let, Reduction, axes_of, ordered
-from cl_compiler.lang.rewrite import expand_function, shared_exp, tidy
+from cl_compiler.lang.ir import Leaf, Let, Reduction, axes_of, ordered
+from cl_compiler.lang.lower_masks import MaskLowering
+from cl_compiler.lang.rewrite import expand_function, shared_exp
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
     Compute,
-    Diagonal,
     Gemm,
     Instruction,
     Mode,
@@ -67,41 +65,19 @@ def inverse_of(lse: str) -> sp.Symbol:
     return sp.Symbol(f"inv_{lse}", real=True)
 
 
-@dataclass(frozen=True)
-class Special:
-    """A diagonal on which structural masks have known values."""
-
-    where: Literal["self", "positive"]
-    values: Mapping[sp.Symbol, sp.Integer]
-
-
-def specials(plan: SweepPlan, grid: tuple[str, str]) -> tuple[Special, ...]:
-    """The special diagonals of a grid."""
-    is_self = sp.Symbol(f"is_self_{grid[0]}_{grid[1]}", real=True)
-    positive = sp.Symbol("is_positive", real=True)
-    on_self = Special("self", {is_self: fn.ONE, positive: fn.ZERO})
-    on_positive = Special("positive", {positive: fn.ONE, is_self: fn.ZERO})
-    if grid != (ROWS, COLS):
-        return (on_self,)
-    if plan.positives == "ids":  # is_positive is a tile that is already 0 on the diagonal
-        return (Special("self", {is_self: fn.ONE}),) if plan.ir.is_single_set else ()
-    return (on_self, on_positive) if plan.ir.is_single_set else (on_positive,)
-
-
 class Lowering:
     """One tile program in the making."""
 
     def __init__(self, plan: SweepPlan, grid: tuple[str, str], mode: Mode) -> None:
         self.plan, self.grid, self.mode = plan, grid, mode
         self.leaves: dict[str, Leaf] = dict(plan.leaves)
-        self.specials = specials(plan, grid)
-        self.structural = {s for special in self.specials for s in special.values}
         self.code: list[Instruction] = []
         self.memo: dict[sp.Expr, Ref] = {}
         self.hoisted: dict[str, tuple[sp.Expr, tuple[str, ...]]] = {}
         self.affine: dict[str, set[tuple[sp.Expr, sp.Expr]]] = {}
         self.masks: set[int] = set()
         self.values = 0
+        self.diagonals = MaskLowering(self)
 
     def declare_shared(self) -> None:
         """Enter shifts and inverse sums of the logsumexps into the symbol table."""
@@ -206,11 +182,11 @@ class Lowering:
 
     def branches(self, mask: sp.Expr, a: sp.Expr, b: sp.Expr) -> list[sp.Expr]:
         """What a selection really computes: a negated branch is made from the other."""
-        if not (mask.free_symbols and mask.free_symbols <= self.structural):
+        if not (mask.free_symbols and mask.free_symbols <= self.diagonals.structural):
             return [mask, b] if a + b == 0 else [mask, a, b]
-        inside = a if self.interior(mask) == 1 else b
-        chosen = [fn.select(mask, a, b).xreplace(dict(s.values)) for s in self.specials]
-        here = [inside.xreplace(dict(s.values)) for s in self.specials]
+        inside = a if self.diagonals.interior(mask) == 1 else b
+        chosen = [fn.select(mask, a, b).xreplace(dict(s.values)) for s in self.diagonals.specials]
+        here = [inside.xreplace(dict(s.values)) for s in self.diagonals.specials]
         return [inside, *(c for c, h in zip(chosen, here, strict=True) if c not in (h, -h))]
 
     def affine_form(self, expr: sp.Expr) -> tuple[str, sp.Expr, sp.Expr] | None:
@@ -280,10 +256,10 @@ class Lowering:
             return self.compute("exp", self.lower(expr.args[0] - expr.args[1]))
         if isinstance(expr, fn.stop_gradient):
             return self.lower(expr.args[0])
-        if isinstance(expr, fn.MASK_FUNCTIONS) and self.structural & expr.free_symbols:
-            return self.mixed_mask(expr)
+        if isinstance(expr, fn.MASK_FUNCTIONS) and self.diagonals.structural & expr.free_symbols:
+            return self.diagonals.mixed_mask(expr)
         if isinstance(expr, fn.select):
-            return self.select(*expr.args)
+            return self.diagonals.select(*expr.args)
         if isinstance(expr, sp.Add):
             return self.nary(expr, "add")
         if isinstance(expr, sp.Mul):
@@ -299,12 +275,12 @@ class Lowering:
         raise AssertionError(f"no lowering for {type(expr).__name__}")
 
     def mask_leaf(self, symbol: sp.Symbol) -> Ref:
-        if symbol in self.structural:
-            return self.mixed_mask(symbol)
+        if symbol in self.diagonals.structural:
+            return self.diagonals.mixed_mask(symbol)
         assert symbol.name == "is_positive", symbol
         ref = self.compute("positive_tile")
         if self.plan.ir.is_single_set:
-            return self.diagonal(ref.value, "self", "fill", fn.ZERO, is_mask=True)
+            return self.diagonals.diagonal(ref.value, "self", "fill", fn.ZERO, is_mask=True)
         return ref
 
     def groups(self, expr: sp.Expr) -> tuple[list[sp.Expr], list[sp.Expr]]:
@@ -361,104 +337,3 @@ class Lowering:
         if exponent.is_number and exponent < 0:
             return self.compute("div", ScalarRef(fn.ONE), self.lower(base**-exponent))
         return self.compute("pow", self.lower(base), self.lower(exponent))
-
-    # -- masks -----------------------------------------------------------------------------------
-
-    def interior(self, expr: sp.Expr) -> sp.Expr:
-        return expr.xreplace(dict.fromkeys(self.structural, fn.ZERO))
-
-    def diagonal(
-        self,
-        base: int,
-        where: Literal["self", "positive"],
-        how: Literal["negate", "fill", "set", "add"],
-        expr: sp.Expr,
-        reads: tuple[tuple[sp.Symbol, Ref], ...] = (),
-        is_mask: bool = False,
-    ) -> TileRef:
-        value = self.new()
-        self.code.append(Diagonal(value, base, where, how, expr, reads, is_mask))
-        if is_mask:
-            self.masks.add(value)
-        return TileRef(value)
-
-    def mixed_mask(self, expr: sp.Expr) -> Ref:
-        """A mask with structural parts: its interior form, corrected on the special diagonals."""
-        inside = self.interior(expr)
-        ref = (
-            self.compute("mask_fill", ScalarRef(inside))
-            if inside.is_number
-            else (self.lower(inside))
-        )
-        if not isinstance(ref, TileRef):
-            ref = self.compute("mask_copy", ref)
-        for special in self.specials:
-            value = expr.xreplace(dict(special.values))
-            if value == inside:
-                continue
-            if value.is_number:
-                ref = self.diagonal(ref.value, special.where, "fill", value, is_mask=True)
-            else:
-                full = self.lower(value)
-                mark = sp.Symbol("full", real=True)
-                reads = ((mark, full),)
-                ref = self.diagonal(ref.value, special.where, "set", mark, reads, is_mask=True)
-        return ref
-
-    def select(self, mask: sp.Expr, a: sp.Expr, b: sp.Expr) -> Ref:
-        if mask.free_symbols and mask.free_symbols <= self.structural:
-            return self.structural_select(mask, a, b)
-        if a.is_number and not b.is_number:
-            return self.compute("fill_where", self.to_tile(b), self.lower(mask), self.outer(a))
-        if b.is_number and not a.is_number:
-            inverse = self.lower(fn.mask_not(mask))
-            return self.compute("fill_where", self.to_tile(a), inverse, self.outer(b))
-        if a == 1 and b == 0:
-            return self.compute("from_mask", self.lower(mask))
-        if a.is_number:
-            base = self.compute("fill", self.outer(b))
-            return self.compute("fill_where", base, self.lower(mask), self.outer(a))
-        on_false = self.to_tile(b)
-        opposite = a + b == 0 and isinstance(on_false, TileRef)
-        on_true = self.compute("neg", on_false) if opposite else self.to_tile(a)
-        return self.compute("where", self.lower(mask), on_true, on_false)
-
-    def to_tile(self, expr: sp.Expr) -> Ref:
-        ref = self.lower(expr)
-        if self.is_mask_tile(ref):
-            return self.compute("from_mask", ref)
-        return self.compute("fill", ref) if isinstance(ref, ScalarRef) else ref
-
-    def structural_select(self, mask: sp.Expr, a: sp.Expr, b: sp.Expr) -> Ref:
-        inside = a if self.interior(mask) == 1 else b
-        ref: Ref = TileRef(self.tile(inside))
-        for special in self.specials:
-            chosen = fn.select(mask, a, b).xreplace(dict(special.values))
-            here = inside.xreplace(dict(special.values))
-            if chosen == here:
-                continue
-            assert isinstance(ref, TileRef)
-            if chosen.is_number:
-                ref = self.diagonal(ref.value, special.where, "fill", chosen)
-            elif sp.Add(chosen, here) == 0:
-                ref = self.diagonal(ref.value, special.where, "negate", fn.ZERO)
-            else:
-                expr, reads = self.on_diagonal(chosen)
-                ref = self.diagonal(ref.value, special.where, "set", expr, reads)
-        return ref
-
-    def on_diagonal(self, expr: sp.Expr) -> tuple[sp.Expr, tuple[tuple[sp.Symbol, Ref], ...]]:
-        """``expr`` over placeholders, and what each stands for (tiles, vectors)."""
-        reads: dict[sp.Symbol, Ref] = {}
-
-        def walk(e: sp.Expr) -> sp.Expr:
-            if not self.is_pair(e):
-                if not self.axes(e):
-                    return e if e.is_number else self.hoist(e)
-            elif not (e in self.memo or isinstance(e, sp.Symbol)):
-                return e.func(*(walk(a) for a in e.args))
-            mark = sp.Symbol(f"d{len(reads)}", real=True)
-            reads[mark] = self.lower(e)
-            return mark
-
-        return walk(tidy(expr, self.axes)), tuple(reads.items())

@@ -139,7 +139,7 @@ def lower_pass(
         value = low.tile(part.pair)
         if part.positive is not None:
             extra = part.positive if part.positive.is_number else low.hoist(part.positive)
-            value = low.diagonal(value, "positive", "add", extra).value
+            value = low.diagonals.diagonal(value, "positive", "add", extra).value
         tiles.append(GradientTile(s, value, part.scale, part.row_scale))
     return assign_buffers(mode, low.code, low.hoisted, tuple(tiles), kept, keep)
 
