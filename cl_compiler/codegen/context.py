@@ -54,13 +54,18 @@ class OperandText:
     """(coefficient, norm, prefix slice) of gradients through norms."""
 
 
-def build_context(plan: Plan, program: Program) -> dict[str, Any]:
-    """Everything that the template reads; nothing is computed in Jinja."""
+def build_context(
+    plan: Plan, program: Program, printer: StagePrinter | None = None
+) -> dict[str, Any]:
+    """Everything that the template reads; nothing is computed in Jinja.
+
+    ``printer``: prints the passes and what is around them (None: for one process).
+    """
     sweep_plan = program.plan
     ir, gradient = sweep_plan.ir, sweep_plan.gradient
-    names = Names(sweep_plan)
-    cast = plan.problem.dtype in ("bfloat16", "float16")
-    printer = StagePrinter(program, names, cast)
+    cast = is_cast(plan)
+    printer = printer or StagePrinter(program, Names(sweep_plan), cast)
+    names = printer.names
     forward = [printer.stage(s, "forward", True) for s in program.forward]
     backward = [printer.stage(s, "backward", False) for s in program.backward]
     vectors = printer.vectors()
@@ -86,7 +91,7 @@ def build_context(plan: Plan, program: Program) -> dict[str, Any]:
     dots = {names(p): pairs for p, pairs in (gradient.dots if gradient else {}).items()}
     for name, value in grads.items():
         terms = [
-            f"{'' if w == 1 else f'{float(w)} * '}_inner({op}, d_{op})"
+            f"{'' if w == 1 else f'{float(w)} * '}{printer.inner(op)}"
             for op, w in dots.get(name, ())
         ]
         if value != "0" or not terms:
@@ -175,6 +180,11 @@ def build_context(plan: Plan, program: Program) -> dict[str, Any]:
             grads,
         ),
     }
+
+
+def is_cast(plan: Plan) -> bool:
+    """Whether inputs are 16-bit, and widened tile by tile."""
+    return plan.problem.dtype in ("bfloat16", "float16")
 
 
 def _tuple(elements: Iterable[str]) -> str:

@@ -76,12 +76,16 @@ _LOCAL = re.compile(r"_|d_|[tm]\d|.*_(i|j|i1|j1|buffer|tile)$")
 class Names:
     """Symbol name → identifier.  Numbered only where a name would repeat."""
 
+    reserved = RESERVED
+    length = "{}"
+    """How the number of rows, of columns, … is called."""
+
     def __init__(self, plan: SweepPlan) -> None:
         self.table: dict[str, str] = {}
         self.table["TIE_TOLERANCE"] = "TIE_TOLERANCE"
-        self.taken: set[str] = set(RESERVED)
+        self.taken: set[str] = set(self.reserved)
         for op in plan.ir.operands:
-            if _LOCAL.match(op.name) or op.name in RESERVED - {"x", "y", "z"}:
+            if _LOCAL.match(op.name) or op.name in self.reserved - {"x", "y", "z"}:
                 raise LossDefinitionError(
                     f"{plan.ir.name}: operand {op.name!r} has a name that emitted code uses for "
                     "something else; choose another name."
@@ -93,7 +97,7 @@ class Names:
             if leaf.kind in ("similarity_at_positive", "norm"):
                 self.add(name, name)
             if leaf.kind == "count":
-                self.table[name] = name.removeprefix("n_")
+                self.table[name] = self.length.format(name.removeprefix("n_"))
         for node in plan.nodes:
             self.add(node.name, self._proposal(plan, node.name))
         for node in plan.nodes:

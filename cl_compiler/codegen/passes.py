@@ -384,14 +384,19 @@ class PassPrinter:
             if not d.reads and d.how == "set":
                 text = f"torch.as_tensor({text}, dtype=DTYPE)"
         *copy, statement = printer.diagonal(d, text)
-        rows, cols = (LENGTH[axis] for axis in self.pass_.grid)
-        block = f"0, {rows}" if self.pass_.whole else "i, i1"
-        span = f"0, {cols}" if self.pass_.whole or self.pass_.whole_rows else "j, j1"
+        block, span = self.extent()
         used = [
             n if re.search(rf"\b{n}\b", statement) else "_" for n in ("k", "r0", "r1", "q0", "q1")
         ]
         loop = f"for {', '.join(used)} in _crossings({block}, {span}, {offsets}):"
         return [*copy, loop, f"    {statement}"]
+
+    def extent(self) -> tuple[str, str]:
+        """The tile's first and last row, and its first and last column."""
+        rows, cols = (LENGTH[axis] for axis in self.pass_.grid)
+        block = f"0, {rows}" if self.pass_.whole else "i, i1"
+        span = f"0, {cols}" if self.pass_.whole or self.pass_.whole_rows else "j, j1"
+        return block, span
 
     def _on_diagonal(self, printer: TilePrinter, marks: dict[str, Ref], name: str) -> str:
         ref = marks.get(name)

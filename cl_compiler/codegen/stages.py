@@ -19,7 +19,7 @@ from cl_compiler.codegen.symbols import (
     shift_owner,
     symbol_table,
 )
-from cl_compiler.lang.ir import Leaf, Let, Reduction, axes_of
+from cl_compiler.lang.ir import Leaf, Let, Reduction, View, axes_of
 from cl_compiler.lang.lower import inverse_of, shift_of
 from cl_compiler.lang.lower_pass import bounded_logits
 from cl_compiler.lang.program import Pass, Program, Stage
@@ -58,6 +58,8 @@ class StageText:
 
 class StagePrinter:
     """Prints the statements around the passes of a program."""
+
+    pass_printer = PassPrinter
 
     def __init__(self, program: Program, names: Names, cast: bool) -> None:
         self.program, self.plan, self.names, self.cast = program, program.plan, names, cast
@@ -123,14 +125,25 @@ class StagePrinter:
 
         def largest(factor: sp.Expr) -> str:
             if axes_of(factor, self.leaves):
-                return f"{self._method(factor)}.abs().max().item()"
+                return self.largest_element(self._method(factor))
             if self.numbers(factor):
                 return f"abs({self.vectors().text(factor)})"
             return f"abs({self._method(factor)}.item())"
 
-        return bound_text(
-            expr, self.leaves, lambda view: _largest_norm(view.operand, view.prefix), largest
-        )
+        return bound_text(expr, self.leaves, self.largest_norm, largest)
+
+    def largest_norm(self, view: View) -> str:
+        """The largest norm of an operand's rows, as a Python number."""
+        part = "" if view.prefix is None else f"[:, :{view.prefix}]"
+        return f"_largest_norm({view.operand}{part})"
+
+    def largest_element(self, vector: str) -> str:
+        """The largest absolute value in a vector, as a Python number."""
+        return f"{vector}.abs().max().item()"
+
+    def inner(self, operand: str) -> str:
+        """<operand, its gradient>."""
+        return f"_inner({operand}, d_{operand})"
 
     def _method(self, expr: sp.Expr) -> str:
         text = self.vectors().text(expr)
@@ -143,7 +156,7 @@ class StagePrinter:
         for mode in self.program.modes:
             fresh = set(self._fresh)
             suffix = "" if len(self.program.modes) == 1 else f"_{mode}"
-            printer = PassPrinter(
+            printer = self.pass_printer(
                 self.program, pass_, mode, self.names, f"_{name}{suffix}", self.cast, fresh
             )
             text = printer.text()
@@ -270,8 +283,3 @@ def _call(monoid: str, operand: sp.Expr, _: object) -> sp.Expr:
     from cl_compiler.lang import functions as fn
 
     return fn.to_rows(operand) if monoid == "to_rows" else fn.to_cols(operand)
-
-
-def _largest_norm(operand: str, prefix: int | None) -> str:
-    text = operand if prefix is None else f"{operand}[:, :{prefix}]"
-    return f"_largest_norm({text})"

@@ -82,6 +82,7 @@ def lower_pass(
     late_reductions: tuple[Reduction, ...] = (),
     gradients: tuple[str, ...] = (),
     symmetric: bool = False,
+    mirrored: bool | None = None,
     barrier: bool = False,
     keep: Literal["", "write", "read"] = "",
 ) -> TileProgram:
@@ -89,8 +90,12 @@ def lower_pass(
 
     ``reductions`` are accumulated first; after the ``barrier`` (if any) their row statistics may be
     read, by ``late_reductions`` and by the gradient tiles of ``gradients``.
+
+    ``symmetric``: gradient tiles stand for their transposes too; ``mirrored``: so do reductions
+    (None: as ``symmetric`` says).
     """
     low = Lowering(plan, grid, mode)
+    mirrored = symmetric if mirrored is None else mirrored
     owners = bounded_logits(plan) if mode == "bounded" else {}
     low.declare_shared()
 
@@ -116,7 +121,7 @@ def lower_pass(
         )
     low.scan([e for j in (*early, *late) for e in j[2]])
     low.scan([p.pair for p in parts.values()])
-    if symmetric:
+    if mirrored:
         low.scan([low.mirrored(e) for j in (*early, *late) for e in j[2]])
     kept = None
     if keep:
@@ -129,11 +134,11 @@ def lower_pass(
             low.scan([expr])
             kept = low.tile(expr)
     for kind, red, exprs, names in early:
-        reduce_tile(low, red, exprs[0], names, kind, exprs[1:], symmetric)
+        reduce_tile(low, red, exprs[0], names, kind, exprs[1:], mirrored)
     if barrier:
         low.code.append(Barrier())
     for kind, red, exprs, names in late:
-        reduce_tile(low, red, exprs[0], names, kind, exprs[1:], symmetric)
+        reduce_tile(low, red, exprs[0], names, kind, exprs[1:], mirrored)
     tiles = []
     for s, part in parts.items():
         value = low.tile(part.pair)
