@@ -23,6 +23,16 @@ def update_generated(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-generated"))
 
 
+@pytest.fixture(autouse=True)
+def signals_as_they_were() -> Iterator[None]:
+    """A test that leaves Ctrl-C ignored would make another one wait for it, for ever."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    assert after is before, "the test changed what Ctrl-C does in its process"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the cache of the person who runs it."""

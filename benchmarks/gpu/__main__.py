@@ -18,8 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 unless nothing could be measured, 130 if it was interrupted."""
     options = parse(arguments)
     if options.worker:
-        from benchmarks.gpu.worker import work
+        from benchmarks.gpu.worker import obey_supervisor, work
 
+        obey_supervisor()
         return work(options)
     from benchmarks.gpu.supervisor import INTERRUPTED, supervise
     from cl_compiler.cli.compare import show

@@ -71,8 +71,6 @@ class ContextLost(Exception):
 
 def work(options: Namespace) -> int:
     """Measure what is left to measure; returns how it ended."""
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's, which ends this
     if not options.quick:
         _allow_recompiling()
     journal = Journal(Path(options.out), options.worker, resume=options.resume is not None)
@@ -119,8 +117,12 @@ def _described(options: Namespace, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _die_with_parent() -> None:
-    """Let Linux end this process with its supervisor, so that a killed run leaves nothing."""
+def obey_supervisor() -> None:
+    """Leave Ctrl-C to the supervisor, and let Linux end this process with it.
+
+    So a killed run leaves nothing.  For processes of their own: it is not taken back.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

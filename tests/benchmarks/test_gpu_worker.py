@@ -171,7 +171,6 @@ def test_nothing_is_timed_in_a_process_that_a_profiler_has_seen(tmp_path, monkey
         bench.is_profiled = bench.is_profiled or item.section == "kernels"
         bench.journal.write({"key": item.key, "rows": {}, "done": True})
 
-    monkeypatch.setattr(worker, "_die_with_parent", lambda: None)
     monkeypatch.setattr(worker, "items_of", lambda **_: items)
     monkeypatch.setattr(worker._Bench, "run", profiled)
     threads = torch.get_num_threads()

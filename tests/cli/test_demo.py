@@ -174,7 +174,7 @@ def test_an_interrupt_in_training_reports_what_was_done(tmp_path: Path, kept: Pa
         return dense_loss(x, y, scale)
 
     before = signal.getsignal(signal.SIGINT)
-    code, printed = run(tmp_path / "out", kept, planned(interrupting), seconds=3600)
+    code, printed = run(tmp_path / "out", kept, planned(interrupting), seconds=60)
     assert code == INTERRUPTED
     assert "Run the same command again" in printed
     assert signal.getsignal(signal.SIGINT) is before

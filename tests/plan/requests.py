@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cl_compiler.hardware import HardwareSpec, Level, load_hardware
 from cl_compiler.lang.ir import LossIR
-from cl_compiler.losses.clip import clip
+from cl_compiler.losses.cross_entropy import clip
 from cl_compiler.plan import MemoryBudget, Problem, Request
 
 XEON = "xeon-amx-2c"

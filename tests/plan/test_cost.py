@@ -7,9 +7,9 @@ import pytest
 from cl_compiler.errors import HardwareError
 from cl_compiler.hardware import load_hardware
 from cl_compiler.lang.ir import LossIR
-from cl_compiler.losses.clip import clip, infonce
+from cl_compiler.losses.cross_entropy import clip, infonce
 from cl_compiler.losses.self_supervised import nt_xent
-from cl_compiler.losses.siglip import siglip
+from cl_compiler.losses.sigmoid import siglip
 from cl_compiler.plan import Plan, Request, choose_plan
 from cl_compiler.plan.cost import PARTS
 from cl_compiler.plan.space import Point, space_of

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cl_compiler.errors import ArgumentError, BudgetError
-from cl_compiler.losses.clip import clip, infonce
+from cl_compiler.losses.cross_entropy import clip, infonce
 from cl_compiler.plan import MemoryBudget, Request, choose_plan, max_batch
 from cl_compiler.plan.limits import scaled
 from tests.losses_zoo import hard_negatives

@@ -9,9 +9,9 @@ import torch
 
 from cl_compiler.codegen.render import render
 from cl_compiler.lang.ir import LossIR
-from cl_compiler.losses.clip import clip, infonce
+from cl_compiler.losses.cross_entropy import clip, infonce
 from cl_compiler.losses.self_supervised import nt_xent
-from cl_compiler.losses.siglip import siglip
+from cl_compiler.losses.sigmoid import siglip
 from cl_compiler.plan import Plan, Request, choose_plan
 from cl_compiler.plan.space import Point, Space, space_of
 from cl_compiler.plan.types import Tile

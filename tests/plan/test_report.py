@@ -7,7 +7,7 @@ import json
 import pytest
 
 from cl_compiler.errors import ArgumentError
-from cl_compiler.losses.clip import clip, infonce
+from cl_compiler.losses.cross_entropy import clip, infonce
 from cl_compiler.plan import Plan, choose_plan, explain, plan_from_json, plan_to_json
 from cl_compiler.units import format_bytes, format_seconds
 from tests.plan.requests import request

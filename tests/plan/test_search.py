@@ -17,9 +17,9 @@ from cl_compiler.hardware.graph import hardware_graph
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import SCHEDULES, build_program
 from cl_compiler.lang.sweeps import plan_sweeps
-from cl_compiler.losses.clip import clip, infonce
+from cl_compiler.losses.cross_entropy import clip, infonce
 from cl_compiler.losses.self_supervised import nt_xent
-from cl_compiler.losses.siglip import siglip
+from cl_compiler.losses.sigmoid import siglip
 from cl_compiler.plan import Plan, choose_plan, explain, plan_candidates
 from cl_compiler.plan.search import RESOLUTION
 from cl_compiler.plan.space import axis_steps, space_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cl_compiler.errors import ArgumentError, BudgetError
-from cl_compiler.losses.clip import clip
+from cl_compiler.losses.cross_entropy import clip
 from cl_compiler.plan import MemoryBudget, Problem, choose_plan, explain
 from tests.plan.requests import request
 

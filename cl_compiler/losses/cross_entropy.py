@@ -1,4 +1,4 @@
-"""CLIP's symmetric loss, and its one-directional half (InfoNCE)."""
+"""Cross-entropies over all columns: CLIP, its one-directional half InfoNCE, smoothed targets."""
 
 from cl_compiler import lang as cl
 
@@ -17,3 +17,15 @@ def infonce(sim, logit_scale):
     """InfoNCE (van den Oord et al. 2018): each row against all columns."""
     s = logit_scale * sim
     return cl.mean(cl.logsumexp(s, over=cl.cols) - cl.at_positive(s, on=cl.rows), over=cl.rows)
+
+
+@cl.define_loss
+def label_smoothing(sim, logit_scale, eps):
+    """InfoNCE whose target gives ``eps`` to all columns evenly (Szegedy et al. 2016).
+
+    As ``torch.nn.functional.cross_entropy(label_smoothing=eps)``; common is eps = 0.1.
+    """
+    s = logit_scale * sim
+    even = cl.sum(s, over=cl.cols) / cl.size(cl.cols)
+    row = cl.logsumexp(s, over=cl.cols) - (1 - eps) * cl.at_positive(s, on=cl.rows) - eps * even
+    return cl.mean(row, over=cl.rows)
