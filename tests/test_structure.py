@@ -184,8 +184,7 @@ def test_emitted_text_does_not_depend_on_the_hash_seed():
 
 
 LIMIT = 450
-LONGER = {
-}
+LONGER = {}
 """Lines that a file may have beyond the limit; to be lowered, never raised."""
 
 
