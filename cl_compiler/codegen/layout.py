@@ -100,9 +100,10 @@ def _opened(line: str, pad: str) -> list[str]:
         if not body or len(head) > WIDTH or len(pad) + len(tail) > WIDTH:
             continue
         inner = f"{pad}    "
-        if len(inner) + len(body) <= WIDTH:
-            return [head, f"{inner}{body}", f"{pad}{tail}"]
         elements = [e.rstrip(",") for e in _split(body, r",\s+")]
+        is_tuple = head.endswith(" = (") and len(elements) > 1  # an element to a line, always
+        if len(inner) + len(body) <= WIDTH and not is_tuple:
+            return [head, f"{inner}{body}", f"{pad}{tail}"]
         if len(elements) == 1:
             return [head, *_element(body, inner), f"{pad}{tail}"]
         parts = [_element(e, inner) for e in elements]

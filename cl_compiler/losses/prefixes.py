@@ -1,0 +1,26 @@
+"""InfoNCE on several prefixes of the same embeddings at once; a factory."""
+
+from cl_compiler import lang as cl
+
+
+def matryoshka(prefixes, weights=None):
+    """Matryoshka representation learning (Kusupati et al. 2022) with InfoNCE.
+
+    Args:
+        prefixes: how many leading columns each term sees; each prefix is normalised again.
+        weights: of each term; 1 by default, as in sentence-transformers' MatryoshkaLoss.
+    """
+    prefixes = tuple(prefixes)
+    weights = (1.0,) * len(prefixes) if weights is None else tuple(weights)
+
+    @cl.define_loss(constants=[("prefixes", prefixes), ("weights", weights)])
+    def matryoshka(logit_scale):
+        total = 0
+        for prefix, weight in zip(prefixes, weights, strict=True):
+            x, y = cl.x[:prefix], cl.y[:prefix]
+            s = logit_scale * cl.similarity(x, y) / (cl.norm(x) * cl.norm(y))
+            row = cl.logsumexp(s, over=cl.cols) - cl.at_positive(s, on=cl.rows)
+            total = total + weight * cl.mean(row, over=cl.rows)
+        return total
+
+    return matryoshka

@@ -1,0 +1,22 @@
+"""A smooth surrogate of recall@k; a factory."""
+
+from cl_compiler import lang as cl
+
+
+def recall_at_k(ks):
+    """Recall@k surrogate (Patel et al. 2022), summed over ks; one positive per row.
+
+    The paper takes temperatures tau_rank = 0.01 and tau_k = 1, and ks = (1, 2, 4, 8, 16).
+
+    Args:
+        ks: cut-offs.
+    """
+    ks = tuple(ks)
+
+    @cl.define_loss(constants=[("ks", ks)])
+    def recall(sim, tau_rank, tau_k):
+        above = cl.sigmoid((sim - cl.at_positive(sim, on=cl.rows)) / tau_rank)
+        rank = 1 + cl.sum(above, over=cl.cols, where=~cl.is_positive)
+        return sum(cl.mean(cl.sigmoid((rank - k) / tau_k), over=cl.rows) for k in ks)
+
+    return recall

@@ -1,0 +1,158 @@
+"""Factories of losses, every structure against a dense formula; and what ``losses`` offers."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from cl_compiler import losses
+from cl_compiler.errors import LossDefinitionError
+from cl_compiler.lang.ir import LossIR
+from cl_compiler.lang.reference import evaluate
+from cl_compiler.losses.retrieval import DIRECTIONS
+
+M, EXTRA, D = 6, 2, 5
+SCALE, STRENGTH, MARGIN = 7.0, 3.0, 0.1
+NINF = float("-inf")
+
+
+def unit(rows: int, seed: int) -> torch.Tensor:
+    raw = torch.randn(rows, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.nn.functional.normalize(raw, dim=1)
+
+
+def codes(number: torch.Tensor, *, of_rows: bool) -> torch.Tensor:
+    """Bits as ±1 and a column more: an inner product of 1 for equal numbers, negative otherwise."""
+    bits = 2.0 * ((number[:, None] >> torch.arange(4)) & 1).double() - 1
+    last = torch.ones(len(number), 1) if of_rows else torch.full((len(number), 1), -3.0)
+    return torch.cat([bits, last.double()], 1)
+
+
+SUBSETS = [(DIRECTIONS[0], *more) for n in range(4) for more in combinations(DIRECTIONS[1:], n)]
+
+
+@pytest.mark.parametrize("extra", [0, EXTRA])
+@pytest.mark.parametrize(
+    "mode", [None, "in_batch_negatives", "hard_negatives", "all_negatives"], ids=str
+)
+@pytest.mark.parametrize("directions", SUBSETS, ids=lambda d: "+".join(d[1:]) or "one")
+@pytest.mark.parametrize("partition", ["joint", "per_direction"])
+def test_ranking_in_every_structure(directions, partition, mode, extra):
+    loss = losses.mnrl(directions, partition, mode, hard_negatives=extra > 0)
+    x = unit(M, 1).requires_grad_()
+    first, rest = unit(M, 2).requires_grad_(), unit(M * extra, 3).requires_grad_()
+    y = torch.cat([first, rest])
+    query, document = torch.arange(M), torch.arange(M).repeat(1 + extra)
+    own, positive = query[:, None] == document, torch.eye(M, len(y), dtype=torch.bool)
+
+    sim = x @ y.T
+    raised = {
+        None: torch.zeros_like(own),
+        "in_batch_negatives": ~own,
+        "hard_negatives": own & ~positive,
+        "all_negatives": ~positive,
+    }[mode]
+    terms = {
+        "query_to_doc": SCALE * sim + STRENGTH * sim.detach() * raised,
+        "query_to_query": (SCALE * x @ x.T).masked_fill(torch.eye(M, dtype=torch.bool), NINF),
+        "doc_to_query": SCALE * first @ x.T,
+        "doc_to_doc": (SCALE * first @ y.T).masked_fill(own, NINF),
+    }
+    logits = [terms[d] for d in directions]
+    if partition == "joint":
+        z = torch.logsumexp(torch.cat(logits, 1), 1)
+    else:
+        z = torch.stack([torch.logsumexp(term, 1) for term in logits]).mean(0)
+    expected = (z - SCALE * (x * first).sum(1)).mean()
+
+    given = {"x": x, "y": y, "positives": first}
+    given |= {"row_code": codes(query, of_rows=True), "col_code": codes(document, of_rows=False)}
+    tensors = {op.name: given[op.name] for op in loss.operands}
+    everything = {"logit_scale": SCALE, "hardness_strength": STRENGTH}
+    parameters = {name: everything[name] for name in loss.parameters}
+    value = evaluate(loss, tensors, parameters)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    wanted = [x, first, rest] if extra else [x, first]
+    for ours, theirs in zip(
+        torch.autograd.grad(value, wanted), torch.autograd.grad(expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["absolute", "relative"])
+@pytest.mark.parametrize("anchors", [False, True])
+@pytest.mark.parametrize("positives", [False, True])
+@pytest.mark.parametrize("extra", [0, EXTRA])
+def test_guided_negatives_in_every_structure(strategy, anchors, positives, extra):
+    """Some positives have a negative similarity to the guide (peers.md, pain 6)."""
+    loss = losses.gist(strategy, anchors, positives, hard_negatives=extra > 0)
+    given = {"x": unit(M, 1).requires_grad_(), "y": unit(M * (1 + extra), 2).requires_grad_()}
+    given |= {"guide_x": unit(M, 3), "guide_y": unit(M * (1 + extra), 4)}
+    given |= {"positives": given["y"][:M], "guide_positives": given["guide_y"][:M]}
+    own = (given["guide_x"] * given["guide_positives"]).sum(1, keepdim=True)
+    assert own.min() < 0 < own.max()
+    limit = own - (own.abs() * MARGIN if strategy == "relative" else MARGIN)
+    terms = []
+    for wanted, a, b in (
+        (True, "x", "y"),
+        (anchors, "x", "x"),
+        (positives, "positives", "positives"),
+    ):
+        if wanted:
+            ga, gb = (f"guide_{name}" for name in (a, b))
+            left_out = given[ga] @ given[gb].T > limit
+            eye = torch.eye(M, given[b].shape[0], dtype=torch.bool)
+            left_out = left_out & ~eye if a != b else left_out | eye
+            terms.append((given[a] @ given[b].T).masked_fill(left_out, NINF))
+    z = torch.logsumexp(SCALE * torch.cat(terms, 1), 1)
+    expected = (z - SCALE * (given["x"] * given["y"][:M]).sum(1)).mean()
+    tensors = {op.name: given[op.name] for op in loss.operands}
+    value = evaluate(loss, tensors, {"logit_scale": SCALE, "margin": MARGIN})
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(value, [given["x"], given["y"]])
+    theirs = torch.autograd.grad(expected, [given["x"], given["y"]])
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_a_prior_for_each_row_may_be_one_for_all():
+    tensors = {"x": unit(M, 1).requires_grad_(), "y": unit(M + 3, 2).requires_grad_()}
+    parameters = {"logit_scale": 2.0}
+    vector = {"tau_plus": torch.full((M,), 0.1, dtype=torch.float64)}
+    expected = evaluate(losses.debiased, tensors, {**parameters, "tau_plus": 0.1})
+    value = evaluate(losses.debiased_rows, {**tensors, **vector}, parameters)
+    torch.testing.assert_close(value, expected, rtol=1e-14, atol=0)
+
+
+def test_matryoshka_weighs_prefixes_evenly_by_default():
+    tensors = {"x": unit(M, 1), "y": unit(M, 2)}
+    by_hand = losses.matryoshka((2, 4), (1.0, 1.0))
+    value = evaluate(losses.matryoshka([2, 4]), tensors, {"logit_scale": 5.0})
+    assert value == evaluate(by_hand, tensors, {"logit_scale": 5.0})
+
+
+# ---- the package --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", losses.SHIPPED)
+def test_a_name_is_a_documented_loss_each_time(name):
+    """A module of the same name would take its place after the first import."""
+    for _ in range(2):
+        loss = getattr(losses, name)
+        assert isinstance(loss, LossIR)
+        assert loss.name == name
+        assert loss.doc
+
+
+@pytest.mark.parametrize("name", losses.FACTORIES)
+def test_a_factory_is_a_function_and_not_a_loss(name):
+    for _ in range(2):
+        assert callable(getattr(losses, name))
+    with pytest.raises(LossDefinitionError, match=rf"Pass what cl_compiler.losses.{name}\(…\)"):
+        losses.find(name)
+
+
+def test_structures_are_told_apart_by_their_constants():
+    variants = [losses.gist(s, a) for s in ("absolute", "relative") for a in (False, True)]
+    assert len({loss.constants for loss in variants}) == 4
