@@ -1,0 +1,1 @@
+"""Losses on many ranks: the tile passes of one device, with shards that travel."""

@@ -1,0 +1,84 @@
+"""Render a plan for many ranks: one self-contained file that every rank runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cl_compiler.codegen.context import build_context, is_cast
+from cl_compiler.codegen.layout import drop_unused, fit
+from cl_compiler.codegen.library import library_products
+from cl_compiler.codegen.render import environment, tidy_text
+from cl_compiler.codegen.ring.passes import RingNames, RingPassText, tuple_text
+from cl_compiler.codegen.ring.stages import RingStagePrinter
+from cl_compiler.lang.ir import COLS, ROWS
+from cl_compiler.lang.program import Program
+from cl_compiler.plan.types import Plan
+
+_TEMPLATE = "ring/loss.py.jinja"
+
+
+def render_ring(
+    plan: Plan,
+    program: Program,
+    variant: str,
+    *,
+    cluster_schedule: str,
+    chunk: int,
+    device: str = "cpu",
+) -> str:
+    """The text of the file that every rank runs.
+
+    Args:
+        plan: tiles and sizes of one rank's share.
+        program: from ``build_ring_program``.
+        variant: the file's name in its header.
+        cluster_schedule: "ring_owner", "ring_travel" or "all_gather".
+        chunk: rows of a shard that travel together.
+        device: "cpu", or "cuda" where what is allocated must lie beside the operands.
+    """
+    names = RingNames(program.plan)
+    printer = RingStagePrinter(program, names, is_cast(plan))
+    context = build_context(plan, program, printer)
+    sweeps = context["sweeps"]
+    travelling = [s for s in sweeps if isinstance(s, RingPassText)]
+    header = [(k, t) for k, t in context["header"] if k != "schedule"]
+    header.insert(3, ("schedule", f"{cluster_schedule}, shards in chunks of {chunk} rows"))
+    context |= _gradients(context) | {
+        "variant": variant,
+        "device": device,
+        "products": library_products(device, plan.precision),
+        "scalar_home": '"cpu", ',
+        "beside": "" if device == "cpu" else f"{context['arguments'][0]}.device, ",
+        "header": header,
+        "gathers": cluster_schedule == "all_gather",
+        "chunk": chunk,
+        "folds": sorted({how for s in travelling for how, _ in s.folds}),
+        "travels": bool(travelling),
+        "reads_lengths": [a for a, _ in context["sizes"] if a in (ROWS, COLS)],
+    }
+    vectors = "\n".join(
+        line for s in (*context["forward"], *context["backward"]) for line in s.vectors
+    )
+    context["reduces_softmean"] = "_softmean_of_all(" in vectors
+    context["reduces_logsumexp"] = "_of_all(" in vectors
+    text = environment().get_template(_TEMPLATE).render(context)
+    return fit(drop_unused(tidy_text(text)))
+
+
+def _gradients(context: Mapping[str, Any]) -> dict[str, Any]:
+    """How gradients are returned: those of shards and of scalars are scaled by the convention."""
+    operands = [op.name for op in context["operands"] if op.needed]
+    kinds = ["shard" for _ in operands]
+    values = [f"d_{name}" for name in operands]
+    for name in context["gradients"]:
+        kind = "scalar" if name in context["parameters"] else "shard"
+        kinds.append(kind)
+        values.append(f"d_{name} * of_{kind}s")
+    return {
+        "gradient_scales": tuple_text(f"ring.{kind}_scale" for kind in kinds),
+        "ring_gradient_values": tuple_text(values),
+    }
+
+
+__all__ = ["render_ring"]

@@ -1,0 +1,169 @@
+"""A loss on many ranks: which shards travel, and what each rank does to the tiles they make.
+
+Every rank holds a shard of the rows and of the columns.  A pass over a grid keeps one side at home
+and meets every rank's shard of the other side in turn, so a statistic of the side at home folds in
+place, and one of the travelling side goes on with its shard and ends at its owner.
+"""
+
+from __future__ import annotations
+
+from cl_compiler.errors import ScheduleError
+from cl_compiler.lang.ir import BANK, SLOTS, Reduction
+from cl_compiler.lang.lower_pass import lower_pass
+from cl_compiler.lang.program import (
+    Pass,
+    Program,
+    Side,
+    _backward_names,
+    _forward_names,
+    _needed_sides,
+    _stages,
+    modes_of,
+)
+from cl_compiler.lang.sweeps import Grid, Sweep, SweepPlan
+from cl_compiler.lang.tile_ir import Mode
+
+LOCAL_AXES = frozenset({SLOTS, BANK})
+"""Axes that a rank has to itself: a row's slots, and the rank's own copy of a queue."""
+
+
+def is_local(grid: Grid) -> bool:
+    """Whether a rank sweeps a grid without the others."""
+    return not LOCAL_AXES.isdisjoint(grid)
+
+
+def ring_obstacle(plan: SweepPlan) -> str:
+    """Why a loss cannot run on a group of ranks; "" where it can."""
+    for sweep in plan.sweeps:
+        if BANK not in sweep.grid:
+            continue
+        for red in sweep.reductions:
+            if red.over != BANK:
+                return (
+                    f"{red.name} is reduced over {red.over} for every element of the queue, and "
+                    "each rank has a copy of the queue; reduce over the queue instead"
+                )
+        for name in sweep.gradients:
+            right = plan.leaves[name].right
+            if right is not None and right.axis == BANK and right.operand in plan.needs:
+                return (
+                    f"the queue {right.operand!r} needs a gradient, and each rank has a copy of "
+                    "it; detach it, or declare it with stop=True"
+                )
+    return ""
+
+
+CLUSTER_SCHEDULES = ("ring_owner", "ring_travel", "all_gather")
+"""ring_owner: operands travel, every gradient is made at its owner; ring_travel: an operand travels
+with its gradient; all_gather: shards are gathered, and gradients sent home, a chunk at a time."""
+
+
+def ring_schedules(plan: SweepPlan) -> dict[str, str]:
+    """Each cluster schedule that a loss can use → ""; each that it cannot → the reason."""
+    reasons = dict.fromkeys(CLUSTER_SCHEDULES, ring_obstacle(plan))
+    maxima = [n.name for n in plan.nodes if isinstance(n, Reduction) and n.monoid == "max"]
+    full = [n for n in maxima if plan.is_full(n)]
+    if full and plan.gradient is not None and not reasons["ring_owner"]:
+        reasons["ring_owner"] = (
+            f"{full[0]} is a maximum, whose elements must be found again bit for bit, and the "
+            "sweep at the other operand's owner cuts other tiles"
+        )
+    return reasons
+
+
+def build_ring_program(plan: SweepPlan, *, owner_computes: bool) -> Program:
+    """Lower every pass of a loss on many ranks.
+
+    ``owner_computes``: an operand's gradient is made where the operand lives, in a sweep of its
+    own, so that no gradient travels; otherwise one sweep makes both gradients and the travelling
+    operand's goes with it.  A set paired with itself never needs the second: the tile stands for
+    its transpose too.
+
+    Raises:
+        ScheduleError: the loss cannot run on many ranks; the message says why.
+    """
+    reason = ring_obstacle(plan)
+    if reason:
+        raise ScheduleError(f"{plan.ir.name} cannot run on a group of ranks: {reason}.")
+    modes = modes_of(plan)
+    forward: list[tuple[int, tuple[Pass, ...]]] = []
+    backward: list[tuple[int, tuple[Pass, ...]]] = []
+    for level in range(1, plan.total_levels + 1):
+        passes: list[Pass] = []
+        for sweep in (s for s in plan.sweeps if s.level == level):
+            passes += _passes(plan, modes, sweep, owner_computes=owner_computes)
+        target = forward if level <= plan.forward_levels else backward
+        target.append((level, tuple(passes)))
+    fused = plan.is_fused
+    return Program(
+        plan,
+        "recompute" if owner_computes else "spill",
+        modes,
+        _stages(plan, 0, forward, _forward_names(plan, fused)),
+        ()
+        if fused or plan.gradient is None
+        else _stages(plan, plan.forward_levels, backward, _backward_names(plan)),
+        fused,
+    )
+
+
+def _passes(
+    plan: SweepPlan, modes: tuple[Mode, ...], sweep: Sweep, *, owner_computes: bool
+) -> list[Pass]:
+    sides = _needed_sides(plan, sweep.gradients)
+    groups: list[tuple[Side, ...]] = [sides]
+    if sweep.symmetric and sides:
+        groups = [("left",)]
+    elif owner_computes and len(sides) > 1 and not is_local(sweep.grid):
+        groups = [(side,) for side in sides]
+    return [
+        _make(plan, modes, sweep, () if index else sweep.reductions, group)
+        for index, group in enumerate(groups)
+    ]
+
+
+def _make(
+    plan: SweepPlan,
+    modes: tuple[Mode, ...],
+    sweep: Sweep,
+    reductions: tuple[Reduction, ...],
+    sides: tuple[Side, ...],
+) -> Pass:
+    programs = {
+        mode: lower_pass(
+            plan,
+            sweep.grid,
+            mode,
+            reductions=reductions,
+            gradients=sweep.gradients,
+            symmetric=sweep.symmetric and bool(sides),
+            mirrored=False,
+        )
+        for mode in modes
+    }
+    exprs = [e for r in reductions for e in r.expressions]
+    exprs += [plan.gradient.similarities[g] for g in sweep.gradients] if plan.gradient else []
+    used = {s.name for e in exprs for s in e.free_symbols}
+    return Pass(
+        level=sweep.level,
+        grid=sweep.grid,
+        similarities=tuple(sorted(n for n in used if plan.leaves[n].kind == "similarity")),
+        reductions=reductions,
+        gradients=sweep.gradients,
+        sides=sides,
+        symmetric=False,
+        whole_rows=False,
+        whole=False,
+        keep="",
+        programs=programs,
+    )
+
+
+__all__ = [
+    "CLUSTER_SCHEDULES",
+    "LOCAL_AXES",
+    "build_ring_program",
+    "is_local",
+    "ring_obstacle",
+    "ring_schedules",
+]
