@@ -9,7 +9,7 @@ import pytest
 from cl_compiler import Problem, compile_loss
 from cl_compiler.api import fetch_variant
 from cl_compiler.errors import ArgumentError, ScheduleError
-from cl_compiler.losses.clip import clip
+from cl_compiler.losses.cross_entropy import clip
 from tests.losses_zoo import hard_negatives
 from tests.plan.requests import request
 
@@ -19,7 +19,7 @@ from tests.plan.requests import request
     [
         ({"verify": "x"}, "verify='x': use True or False"),
         ({"deterministic": "ranks"}, r"deterministic='ranks': use True or False\.$"),
-        ({"precision": "fp8"}, "precision='fp8': use one of auto, ieee, bf16"),
+        ({"precision": "fp8"}, "precision='fp8': use one of auto, ieee, bf16, fp16, tf32, bf16x3"),
         ({"nonfinite": "warn"}, "nonfinite='warn': use 'propagate' or 'error'"),
         ({"schedule": "spil"}, "schedule='spil': use auto or one of recompute"),
         ({"problem": (64, 64, 8)}, r"give Problem\(64, 64, 8\)"),

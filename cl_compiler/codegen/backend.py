@@ -24,19 +24,23 @@ def plan_and_print(request: Request, sweeps: SweepPlan, variant: str) -> tuple[P
     """
     spec = request.hardware
     if spec.kind == "cpu" or spec.world_size > 1:
-        plan = choose_plan(request, sweeps)
+        plan = choose_plan(_widened(request), sweeps)
         return plan, render(plan, build_program(sweeps, plan.schedule), variant)
     wanted = "spill" if request.schedule == "auto" else request.schedule
     plan = choose_plan(replace(request, schedule=wanted), sweeps)
     program = build_program(sweeps, plan.schedule)
     reason = obstacle(plan, program)
     if not reason:
-        symmetric = any(p.symmetric for p in program.passes)
-        plan = with_panel(replace(plan, template="triton"), spec, symmetric=symmetric)
+        plan = with_panel(replace(plan, template="triton"), spec, program)
         plan = _noted(plan, f"Triton kernels for {spec.arch}")
         return plan, render_triton(plan, program, variant, spec.arch)
-    plan = _noted(choose_plan(request, sweeps), f"the PyTorch template is emitted: {reason}")
+    plan = _noted(choose_plan(_widened(request), sweeps), f"PyTorch's tiles are emitted: {reason}")
     return plan, render(plan, build_program(sweeps, plan.schedule), variant, device="cuda")
+
+
+def _widened(request: Request) -> Request:
+    """With products that PyTorch's tiles can have: in fp32 where Triton's would be split."""
+    return replace(request, precision="ieee") if request.precision == "bf16x3" else request
 
 
 def _noted(plan: Plan, note: str) -> Plan:

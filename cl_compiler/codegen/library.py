@@ -20,8 +20,13 @@ class LibraryProducts:
 
 
 def library_products(device: str, precision: str) -> LibraryProducts:
-    """What a plan's ``precision`` means to the library of a device."""
-    fast = {"cpu": {"bf16": "bf16"}, "cuda": {"bf16": "tf32", "tf32": "tf32"}}[device]
+    """What a plan's ``precision`` means to the library of a device.
+
+    On a GPU, tf32 holds what 16-bit operands hold.
+    """
+    fast = {"cpu": {"bf16": "bf16"}, "cuda": dict.fromkeys(("bf16", "fp16", "tf32"), "tf32")}[
+        device
+    ]
     return LibraryProducts(device, fast.get(precision, "ieee"))
 
 

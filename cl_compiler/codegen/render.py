@@ -40,6 +40,7 @@ def render(plan: Plan, program: Program, variant: str, device: str = "cpu") -> s
         "products": library_products(device, plan.precision),
         "scalar_home": '"cpu", ',
         "beside": "",
+        "operand_dtype": "",
     }
     if device != "cpu":
         context["beside"] = f"{context['arguments'][0]}.device, "

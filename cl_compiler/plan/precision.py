@@ -4,35 +4,77 @@ from __future__ import annotations
 
 from cl_compiler.errors import ArgumentError, HardwareError
 from cl_compiler.hardware.spec import HardwareSpec
+from cl_compiler.plan.types import DType
 
-PRECISIONS = ("auto", "ieee", "bf16")
-"""auto: bf16 for bf16 inputs where the machine multiplies in bf16, ieee otherwise; ieee: fp32
-products (fp64 for fp64 inputs); bf16: bf16 products of fp32 or bf16 inputs, fp32 accumulation."""
+PRECISIONS = ("auto", "ieee", "bf16", "fp16", "tf32", "bf16x3")
+"""auto: 16-bit inputs in their own type where the machine multiplies in it; fp32 inputs in bf16x3
+on a GPU, in ieee on a CPU.
+
+ieee: fp32 products (fp64 for fp64 inputs).  bf16, fp16: fp32 inputs are rounded to that type.
+tf32: fp32 inputs are rounded to 11 bits of mantissa by the tensor cores.  bf16x3: fp32 inputs as
+two bf16 numbers each, three products, 16 bits.  Sums are fp32 in all of them."""
 
 
 def products_of(precision: str, dtype: str, spec: HardwareSpec) -> str:
-    """ "ieee" or "bf16": the products that emitted code asks for.
+    """One of ``PRECISIONS`` without "auto": the products that emitted code asks for.
 
     Raises:
         ArgumentError: an unknown precision, or one that inputs of this dtype cannot have.
-        HardwareError: the CPU has no bf16 products.
+        HardwareError: the machine has no such products.
     """
     if precision not in PRECISIONS:
         raise ArgumentError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}.")
-    can = spec.kind != "cpu" or "bfloat16" in dict(spec.gemm_flops_per_s)
+    of_inputs, of_machine = _of_inputs(dtype, spec), _of_machine(spec)
+    possible = [p for p in of_inputs if p in of_machine]
     if precision == "auto":
-        return "bf16" if dtype == "bfloat16" and can else "ieee"
-    if precision == "bf16" and dtype not in ("float32", "bfloat16"):
+        return possible[0]
+    if precision not in of_inputs:
+        takes = "16-bit inputs are multiplied in their own type or in ieee"
+        wide = "fp64 inputs are multiplied in ieee"
         raise ArgumentError(
-            f"precision 'bf16' with {dtype} inputs: bf16 products are for fp32 and bf16 inputs. "
-            "Use precision='auto', or cast the inputs."
+            f"precision {precision!r} with {dtype} inputs: "
+            f"{wide if dtype == 'float64' else takes}. Use precision='auto', or cast the inputs."
         )
-    if precision == "bf16" and not can:
+    if precision not in of_machine:
         raise HardwareError(
-            f"precision 'bf16': {spec.name} has no bf16 products (no AMX, no AVX512-BF16). "
-            "Use precision='auto' or 'ieee'."
+            f"precision {precision!r}: {spec.name} has no such products{_why(precision, spec)}. "
+            f"Use precision='auto' or {' or '.join(repr(p) for p in possible)}."
         )
     return precision
 
 
-__all__ = ["PRECISIONS", "products_of"]
+def rounded_operands(dtype: str, precision: str) -> DType | None:
+    """The type that fp32 operands are rounded to before anything else, if they are."""
+    rounded: dict[str, DType] = {"bf16": "bfloat16", "fp16": "float16"}
+    return rounded.get(precision) if dtype == "float32" else None
+
+
+def _of_inputs(dtype: str, spec: HardwareSpec) -> tuple[str, ...]:
+    """What inputs of a dtype can be multiplied in, the preferred one first."""
+    match dtype:
+        case "float64":
+            return ("ieee",)
+        case "bfloat16":
+            return ("bf16", "ieee")
+        case "float16":
+            return ("fp16", "ieee")
+        case _ if spec.kind == "cpu":
+            return ("ieee", "bf16x3", "bf16", "fp16", "tf32")
+        case _:
+            return ("bf16x3", "ieee", "bf16", "fp16", "tf32")
+
+
+def _of_machine(spec: HardwareSpec) -> tuple[str, ...]:
+    rates = dict(spec.gemm_flops_per_s)
+    if spec.kind == "cpu":
+        return ("ieee", "bf16") if "bfloat16" in rates else ("ieee",)
+    return ("ieee", "bf16", "fp16", "bf16x3", *(("tf32",) if "tf32" in rates else ()))
+
+
+def _why(precision: str, spec: HardwareSpec) -> str:
+    if spec.kind == "cpu" and precision == "bf16":
+        return " (no AMX, no AVX512-BF16)"
+    return " (they are for GPUs)" if spec.kind == "cpu" else ""
+
+
+__all__ = ["PRECISIONS", "products_of", "rounded_operands"]

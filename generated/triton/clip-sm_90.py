@@ -184,14 +184,23 @@ def _add_logsumexp(maximum, total, maxima, sums):
     maximum.copy_(new)
 
 
+def _add_rounded(total, left, right):
+    """total += left @ right: operands of 16 bits, products and sums of 32."""
+    if total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
 def _add_product(total, left, right, scale=None):
     """total += left @ right, accumulated in fp32 over all panels; ``scale``: [], times that."""
     right = right.to(left.dtype)
-    if scale is not None or not total.is_cuda:
-        product = left.float() @ right.float()
-        total.add_(product if scale is None else product * scale)
+    if scale is None:
+        _add_rounded(total, left, right)
     else:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        product = torch.zeros_like(total)
+        _add_rounded(product, left, right)
+        total.addcmul_(product, scale.float())
 
 
 @triton.jit

@@ -43,7 +43,7 @@ def test_the_name_may_be_left_out_where_there_is_one_loss(file):
 
 def test_a_module_in_the_current_directory(file):
     assert find_loss("own_losses:mine").doc == "A user's own."
-    assert find_loss("cl_compiler.losses.clip:infonce").name == "infonce"
+    assert find_loss("cl_compiler.losses.cross_entropy:infonce").name == "infonce"
 
 
 @pytest.mark.parametrize(

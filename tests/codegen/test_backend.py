@@ -56,7 +56,7 @@ def test_what_triton_does_not_serve_is_printed_in_pytorch():
     for asked in (request(slots), request(find("clip"), dtype="float64")):
         plan, source = built(asked)
         assert plan.template == "torch" and "triton" not in source
-        assert any("PyTorch template is emitted" in note for note in plan.notes)
+        assert any("tiles are emitted" in note for note in plan.notes)
         assert re.search(r"with \w+\.device, _MatmulPrecision\(\)", source)
         assert "torch.backends.cuda.matmul" in source and "mkldnn" not in source
 

@@ -16,7 +16,7 @@ from cl_compiler.hardware import detect as detect_module
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.benchmarked import read_benchmark, with_measured_rates
 from cl_compiler.hardware.spec import HardwareSpec
-from cl_compiler.losses.clip import clip
+from cl_compiler.losses.cross_entropy import clip
 from cl_compiler.plan.machine import rates_in_words
 from cl_compiler.plan.report import explain
 from cl_compiler.plan.search import choose_plan

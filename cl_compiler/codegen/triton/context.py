@@ -13,10 +13,12 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
 from cl_compiler.codegen.triton.core import CoreTile, column_sums, core_tiles, has_descriptors
 from cl_compiler.codegen.triton.sweeps import StageText, SweepPrinter
+from cl_compiler.codegen.triton.text import SPLIT
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Mode
+from cl_compiler.plan.precision import rounded_operands
 from cl_compiler.plan.types import DTYPE_BYTES, Plan
 
 HELPERS = (
@@ -61,6 +63,9 @@ def build_triton_context(
         # A guard is known when the gradients are formed already: the safe kernel alone, then.
         program = replace(program, modes=("running",))
     common = build_context(plan, program)
+    rounded = rounded_operands(plan.problem.dtype, plan.precision)
+    if rounded:
+        plan = replace(plan, problem=replace(plan.problem, dtype=rounded))
     names = Names(program.plan)
     operands = {op.name: plan.problem.operands.get(op.name, plan.problem.D) for op in _ops(program)}
 
@@ -94,6 +99,7 @@ def build_triton_context(
         **own,
         "required": [r for r in own["required"] if r[0] in unsure],
         "arch": arch,
+        "operand_dtype": f"torch.{rounded}" if rounded else "",
         "descriptors": descriptors,
         "forward": forward,
         "backward": backward,
@@ -109,6 +115,7 @@ def build_triton_context(
         "anchor": printer.host.anchor,
         "nvidia": arch.startswith("sm_"),
         "precision": _dot_precision(plan),
+        "split": _dot_precision(plan) == SPLIT,
         "sixteen": DTYPE_BYTES[plan.problem.dtype] == 2,
         "needs_rows": "_largest_norm" in "".join(lines)
         or bool(common["dots"] or common["positive_sims"] or common["norms"]),
@@ -127,7 +134,7 @@ def _ops(program: Program) -> tuple[Any, ...]:
 def _dot_precision(plan: Plan) -> str:
     if DTYPE_BYTES[plan.problem.dtype] == 2:
         return ""
-    return {"auto": "bf16x3", "bf16": "bf16x3"}.get(plan.precision, plan.precision)
+    return plan.precision
 
 
 def _panel(plan: Plan, cores: Iterable[CoreTile], symmetric: bool) -> tuple[int, int]:

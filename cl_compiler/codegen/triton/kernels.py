@@ -18,7 +18,7 @@ from cl_compiler.codegen.triton.expressions import (
     number,
 )
 from cl_compiler.codegen.triton.expressions import Names as KernelNames
-from cl_compiler.codegen.triton.text import GradientText, KernelText, Partial
+from cl_compiler.codegen.triton.text import SPLIT, GradientText, KernelText, Partial, low_of
 from cl_compiler.codegen.triton.vectors import DeviceNumbers
 from cl_compiler.lang.ir import Leaf, View
 from cl_compiler.lang.program import Pass, Program
@@ -403,8 +403,17 @@ class KernelPrinter:
         workspace = f"g_{similarity}"
         if scale != 1:
             text = f"{text} * {self.scalar([scale])}"
+        if self.precision == SPLIT:
+            tile = f"g_tile_{similarity}" if len(self.code.gradients) > 1 else "g_tile"
+            k.body.append(f"{tile} = {text}")
+            k.body.append(f"{tile}_high = {tile}.to(tl.bfloat16)")
+            self._store(k, similarity, workspace, f"{tile}_high")
+            self._store(k, similarity, low_of(workspace), f"({tile} - {tile}_high.to(tl.float32))")
+        else:
+            self._store(k, similarity, workspace, f"({text})" if " " in text else text)
+
+    def _store(self, k: KernelText, similarity: str, workspace: str, text: str) -> None:
         k.gradients.append(GradientText(similarity, workspace))
-        text = f"({text})" if " " in text else text
         if self.descriptors:
             to = "[i - row_start, j - col_start]"
             k.body.append(f"{workspace}.store({to}, {text}.to({workspace}.dtype))")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cl_compiler.codegen.triton.text import SPLIT
 from cl_compiler.hardware.spec import HardwareSpec
+from cl_compiler.lang.ir import COLS
+from cl_compiler.lang.program import Program
+from cl_compiler.plan.precision import rounded_operands
 from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem, Tile
 
 FEWEST_ROWS = 8192
@@ -17,13 +21,15 @@ STEP = 256
 """Panels are whole multiples of it: of every kernel's rows and columns."""
 
 
-def gradient_bytes(problem: Problem) -> int:
-    """Bytes of one element of the workspace: bf16 beside 16-bit operands, fp32 beside fp32."""
-    return 4 if DTYPE_BYTES[problem.dtype] == 4 else 2
+def gradient_bytes(problem: Problem, precision: str) -> int:
+    """Bytes of one element of the workspace: bf16 beside 16-bit operands; fp32 beside fp32, or two
+    bf16 numbers."""
+    narrow = rounded_operands(problem.dtype, precision) or DTYPE_BYTES[problem.dtype] == 2
+    return 2 if narrow else 4
 
 
-def panel(spec: HardwareSpec, problem: Problem, free_bytes: int, *, symmetric: bool) -> Tile:
-    """The panel of a problem on a machine, its workspace within ``free_bytes``.
+def panel(spec: HardwareSpec, problem: Problem, room: int, *, symmetric: bool) -> Tile:
+    """The panel of a problem on a machine, of at most ``room`` elements.
 
     As many rows as give the product [rows, D] whole waves over the multiprocessors, at least 8192;
     as many columns.  A smaller budget takes columns first: the product with the panel's transpose
@@ -35,7 +41,6 @@ def panel(spec: HardwareSpec, problem: Problem, free_bytes: int, *, symmetric: b
     wave = max(1, BLOCK_ROWS * cores // blocks)
     most = _whole(-(-FEWEST_ROWS // wave) * wave)
     rows, cols = min(most, _whole(problem.M)), min(most, _whole(problem.N))
-    room = max(1, free_bytes // gradient_bytes(problem))
     if symmetric:
         side = min(rows, cols, max(STEP, int(room**0.5) // STEP * STEP))
         return Tile(side, side)
@@ -44,7 +49,7 @@ def panel(spec: HardwareSpec, problem: Problem, free_bytes: int, *, symmetric: b
     return Tile(rows, cols)
 
 
-def with_panel(plan: Plan, spec: HardwareSpec, *, symmetric: bool) -> Plan:
+def with_panel(plan: Plan, spec: HardwareSpec, program: Program) -> Plan:
     """The plan with a panel for its tile, and with what that takes in its memory.
 
     Tiles in caches are the torch templates' way: here a tile lives in registers, and the panel of
@@ -53,20 +58,47 @@ def with_panel(plan: Plan, spec: HardwareSpec, *, symmetric: bool) -> Plan:
     of_tiles = ("tile buffers", "tile masks", "operand tiles in fp32")
     rest = [(what, bytes_) for what, bytes_ in plan.memory if what not in of_tiles]
     rest = [(w, 2 * b if w.startswith("statistics") else b) for w, b in rest]  # they are fp64
+    rest += _rounded(plan, program)
+    element = gradient_bytes(plan.problem, plan.precision)
+    split = _split_bytes(plan, program)
     free = plan.budget.device_bytes - sum(bytes_ for _, bytes_ in rest)
-    partial = 1 + 2 * 4 / SMALLEST_COLS / gradient_bytes(
-        plan.problem
-    )  # statistics beside gradients
-    tile = panel(spec, plan.problem, int(free / partial), symmetric=symmetric)
+    statistics = 2 * 4 / SMALLEST_COLS  # of rows and columns, for each element
+    symmetric = any(p.symmetric for p in program.passes)
+    room = max(1, int((free - split * STEP) / (element + statistics)))
+    tile = panel(spec, plan.problem, room, symmetric=symmetric)
+    if split:  # takes room of its own, by the longer side
+        room = int((free - split * max(tile.rows, tile.cols)) / (element + statistics))
+        tile = panel(spec, plan.problem, max(1, room), symmetric=symmetric)
+        rest.append(("an operand split in bf16", split * max(tile.rows, tile.cols)))
     elements = tile.rows * tile.cols
     memory = (
         *rest,
-        ("a panel of gradients", elements * gradient_bytes(plan.problem)),
-        ("partial statistics", 2 * 4 * elements // SMALLEST_COLS),
+        ("a panel of gradients", elements * element),
+        ("partial statistics", int(elements * statistics)),
     )
     peak = max(plan.peak_bytes, sum(bytes_ for _, bytes_ in memory))
     levels = tuple(replace(x, tile=tile) for x in plan.levels if x.kind == "device")
     return replace(plan, tile=tile, memory=memory, peak_bytes=peak, levels=levels)
+
+
+def _rounded(plan: Plan, program: Program) -> list[tuple[str, int]]:
+    """The copies of fp32 operands that are rounded before they are multiplied."""
+    kind = rounded_operands(plan.problem.dtype, plan.precision)
+    if kind is None:
+        return []
+    problem, elements = plan.problem, 0
+    for op in program.plan.ir.operands:
+        rows = problem.N if op.axes[0] == COLS else problem.M
+        elements += rows * problem.operands.get(op.name, problem.D)
+    return [(f"operands in {kind}", elements * DTYPE_BYTES[kind])]
+
+
+def _split_bytes(plan: Plan, program: Program) -> int:
+    """Bytes for each row of an operand that a product splits: two bf16 numbers, an fp32 rest."""
+    if plan.precision != SPLIT:
+        return 0
+    widths = [plan.problem.operands.get(op.name, plan.problem.D) for op in program.plan.ir.operands]
+    return 8 * max(widths)
 
 
 def _whole(length: int) -> int:

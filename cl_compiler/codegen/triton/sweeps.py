@@ -9,7 +9,7 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import LENGTH, operand_scale, shift_owner
 from cl_compiler.codegen.triton.core import Columns, CoreTile
 from cl_compiler.codegen.triton.kernels import KernelPrinter
-from cl_compiler.codegen.triton.text import KernelText, Partial
+from cl_compiler.codegen.triton.text import SPLIT, KernelText, Partial, low_of
 from cl_compiler.codegen.triton.vectors import DeviceStages
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.lower import shift_of
@@ -284,7 +284,8 @@ class SweepPrinter:
         leaf = self.plan.leaves[g.similarity]
         left, right = leaf.left, leaf.right
         assert left is not None and right is not None
-        tile = f"g_{g.similarity}[:m, :n]"
+        workspace = f"g_{g.similarity}"
+        names = [workspace, low_of(workspace)] if self.precision == SPLIT else [workspace]
         result = []
         for view, other, at, there, side in (
             (left, right, "i:i1", "j:j1", "left"),
@@ -293,10 +294,11 @@ class SweepPrinter:
             if side not in pass_.sides or view.operand not in self.plan.needs or view.stop:
                 continue
             own = leaf.scale and operand_scale(self.plan, view.operand) == "mixed"
+            tiles = [f"{n}[:m, :n]{'' if side == 'left' else '.T'}" for n in names]
             result.append(
                 ProductText(
                     _part(f"d_{view.operand}", at, view),
-                    tile if side == "left" else f"{tile}.T",
+                    tiles[0] if len(tiles) == 1 else f"({', '.join(tiles)})",
                     _part(other.operand, there, other),
                     self.names(leaf.scale) if own and leaf.scale else "",
                     pass_.symmetric and side == "right",

@@ -86,6 +86,48 @@ def test_logit_scales(interpret: Ask, name: str, scale: float, dtype: str):
     assert_right(answer, bound=scale, dtype=dtype)
 
 
+SPLIT = 2.0**-16
+"""What three products of bf16 numbers leave out of one of fp32, relative to the factors' sizes."""
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize(("name", "arch"), [("clip", "sm_90"), ("nt_xent", "sm_80")])
+def test_products_in_bf16x3(interpret: Ask, name: str, arch: str, scale: float):
+    """Logits are off by scale * 2**-16, exponentials relatively by as much, as are gradients: of a
+    gradient tile and of an operand two bf16 numbers are multiplied, too."""
+    answer = interpret(
+        case=name,
+        dtype="float32",
+        precision="bf16x3",
+        arch=arch,
+        parameters={"logit_scale": scale},
+        d=64,
+        seed=7,
+    )
+    found = tolerance(scale, "float32", "") + SPLIT * scale
+    assert answer["errors"].pop("value") <= found
+    assert max(answer["errors"].values()) <= found + 4 * SPLIT
+
+
+def test_bf16x3_is_not_bf16(interpret: Ask):
+    errors = {
+        p: max(interpret(case="clip", dtype="float32", precision=p, seed=8)["errors"].values())
+        for p in ("bf16x3", "bf16")
+    }
+    assert errors["bf16x3"] < errors["bf16"] / 50
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fp32_operands_rounded_to_16_bits(interpret: Ask, precision: str):
+    """Unit rows: a logit is off by two roundings of its operands, its exponential by as much."""
+    half_ulp = {"bf16": 2.0**-9, "fp16": 2.0**-12}[precision]
+    answer = interpret(
+        case="clip", dtype="float32", precision=precision, parameters={"logit_scale": 4.0}, seed=9
+    )
+    assert answer["errors"].pop("value") <= 2 * 4 * half_ulp
+    assert max(answer["errors"].values()) <= (2 * 4 + 1) * half_ulp + ROUNDED_GRADIENT
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_sigmoid_loss_at_its_usual_bias(interpret: Ask, scale: float):
     """Softplus of -10 and less: a logarithm of 1 + u would lose it."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from cl_compiler.runtime.loader import load_source
@@ -26,7 +27,8 @@ CASES = {case.name: case for case in cases()}
 
 
 def mend_bfloat16() -> None:
-    """The interpreter truncates where it should round to bf16, and multiplies bit patterns."""
+    """The interpreter truncates where it should round to bf16, multiplies bit patterns, and does
+    not know of products in bf16x3."""
     builder = interpreter.InterpreterBuilder
     handle = interpreter.TensorHandle
     cast: Callable[..., Any] = builder.cast_impl
@@ -35,20 +37,36 @@ def mend_bfloat16() -> None:
     def widened(data: np.ndarray) -> np.ndarray:
         return (data.astype(np.uint32) << 16).view(np.float32)
 
+    def rounded(data: np.ndarray) -> np.ndarray:
+        bits = data.astype(np.float32).view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
     def rounding_cast(self: Any, source: Any, target: Any) -> Any:
         if (source.dtype.scalar, target.scalar) == (tl.float32, tl.bfloat16):
-            bits = source.data.astype(np.float32).view(np.uint32).astype(np.uint64)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            return handle(rounded.astype(np.uint16), tl.bfloat16)
+            return handle(rounded(source.data), tl.bfloat16)
         if (source.dtype.scalar, target.scalar) == (tl.bfloat16, tl.float32):
             return handle(widened(source.data), tl.float32)
         return cast(self, source, target)
 
-    def widening_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def widening_dot(self: Any, a: Any, b: Any, total: Any, precision: Any, most: Any) -> Any:
         if a.dtype.scalar == tl.bfloat16:
             a, b = (handle(widened(t.data), tl.float32) for t in (a, b))
-        return dot(self, a, b, *rest)
+        if precision == ir.INPUT_PRECISION.BF16x3:
+            (a, a_low), (b, b_low) = split(a), split(b)
+            total = dot(self, a_low, b, total, precision, most)
+            total = dot(self, a, b_low, total, precision, most)
+        return dot(self, a, b, total, precision, most)
 
+    def split(value: Any) -> tuple[Any, Any]:
+        """An fp32 number as two of bf16."""
+        high = widened(rounded(value.data))
+        low = widened(rounded(value.data - high))
+        return handle(high, tl.float32), handle(low, tl.float32)
+
+    allowed = ("ieee", "tf32", "bf16x3")
+    object.__setattr__(
+        interpreter.interpreter_builder.options, "allowed_dot_input_precisions", allowed
+    )
     builder.cast_impl = rounding_cast
     builder.create_dot = widening_dot
 
@@ -79,7 +97,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Errors of the value and of every gradient against float64, and whether a guard tripped."""
     inputs = draw(request)
     dtype = getattr(torch, request["dtype"])
-    source = emit(inputs.case, dtype=request["dtype"], width=request["d"], arch=request["arch"])
+    source = emit(
+        inputs.case,
+        dtype=request["dtype"],
+        width=request["d"],
+        arch=request["arch"],
+        precision=request.get("precision", "ieee"),
+    )
     module = load_source(source, "interpreted")
     tripped = [False]
     if hasattr(module, "_out_of_range"):
