@@ -6,6 +6,9 @@ from cl_compiler.errors import ArgumentError, HardwareError
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.plan.types import DType
 
+SPLIT = "bf16x3"
+"""Products of fp32 operands as three of bf16: what bf16 rounds off is a second bf16 number."""
+
 PRECISIONS = ("auto", "ieee", "bf16", "fp16", "tf32", "bf16x3")
 """auto: 16-bit inputs in their own type where the machine multiplies in it; fp32 inputs in bf16x3
 on a GPU, in ieee on a CPU.
@@ -77,4 +80,4 @@ def _why(precision: str, spec: HardwareSpec) -> str:
     return " (they are for GPUs)" if spec.kind == "cpu" else ""
 
 
-__all__ = ["PRECISIONS", "products_of", "rounded_operands"]
+__all__ = ["PRECISIONS", "SPLIT", "products_of", "rounded_operands"]

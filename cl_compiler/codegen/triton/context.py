@@ -13,12 +13,11 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
 from cl_compiler.codegen.triton.core import CoreTile, column_sums, core_tiles, has_descriptors
 from cl_compiler.codegen.triton.sweeps import StageText, SweepPrinter
-from cl_compiler.codegen.triton.text import SPLIT
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Mode
-from cl_compiler.plan.precision import rounded_operands
+from cl_compiler.plan.precision import SPLIT, rounded_operands
 from cl_compiler.plan.types import DTYPE_BYTES, Plan
 
 HELPERS = (

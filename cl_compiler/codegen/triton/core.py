@@ -16,6 +16,7 @@ from cl_compiler.lang.tile_ir import (
     TileProgram,
     VectorRef,
 )
+from cl_compiler.plan.precision import SPLIT
 from cl_compiler.plan.types import DTYPE_BYTES, Plan
 
 SMALLEST_DOT = 16
@@ -102,6 +103,12 @@ def _candidates(plan: Plan, arch: str) -> list[CoreTile]:
     width, bytes_ = plan.problem.D, DTYPE_BYTES[plan.problem.dtype]
     depth = min(128 // bytes_, max(SMALLEST_DOT, 1 << (width - 1).bit_length()))
     stages = 3 if bytes_ == 2 else 2
+    if arch.startswith("sm_") and bytes_ == 4 and plan.precision == "ieee":  # no tensor cores
+        return [CoreTile(64, cols, SMALLEST_DOT, 8, 2) for cols in (64, 32)]
+    if plan.precision == SPLIT and arch.startswith("sm_") and not 90 <= capability(arch) < 100:
+        # there the halves of both operands go through registers
+        steps = (min(depth, 32), stages + 1) if capability(arch) < 90 else (SMALLEST_DOT, stages)
+        return [CoreTile(128, cols, steps[0], 8, steps[1]) for cols in (64, 32, 16)]
     if arch.startswith("gfx"):
         return [CoreTile(128, cols, min(depth, 32), 8, 2) for cols in (128, 64, 32)]
     if capability(arch) < 90:

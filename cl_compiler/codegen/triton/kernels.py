@@ -18,7 +18,7 @@ from cl_compiler.codegen.triton.expressions import (
     number,
 )
 from cl_compiler.codegen.triton.expressions import Names as KernelNames
-from cl_compiler.codegen.triton.text import SPLIT, GradientText, KernelText, Partial, low_of
+from cl_compiler.codegen.triton.text import GradientText, KernelText, Partial, low_of
 from cl_compiler.codegen.triton.vectors import DeviceNumbers
 from cl_compiler.lang.ir import Leaf, View
 from cl_compiler.lang.program import Pass, Program
@@ -33,6 +33,7 @@ from cl_compiler.lang.tile_ir import (
     TileRef,
     VectorRef,
 )
+from cl_compiler.plan.precision import SPLIT
 
 IDENTITY = {"sum": "0.0", "max": 'float("-inf")', "logsumexp": 'float("-inf")'}
 IDENTITY["softmean"] = IDENTITY["logsumexp"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cl_compiler.codegen.triton.text import SPLIT
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.ir import COLS
 from cl_compiler.lang.program import Program
-from cl_compiler.plan.precision import rounded_operands
+from cl_compiler.plan.precision import SPLIT, rounded_operands
 from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem, Tile
 
 FEWEST_ROWS = 8192

@@ -9,13 +9,14 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import LENGTH, operand_scale, shift_owner
 from cl_compiler.codegen.triton.core import Columns, CoreTile
 from cl_compiler.codegen.triton.kernels import KernelPrinter
-from cl_compiler.codegen.triton.text import SPLIT, KernelText, Partial, low_of
+from cl_compiler.codegen.triton.text import KernelText, Partial, low_of
 from cl_compiler.codegen.triton.vectors import DeviceStages
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.lower import shift_of
 from cl_compiler.lang.lower_pass import bounded_logits
 from cl_compiler.lang.program import Pass, Program, Stage
 from cl_compiler.lang.tile_ir import GradientTile, Mode
+from cl_compiler.plan.precision import SPLIT
 
 TilesOf = Callable[[Pass, Sequence[Mode]], Mapping[Mode, CoreTile]]
 

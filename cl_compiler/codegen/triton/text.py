@@ -22,10 +22,6 @@ class Partial:
     mirrored: bool
 
 
-SPLIT = "bf16x3"
-"""Products of fp32 operands as three of bf16: what bf16 rounds off is a second bf16 number."""
-
-
 def low_of(workspace: str) -> str:
     """Where the second number of a split gradient tile goes."""
     return f"{workspace}_low"

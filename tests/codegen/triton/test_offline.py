@@ -69,6 +69,28 @@ def test_nothing_spills(name: str, width: int, arch: str):
         assert_sound(binary, arch)
 
 
+@pytest.mark.parametrize(
+    ("arch", "precision"),
+    [
+        ("sm_80", "bf16x3"),
+        ("sm_90", "bf16x3"),
+        ("sm_90", "ieee"),
+        *(
+            pytest.param(arch, precision, marks=pytest.mark.full)
+            for arch, precision in (("sm_100", "bf16x3"), ("gfx942", "bf16x3"), ("sm_80", "tf32"),
+                                    ("sm_90", "tf32"), ("sm_100", "ieee"), ("gfx942", "tf32"))
+        ),
+    ],
+)  # fmt: skip
+def test_nothing_spills_with_fp32_operands(arch: str, precision: str):
+    """In ieee there is no matrix instruction on NVIDIA's, and much less room for a tile."""
+    for binary in offline.binaries(CASES["clip"], arch, 512, "float32", precision):
+        assert binary.stack_bytes == 0, f"{binary.kernel} spills {binary.stack_bytes} bytes"
+        assert binary.shared_bytes <= SHARED_BYTES[arch]
+        exact = precision == "ieee" and arch != "gfx942"
+        assert (binary.matrix_instructions == 0) == exact
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("arch", SHARED_BYTES)
 @pytest.mark.parametrize("name", CASES)
