@@ -5,19 +5,30 @@ request → key → (cached, or: sweeps → plan → program → text) → verif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cl_compiler.cache import CacheKey, Entry, Variant, cache_key, fetch
 from cl_compiler.codegen.templates import template_root
-from cl_compiler.errors import ArgumentError, LossDefinitionError, ScheduleError
+from cl_compiler.errors import (
+    ArgumentError,
+    HardwareError,
+    LossDefinitionError,
+    ScheduleError,
+)
 from cl_compiler.hardware import HardwareSpec, load_hardware
+from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import SCHEDULES
+from cl_compiler.lang.ring import CLUSTER_SCHEDULES
 from cl_compiler.plan.precision import PRECISIONS, products_of
 from cl_compiler.plan.problems import check_problem
+from cl_compiler.plan.requests import loss_to_json, request_to_json
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Request
 from cl_compiler.runtime.loader import load_source
 from cl_compiler.runtime.signatures import CallSignature, LoadedVariant, LossSignature
@@ -26,6 +37,8 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from cl_compiler.runtime.function import CompiledLoss
+    from cl_compiler.runtime.group import RankGroup
+    from cl_compiler.runtime.group_loss import GroupLoss
 
 
 def compile_loss(
@@ -39,6 +52,10 @@ def compile_loss(
     deterministic: bool = False,
     nonfinite: Literal["propagate", "error"] = "propagate",
     verify: bool = False,
+    group: Any = None,
+    mesh: Any = None,
+    grad_convention: Literal["mean", "sum", "global"] = "mean",
+    timeout_s: float = 600.0,
 ) -> CompiledLoss:
     """Compile a loss for a machine and a memory budget.
 
@@ -54,11 +71,20 @@ def compile_loss(
         precision: how similarities are multiplied: "ieee", "bf16" (bf16 products of fp32 or bf16
             inputs with fp32 accumulation, on CPUs that have them), or "auto": bf16 for bf16 inputs,
             ieee otherwise.
-        schedule: "auto", or one of recompute, spill, panel, retain, dense.
+        schedule: "auto", or one of recompute, spill, panel, retain, dense; with a group, one of
+            ring_owner, ring_travel, all_gather.
         deterministic: bitwise repeatable on the same machine with the same number of threads (the
             emitted CPU code always is).
         nonfinite: propagate NaN and infinities as the reference does, or raise.
         verify: check the first call on a small sample against the dense float64 reference.
+        group: a ``ProcessGroup`` whose ranks each have a shard of the rows and columns; every one
+            of them calls ``compile_loss``, the loss and its backward.  The returned value is that
+            of all shards together, on every rank.
+        mesh: a 1-D ``DeviceMesh`` in place of a group.
+        grad_convention: with a group, what this rank's gradients of the global value are: "mean"
+            if they are averaged over ranks afterwards, as DDP and FSDP do, "sum" if they are
+            summed, "global" if neither.
+        timeout_s: with a group, how long a rank waits for another before it raises.
 
     Returns:
         A ``CompiledLoss``: ``value = loss_fn(x, y, logit_scale=scale)``.
@@ -69,16 +95,23 @@ def compile_loss(
         LossDefinitionError: there is no such loss.
         ScheduleError: there is no such schedule, or the loss cannot use it.
         BudgetError: with ``problem``, no plan fits; without, the first call says so.
+        GroupError: a rank of the group is gone or late.
     """
-    if precision not in PRECISIONS:
-        raise ArgumentError(f"precision={precision!r}: use one of {', '.join(PRECISIONS)}.")
-    if schedule not in ("auto", *SCHEDULES):
-        raise ScheduleError(f"schedule={schedule!r}: use auto or one of {', '.join(SCHEDULES)}.")
-    if nonfinite not in ("propagate", "error"):
-        raise ArgumentError(f"nonfinite={nonfinite!r}: use 'propagate' or 'error'.")
-    for name, switch in (("deterministic", deterministic), ("verify", verify)):
-        if not isinstance(switch, bool):
-            raise ArgumentError(f"{name}={switch!r}: use True or False.")
+    on_group = group is not None or mesh is not None
+    schedules = CLUSTER_SCHEDULES if on_group else SCHEDULES
+    _check_options(precision, schedule, schedules, nonfinite, deterministic, verify)
+    if on_group:
+        from cl_compiler.runtime.group import RankGroup, process_group
+
+        if verify:
+            raise ArgumentError(
+                "verify=True on a group: the sample would have to be the same on every rank; "
+                "verify the loss in one process, where the same tiles run."
+            )
+        ranks = RankGroup(process_group(group, mesh), timeout_s, grad_convention)
+        machine = (hardware_spec, memory_budget)
+        with ranks.closing_on_error():
+            return _on_group(ranks, machine, loss, problem, precision, schedule, nonfinite)
     from cl_compiler.runtime.function import CompiledLoss
 
     hardware = load_hardware(hardware_spec)
@@ -95,6 +128,88 @@ def compile_loss(
         device_type="cpu" if hardware.kind == "cpu" else "cuda",
         refusal=refusal_of(hardware),
     )
+
+
+def _check_options(
+    precision: str,
+    schedule: str,
+    schedules: Sequence[str],
+    nonfinite: str,
+    deterministic: bool,
+    verify: bool,
+) -> None:
+    """Refuse what is none of the known words.
+
+    Raises:
+        ArgumentError, ScheduleError: the message names those that are.
+    """
+    if precision not in PRECISIONS:
+        raise ArgumentError(f"precision={precision!r}: use one of {', '.join(PRECISIONS)}.")
+    if schedule not in ("auto", *schedules):
+        raise ScheduleError(f"schedule={schedule!r}: use auto or one of {', '.join(schedules)}.")
+    if nonfinite not in ("propagate", "error"):
+        raise ArgumentError(f"nonfinite={nonfinite!r}: use 'propagate' or 'error'.")
+    for name, switch in (("deterministic", deterministic), ("verify", verify)):
+        if not isinstance(switch, bool):
+            raise ArgumentError(f"{name}={switch!r}: use True or False.")
+
+
+def _on_group(
+    ranks: RankGroup,
+    machine: tuple[Any, Any],
+    loss: str | LossIR,
+    problem: Problem | str | None,
+    precision: str,
+    schedule: str,
+    nonfinite: Literal["propagate", "error"],
+) -> GroupLoss:
+    """``compile_loss`` on every rank of a group, for the machine and budget that rank 0 sees."""
+    from cl_compiler.runtime.group_loss import GroupLoss
+
+    ir = find_loss(loss)
+    seen = ranks.share(lambda: _seen_by_rank_0(*machine, ranks.world_size))
+    if "error" in seen:
+        raise HardwareError(seen["error"])
+    hardware = HardwareSpec.from_dict(seen["hardware"])
+    budget = MemoryBudget(seen["device_bytes"], seen["host_bytes"])
+    specialise = Specialiser(ir, hardware, budget, precision, schedule, ranks.world_size)
+    planned = None
+    if problem is not None:
+        whole = Problem.parse(problem)
+        m, n = (-(-length // ranks.world_size) for length in (whole.M, whole.N))
+        planned = specialise.signature_of(replace(whole, M=m, N=n))
+    text = json.dumps(loss_to_json(ir), sort_keys=True)
+    return GroupLoss(
+        loss_signature(ir),
+        specialise,
+        ranks,
+        loss_text=f"{ir.name}, fingerprint {hashlib.sha256(text.encode()).hexdigest()[:8]}",
+        request_text=f"{hardware.name}, {budget.device_bytes} bytes, precision={precision}, "
+        f"schedule={schedule}, grad_convention={ranks.convention}",
+        planned=planned,
+        nonfinite=nonfinite,
+        device_type="cpu" if hardware.kind == "cpu" else "cuda",
+    )
+
+
+def _seen_by_rank_0(
+    hardware_spec: str | Path | HardwareSpec,
+    memory_budget: int | str | Mapping[str, int | str] | MemoryBudget | None,
+    world_size: int,
+) -> dict[str, Any]:
+    """Machine and budget as JSON values; an error of rank 0 is everyone's."""
+    try:
+        hardware = load_hardware(hardware_spec)
+        budget = _budget(memory_budget, hardware, is_here=hardware_spec == "auto")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        hardware = with_ranks(hardware, world_size, local)
+    except Exception as error:
+        return {"error": f"{error} (on rank 0)"}
+    return {
+        "hardware": hardware.to_dict(),
+        "device_bytes": budget.device_bytes,
+        "host_bytes": budget.host_bytes,
+    }
 
 
 def _verifier(ir: LossIR) -> Callable[[CompiledLoss, Mapping[str, Any]], None]:
@@ -166,6 +281,8 @@ class Specialiser:
     budget: MemoryBudget
     precision: str
     schedule: str
+    group_size: int = 0
+    """Ranks of the process group; 0: this process alone."""
 
     def signature_of(self, problem: Problem) -> CallSignature:
         """The signature of a call at a problem's size, all gradients required.
@@ -210,6 +327,7 @@ class Specialiser:
             precision,
             self.schedule,
             call.contiguous_copies,
+            self.group_size,
         )
 
     def __call__(self, call: CallSignature) -> LoadedVariant:
@@ -275,56 +393,11 @@ def build_variant(request: Request, described: Mapping[str, Any], name: str) -> 
     from cl_compiler.plan.report import plan_to_json
 
     sweeps = plan_sweeps(request.loss, request.positives, request.needs)
-    plan, source = plan_and_print(request, sweeps, name)
+    printed = plan_and_print
+    if request.group_size:
+        from cl_compiler.codegen.ring.backend import plan_and_print_ring as printed
+    plan, source = printed(request, sweeps, name)
     return Variant(name, source, dict(described), plan_to_json(plan))
-
-
-def request_to_json(request: Request) -> dict[str, Any]:
-    """A request's canonical content: no line numbers, no paths, no order of sets."""
-    problem = request.problem
-    return {
-        "loss": loss_to_json(request.loss),
-        "hardware": request.hardware.to_dict(),
-        "budget": {
-            "device_bytes": request.budget.device_bytes,
-            "host_bytes": request.budget.host_bytes,
-        },
-        "problem": {
-            "M": problem.M,
-            "N": problem.N,
-            "D": problem.D,
-            "dtype": problem.dtype,
-            "operands": dict(sorted(problem.operands.items())),
-            "slots": problem.slots,
-            "bank": problem.bank,
-        },
-        "positives": request.positives,
-        "needs": sorted(request.needs),
-        "precision": request.precision,
-        "schedule": request.schedule,
-        "contiguous_copies": request.contiguous_copies,
-    }
-
-
-def loss_to_json(ir: LossIR) -> dict[str, Any]:
-    """What a loss computes, as text."""
-    return {
-        "name": ir.name,
-        "doc": ir.doc,
-        "operands": [[op.name, list(op.axes), op.stop] for op in ir.operands],
-        "parameters": list(ir.parameters),
-        "leaves": [
-            [leaf.name, leaf.kind, list(leaf.axes), repr(leaf.left), repr(leaf.right)]
-            for leaf in ir.leaves.values()
-        ],
-        "reductions": [
-            [r.name, r.monoid, r.over, *(str(e) for e in r.expressions)] for r in ir.reductions
-        ],
-        "value": str(ir.value),
-        "outputs": [[n, str(e)] for n, e in ir.outputs],
-        "required": [[n, str(e)] for n, e in ir.required],
-        "constants": [[n, repr(v)] for n, v in ir.constants],
-    }
 
 
 __all__ = [
@@ -334,6 +407,7 @@ __all__ = [
     "fetch_variant",
     "find_loss",
     "key_of",
+    "loss_to_json",
     "refusal_of",
     "request_to_json",
 ]

@@ -12,6 +12,7 @@ __all__ = [
     "BudgetError",
     "CacheError",
     "CompilerError",
+    "GroupError",
     "HardwareError",
     "LossDefinitionError",
     "NoPositiveError",
@@ -55,6 +56,10 @@ class NonFiniteError(CompilerError, ValueError):
 
 class NotPlannedError(CompilerError, RuntimeError):
     """The plan or the source was asked for before the first call and without ``problem=``."""
+
+
+class GroupError(CompilerError, RuntimeError):
+    """A rank of the process group is gone, late, or in another call than the others."""
 
 
 class CacheError(CompilerError, RuntimeError):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from cl_compiler.errors import HardwareError
 from cl_compiler.hardware.spec import HardwareSpec, Level, Link
 
-__all__ = ["with_ranks"]
+__all__ = ["one_device", "with_ranks"]
 
 _TORCH = "default: PyTorch 2.13 torch/_inductor/comm_analysis.py"
 # (bandwidth inside a node, between nodes), bytes/s per device and direction.
@@ -59,6 +59,15 @@ def with_ranks(spec: HardwareSpec, world_size: int, ranks_per_node: int) -> Hard
     return replace(
         spec, name=f"{spec.name}-{nodes}x{per_node}", levels=tuple(levels), links=tuple(links)
     )
+
+
+def one_device(spec: HardwareSpec) -> HardwareSpec:
+    """A cluster's device by itself, as one rank's own work sees it."""
+    if spec.world_size == 1:
+        return spec
+    inner = spec.levels[spec.levels.index(spec.device_level) + 1 :]
+    levels = (replace(spec.device_level, count=1), *inner)
+    return replace(spec, levels=levels, links=())
 
 
 def _inside(spec: HardwareSpec) -> Link:

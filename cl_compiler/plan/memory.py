@@ -166,10 +166,15 @@ class CompiledMemory:
     def breakdown(self, values: Mapping[str, float]) -> tuple[str, tuple[tuple[str, int], ...]]:
         """(name of the peak's phase, (what, bytes) of each of its items)."""
         totals = self.totals(values)
-        phase = self.phases[totals.index(max(totals))]
+        peak = totals.index(max(totals))
+        return self.phases[peak].name, self.items_of(peak, values)
+
+    def items_of(self, index: int, values: Mapping[str, float]) -> tuple[tuple[str, int], ...]:
+        """(what, bytes) of each item of one phase."""
+        phase = self.phases[index]
         numbers = tape_of([bytes_ for _, bytes_ in phase.items])(values)
         items = zip((what for what, _ in phase.items), map(round, numbers), strict=True)
-        return phase.name, tuple(item for item in items if item[1])
+        return tuple(item for item in items if item[1])
 
 
 def compile_memory(facts: ProgramFacts, *, casts: bool) -> CompiledMemory:

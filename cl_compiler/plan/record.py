@@ -7,7 +7,15 @@ from dataclasses import fields
 from typing import Any
 
 from cl_compiler.errors import ArgumentError
-from cl_compiler.plan.types import Candidate, LevelPlan, MemoryBudget, Plan, Problem, Tile
+from cl_compiler.plan.types import (
+    Candidate,
+    ClusterPlan,
+    LevelPlan,
+    MemoryBudget,
+    Plan,
+    Problem,
+    Tile,
+)
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -25,6 +33,9 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     result["memory"] = [list(item) for item in plan.memory]
     result["seconds_by_part"] = [list(item) for item in plan.seconds_by_part]
     result["notes"] = list(plan.notes)
+    if plan.cluster is not None:
+        cluster = {f.name: getattr(plan.cluster, f.name) for f in fields(plan.cluster)}
+        result["cluster"] = {**cluster, "rejected": [list(r) for r in plan.cluster.rejected]}
     return result
 
 
@@ -53,6 +64,9 @@ def plan_from_json(content: Mapping[str, Any]) -> Plan:
         values["memory"] = tuple((what, count) for what, count in content["memory"])
         values["seconds_by_part"] = tuple((w, s) for w, s in content["seconds_by_part"])
         values["notes"] = tuple(content["notes"])
+        if (cluster := content["cluster"]) is not None:
+            rejected = tuple((name, why) for name, why in cluster["rejected"])
+            values["cluster"] = ClusterPlan(**{**cluster, "rejected": rejected})
     except (TypeError, ValueError, KeyError) as error:
         raise ArgumentError(f"this is no plan of this version: {error}; plan again.") from error
     return Plan(**values)

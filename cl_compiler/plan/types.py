@@ -173,6 +173,9 @@ class Request:
     schedule: str = "auto"
     contiguous_copies: int = 0
     """Bytes of contiguous copies that the caller's strided inputs force (counted in the budget)."""
+    group_size: int = 0
+    """Ranks of the process group that runs the loss, 0 without one.  With a group ``problem`` is
+    the largest shard of any rank, and ``schedule`` a cluster schedule."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,28 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class ClusterPlan:
+    """How a loss runs on a group of ranks.
+
+    ``schedule``: see ``cl_compiler.lang.ring``; ``chunk``: rows of a shard that travel together.
+    ``forward_bytes``, ``backward_bytes``: what a rank sends, statistics not counted.
+    ``exchange_s``: seconds of sending them, and ``exposed_s`` those that products do not hide.
+    ``hiding_rows``: rows per rank from which on all of it is hidden (0: never).
+    """
+
+    schedule: str
+    group_size: int
+    chunk: int
+    forward_bytes: int
+    backward_bytes: int
+    exchange_s: float
+    exposed_s: float
+    hiding_rows: int
+    rejected: tuple[tuple[str, str], ...] = ()
+    """(cluster schedule, why it was not taken)."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A mapping of the loss graph onto the hardware graph.
 
@@ -245,3 +270,5 @@ class Plan:
     """When the peak is reached."""
     rates: str = "nominal"
     """Which of the rates that seconds rest on were measured, and which are nominal."""
+    cluster: ClusterPlan | None = None
+    """Of a loss on a process group; ``problem`` is then the largest shard of any rank."""

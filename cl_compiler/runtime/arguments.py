@@ -40,13 +40,19 @@ class ArgumentChecker:
     """Checks the arguments of one loss.
 
     ``device_type``: where they have to lie, "cpu" or "cuda"; scalars may always be on the CPU.
-    ``nonfinite``: also look at every element.
+    ``nonfinite``: also look at every element.  ``may_be_empty``: a shard may have no rows.
     """
 
     def __init__(
-        self, signature: LossSignature, device_type: str = "cpu", *, nonfinite: bool = False
+        self,
+        signature: LossSignature,
+        device_type: str = "cpu",
+        *,
+        nonfinite: bool = False,
+        may_be_empty: bool = False,
     ) -> None:
         self.signature, self._nonfinite = signature, nonfinite
+        self._may_be_empty = may_be_empty
         self._device_type = device_type
         self._known: dict[tuple[Any, ...], tuple[CallSignature, torch.dtype]] = {}
 
@@ -184,7 +190,7 @@ class ArgumentChecker:
                 f"{self.signature.name}: {name} must be a tensor {shape}, got {got}."
             )
         self._check_storage(name, value)
-        if 0 in value.shape:
+        if 0 in (value.shape[1:] if self._may_be_empty else value.shape):
             raise ArgumentError(
                 f"{self.signature.name}: {name} is empty (shape {list(value.shape)}); a loss needs "
                 "at least one row, one column and one feature. Skip empty batches."

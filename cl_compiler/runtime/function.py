@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -163,11 +164,13 @@ class CompiledLoss(nn.Module):
             raise ArgumentError(f"{self.signature.name}: {self._refusal}")
         call = self._check(args, kwargs)
         variant = self._variant(call.signature)
-        module = variant.module
-        values = call.values
-        arguments = [values[name] for name in module.ARGUMENTS]
+        module, values = variant.module, call.values
         if self._verify is not None:
             self._run_verification({**values, "dtype": call.outer_dtype})
+        return self._run(module, [values[name] for name in module.ARGUMENTS])
+
+    def _run(self, module: ModuleType, arguments: list[Any]) -> Any:
+        """The value, with its outputs if there are any, of emitted code."""
         try:
             results = module.Loss.apply(*arguments)
         except getattr(module, "NoPositiveError", ()) as error:

@@ -1,0 +1,212 @@
+"""``GroupLoss``: a compiled loss whose rows and columns are spread over the ranks of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from cl_compiler.errors import ArgumentError, CompilerError, GroupError, NonFiniteError
+from cl_compiler.runtime.arguments import ArgumentChecker, Call
+from cl_compiler.runtime.function import CompiledLoss, Specialise
+from cl_compiler.runtime.group import RankGroup, guarded_ring
+from cl_compiler.runtime.guard import (
+    FAILED,
+    NOT_FINITE,
+    Record,
+    check_agreement,
+    digest,
+    joint_positives,
+)
+from cl_compiler.runtime.signatures import CallSignature, LossSignature
+
+
+class GroupLoss(CompiledLoss):
+    """As ``CompiledLoss``, called with this rank's shards by every rank of a group.
+
+    The value is that of all ranks' rows and columns together, on every rank.
+
+    Raises, beside what ``CompiledLoss`` raises, and on every rank alike:
+        ArgumentError: the ranks' arguments do not fit together; the message names ranks and values.
+        GroupError: a rank is gone, late, or in another call.
+    """
+
+    def __init__(
+        self,
+        signature: LossSignature,
+        specialise: Specialise,
+        ranks: RankGroup,
+        *,
+        loss_text: str,
+        request_text: str,
+        planned: CallSignature | None = None,
+        nonfinite: Any = "propagate",
+        device_type: str = "cpu",
+    ) -> None:
+        super().__init__(
+            signature, specialise, planned=planned, nonfinite=nonfinite, device_type=device_type
+        )
+        self._ranks: RankGroup | None = ranks
+        self._texts = {"loss": loss_text, "request": request_text}
+        self._group_options = (ranks.world_size, ranks.timeout_s, ranks.convention)
+        self._check = ArgumentChecker(
+            signature, device_type, nonfinite=nonfinite == "error", may_be_empty=True
+        )
+
+    @property
+    def ranks(self) -> RankGroup:
+        """The group that the loss runs on.
+
+        Raises:
+            ArgumentError: it was lost with pickling.
+        """
+        if self._ranks is None:
+            raise ArgumentError(
+                f"{self.signature.name}: a process group cannot be pickled, and this loss was; "
+                "give it one with loss_fn.with_group(group)."
+            )
+        return self._ranks
+
+    def with_group(self, group: dist.ProcessGroup) -> GroupLoss:
+        """The same loss on another group; every rank of it calls this.
+
+        Raises:
+            ArgumentError: the group has another number of ranks than the loss was compiled for.
+        """
+        size, timeout_s, convention = self._group_options
+        if dist.get_world_size(group) != size:
+            raise ArgumentError(
+                f"{self.signature.name} was compiled for {size} ranks and the group has "
+                f"{dist.get_world_size(group)}; compile it again with group=."
+            )
+        other = self.__deepcopy__({})
+        other._ranks = RankGroup(group, timeout_s, convention)
+        return other
+
+    def close(self) -> None:
+        """Take the process group down; every rank calls it, or the processes just end."""
+        if self._ranks is not None:
+            self._ranks.close()
+
+    # -- calling ---------------------------------------------------------------------------------
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        ranks = self.ranks
+        ranks.check_alive()
+        ranks.calls += 1
+        sequence = ranks.calls
+        try:
+            call, records = self._meet(args, kwargs, sequence)
+            variant = self._variant(self._joint(call.signature, records))
+            lengths = {
+                "rows": tuple(r.rows for r in records),
+                "cols": tuple(r.cols for r in records),
+            }
+            ring = guarded_ring(
+                variant.module, ranks, lengths, lambda: self._meet_again(records, sequence)
+            )
+            arguments = [call.values[name] for name in variant.module.ARGUMENTS]
+            return self._run(variant.module, [ring, *arguments])
+        except CompilerError:  # on every rank alike, or told already
+            raise
+        except BaseException as error:
+            ranks.fail(error)
+            raise
+
+    def _meet(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], sequence: int
+    ) -> tuple[Call, list[Record]]:
+        """This rank's arguments checked, and every rank's record.
+
+        Raises:
+            ArgumentError, NonFiniteError, GroupError: see ``check_agreement``.
+        """
+        call: Call | None = None
+        problem: CompilerError | None = None
+        try:
+            call = self._check(args, kwargs)
+            record = self._record(call, sequence)
+        except CompilerError as error:
+            problem = error
+            flag = NOT_FINITE if isinstance(error, NonFiniteError) else FAILED
+            record = Record("forward", sequence, flags=flag)
+        records = self.ranks.meet(record)
+        own = {"failed": "" if problem is None else str(problem)}
+        if call is not None:
+            own |= self._details(call)
+        try:
+            self._agree(records, sequence, own)
+        except (ArgumentError, NonFiniteError) as error:
+            raise problem or error from None
+        assert call is not None
+        return call, records
+
+    def _meet_again(self, records: Sequence[Record], sequence: int) -> None:
+        """Before the backward of a call."""
+        own = replace(records[self.ranks.rank], phase="backward", sequence=sequence)
+        self._agree(self.ranks.meet(own), sequence, {})
+
+    def _agree(self, records: Sequence[Record], sequence: int, own: Mapping[str, str]) -> None:
+        def describe(field: str) -> list[str]:
+            return self.ranks.tell(f"{field}/{sequence}", own.get(field, ""))
+
+        check_agreement(self.signature.name, records, describe)
+
+    def _record(self, call: Call, sequence: int) -> Record:
+        signature = call.signature
+        details = self._details(call)
+        names = [n for n, _ in (*self.signature.operands, *self.signature.inputs)]
+        bits = [n in signature.needs for n in (*names, *self.signature.parameters)]
+        return Record(
+            "forward",
+            sequence,
+            rows=signature.M,
+            cols=signature.N,
+            width=signature.D,
+            dtype=signature.dtype,
+            positives=signature.positives,
+            needs=sum(1 << (i % 16) for i, bit in enumerate(bits) if bit) & 0xFFFF,
+            loss=digest(details["loss"]),
+            request=digest(details["request"]),
+            shapes=digest(details["shapes"]),
+            scalars=digest(details["scalars"]),
+            copies_kib=-(-signature.contiguous_copies // 1024),
+        )
+
+    def _details(self, call: Call) -> dict[str, str]:
+        """What the record's digests stand for, as text."""
+        signature = call.signature
+        shapes = dict(signature.widths) | {"slots": signature.slots, "bank": signature.bank}
+        scalars = {n: call.values[n].item() for n in self.signature.parameters}
+        return {
+            **self._texts,
+            "shapes": ", ".join(f"{k}={v}" for k, v in shapes.items()),
+            "scalars": ", ".join(f"{k}={v!r}" for k, v in scalars.items()),
+            "needs": ", ".join(sorted(signature.needs)) or "none",
+        }
+
+    def _joint(self, own: CallSignature, records: Sequence[Record]) -> CallSignature:
+        """What decides the code of all ranks: the largest shard of any."""
+        return replace(
+            own,
+            M=max(1, *(r.rows for r in records)),
+            N=max(1, *(r.cols for r in records)),
+            positives=joint_positives(records),
+            contiguous_copies=1024 * max(r.copies_kib for r in records),
+        )
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_ranks": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupLoss:
+        """A copy on the same group."""
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(self.__dict__)
+        return other
+
+
+__all__ = ["GroupError", "GroupLoss"]

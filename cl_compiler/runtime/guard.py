@@ -1,0 +1,209 @@
+"""What every rank says about a call before anything is sent: one record of 64 bytes.
+
+A receiver that expects another shape gets garbage or hangs, so ranks compare first.  Each of them
+decides from the same table of records, and so all of them raise the same error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from cl_compiler.errors import ArgumentError, GroupError, NonFiniteError
+
+RECORD_BYTES = 64
+MAGIC = b"CLcr"
+VERSION = 1
+_LAYOUT = struct.Struct("<4sHBBIIIIBBH8s8s8s8sI")
+PHASES = ("forward", "backward")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+POSITIVES = ("paired", "diagonal", "views", "ids")
+FAILED, NOT_FINITE = 1, 2
+_SHOWN = 8
+"""Ranks that a message lists, at most."""
+
+
+def digest(text: str) -> bytes:
+    """Eight bytes of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).digest()[:8]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One rank's view of one call; digests stand for what does not fit.
+
+    ``sequence``: which call it is, and in a backward of which call; ``flags``: FAILED (this rank's
+    arguments are wrong), NOT_FINITE.  ``needs``: a bit per argument that needs a gradient.
+    ``request``: everything else that the plan depends on; ``shapes``: widths of further operands,
+    slots and queue; ``scalars``: the parameters' values.  ``copies_kib``: of contiguous copies.
+    """
+
+    phase: str
+    sequence: int
+    rows: int = 0
+    cols: int = 0
+    width: int = 0
+    dtype: str = "float32"
+    positives: str = "paired"
+    needs: int = 0
+    flags: int = 0
+    loss: bytes = bytes(8)
+    request: bytes = bytes(8)
+    shapes: bytes = bytes(8)
+    scalars: bytes = bytes(8)
+    copies_kib: int = 0
+    version: int = VERSION
+
+    def pack(self) -> bytes:
+        """The record's 64 bytes."""
+        return _LAYOUT.pack(
+            MAGIC,
+            self.version,
+            PHASES.index(self.phase),
+            self.flags,
+            self.sequence,
+            self.rows,
+            self.cols,
+            self.width,
+            DTYPES.index(self.dtype),
+            POSITIVES.index(self.positives),
+            self.needs,
+            self.loss,
+            self.request,
+            self.shapes,
+            self.scalars,
+            self.copies_kib,
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Record:
+        """The record that ``pack`` wrote.
+
+        Raises:
+            GroupError: these are other bytes.
+        """
+        magic, version, phase, flags, sequence, rows, cols, width, dtype, positives, *rest = (
+            _LAYOUT.unpack(data)
+        )
+        if magic != MAGIC:
+            raise GroupError(
+                "a rank of the group sent something that is no record of a call: give every loss "
+                "a group of its own, and let no other code communicate in it."
+            )
+        needs, loss, request, shapes, scalars, copies_kib = rest
+        return cls(
+            PHASES[phase],
+            sequence,
+            rows,
+            cols,
+            width,
+            DTYPES[dtype],
+            POSITIVES[positives],
+            needs,
+            flags,
+            loss,
+            request,
+            shapes,
+            scalars,
+            copies_kib,
+            version,
+        )
+
+
+_NAMES = {
+    "version": "the version of cl_compiler's group protocol",
+    "loss": "the loss",
+    "request": "hardware, budget, schedule, precision or gradient convention",
+    "shapes": "the widths of further operands, the slots or the queue",
+    "scalars": "the values of the scalar arguments",
+    "width": "D, the operands' number of columns,",
+    "dtype": "the operands' dtype",
+    "needs": "which arguments need a gradient",
+}
+_DIGESTS = ("loss", "request", "shapes", "scalars")
+
+
+def check_agreement(
+    name: str, records: Sequence[Record], describe: Callable[[str], Sequence[str]]
+) -> None:
+    """Raise what every rank has to raise, if anything.
+
+    Args:
+        name: the loss's, for messages.
+        records: of every rank, in their order.
+        describe: field → what it stands for on every rank, as text; called where digests differ.
+
+    Raises:
+        GroupError: ranks are in different calls or phases.
+        NonFiniteError: some rank has inputs that are not finite, and asked to be told.
+        ArgumentError: a rank's arguments are wrong, differ between ranks, or are all empty.
+    """
+    places = [(r.phase, r.sequence) for r in records]
+    if len(set(places)) > 1:
+        shown = listed([f"the {phase} of call {n}" for phase, n in places])
+        raise GroupError(
+            f"{name}: ranks are out of step: {shown}. Every rank calls the loss, and its backward, "
+            "equally often and in the same order."
+        )
+    if any(r.flags & FAILED for r in records):
+        texts = describe("failed")
+        shown = "; ".join(f"rank {k}: {t}" for k, t in enumerate(texts) if t)
+        raise ArgumentError(f"{name}: {shown}")
+    if any(r.flags & NOT_FINITE for r in records):
+        bad = [k for k, r in enumerate(records) if r.flags & NOT_FINITE]
+        raise NonFiniteError(f"{name}: NaN or infinite elements on {ranks_in_words(bad)}.")
+    for field in _NAMES:
+        found = [getattr(r, field) for r in records]
+        if len(set(found)) == 1:
+            continue
+        texts = describe(field) if field in (*_DIGESTS, "needs") else [str(f) for f in found]
+        raise ArgumentError(
+            f"{name}: {_NAMES[field]} must be the same on every rank: {listed(texts)}."
+        )
+    if len({r.positives == "ids" for r in records}) > 1:
+        shown = listed(["ids" if r.positives == "ids" else "no ids" for r in records])
+        raise ArgumentError(f"{name}: pass ids on every rank or on none: {shown}.")
+    if sum(r.rows for r in records) == 0 or sum(r.cols for r in records) == 0:
+        raise ArgumentError(
+            f"{name}: the shards of all {len(records)} ranks are empty together; a loss needs at "
+            "least one row and one column. Skip empty batches on every rank."
+        )
+
+
+def joint_positives(records: Sequence[Record]) -> str:
+    """The kind of positives that covers every rank's shard."""
+    kinds = {r.positives for r in records}
+    return "diagonal" if kinds == {"paired", "diagonal"} else kinds.pop()
+
+
+def listed(values: Sequence[str]) -> str:
+    """What ranks have, ranks with the same value together."""
+    groups: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        groups.setdefault(value, []).append(rank)
+    return "; ".join(f"{ranks_in_words(ranks)}: {value}" for value, ranks in groups.items())
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """ "rank 2", "ranks 0, 1, 3" or "ranks 0, 1, … (97 ranks)"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = ", ".join(map(str, ranks[:_SHOWN]))
+    return f"ranks {shown}" + (f", … ({len(ranks)} ranks)" if len(ranks) > _SHOWN else "")
+
+
+assert _LAYOUT.size == RECORD_BYTES and len(fields(Record)) == 15
+
+__all__ = [
+    "FAILED",
+    "NOT_FINITE",
+    "RECORD_BYTES",
+    "Record",
+    "check_agreement",
+    "digest",
+    "joint_positives",
+    "listed",
+    "ranks_in_words",
+]

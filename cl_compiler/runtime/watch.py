@@ -1,0 +1,179 @@
+"""A thread beside a rank that tells the others how it is, and hears when one of them has failed.
+
+Waiting for a rank that has failed would last until the timeout.  So a failure is written to the
+store that the ranks met in ("poison"), every rank's thread looks there, and breaks the connections
+of its own group: whatever waits in it then raises.  Each thread also counts ("beat"), so that a
+rank that is stopped can be told from one that is late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+
+INTERVAL_S = 0.1
+"""Between two looks at the store; longer where there are more than 50 ranks."""
+DIAGNOSIS_S = 0.7
+"""For how long beats are compared: several intervals of a small group."""
+_POISON = "poison"
+_LOST_AFTER = 5
+"""Looks at a store that fails until it counts as gone."""
+
+
+@dataclass
+class Beat:
+    """What a rank says of itself: it counts, and names the call it is in."""
+
+    count: int = 0
+    sequence: int = -1
+    phase: str = "not called yet"
+
+
+@dataclass(eq=False)
+class Watch:
+    """This rank's thread; ``reason`` is (rank, text) of the first failure that it heard of.
+
+    ``break_up`` makes everything that waits in the group raise.
+    """
+
+    store: Store
+    rank: int
+    world_size: int
+    break_up: Callable[[], None]
+    reason: tuple[int, str] | None = None
+    beat: Beat = field(default_factory=Beat)
+
+    def __post_init__(self) -> None:
+        self._stop = threading.Event()
+        self._interval_s = max(INTERVAL_S, self.world_size / 500)
+        with contextlib.suppress(Exception):
+            self.store = self.store.clone()  # type: ignore[attr-defined]  # its own connection
+        self.store.set_timeout(timedelta(seconds=2))
+        self._say()
+        self._thread = threading.Thread(target=self._run, name="cl_compiler watch", daemon=True)
+        if self.world_size > 1:
+            self._thread.start()
+        _alive.add(self)
+        _hear_exceptions()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        _alive.discard(self)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(5.0)
+
+    def enter(self, phase: str, sequence: int) -> None:
+        """This rank begins a phase of a call."""
+        self.beat.phase, self.beat.sequence = phase, sequence
+
+    def poison(self, text: str) -> None:
+        """Tell the others that this rank has failed; the first word counts."""
+        with contextlib.suppress(Exception):
+            if not self.store.check([_POISON]):
+                self.store.set(_POISON, json.dumps([self.rank, text]))
+
+    def heard(self) -> tuple[int, str] | None:
+        """The failure that another rank reported, if any."""
+        if self.reason is None:
+            with contextlib.suppress(Exception):
+                if self.store.check([_POISON]):
+                    rank, text = json.loads(self.store.get(_POISON))
+                    if rank != self.rank:
+                        self.reason = rank, text
+        return self.reason
+
+    def others(self) -> tuple[list[int], dict[int, Beat]]:
+        """(ranks that do not count any more, every rank's last beat)."""
+        before = self._beats()
+        time.sleep(max(DIAGNOSIS_S, 4 * self._interval_s))
+        after = self._beats()
+        silent = [
+            rank
+            for rank in range(self.world_size)
+            if rank != self.rank
+            and (rank not in after or after[rank].count == before.get(rank, Beat()).count)
+        ]
+        return silent, after
+
+    def _beats(self) -> dict[int, Beat]:
+        beats = {}
+        for rank in range(self.world_size):
+            with contextlib.suppress(Exception):
+                beats[rank] = Beat(*json.loads(self.store.get(f"beat/{rank}")))
+        return beats
+
+    def _say(self) -> None:
+        self.beat.count += 1
+        content = [self.beat.count, self.beat.sequence, self.beat.phase]
+        self.store.set(f"beat/{self.rank}", json.dumps(content))
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stop.wait(self._interval_s):
+            try:
+                if self.store.check([_POISON]) and self.heard() is not None:
+                    break
+                self._say()
+                failures = 0
+            except Exception:
+                failures += 1
+                if failures >= _LOST_AFTER:
+                    self.reason = 0, "the store that the ranks met in is gone, with its process"
+                    break
+        if self.reason is not None and not self._stop.is_set():
+            self.break_up()
+
+
+def break_up(group: dist.ProcessGroup, backend: str) -> None:
+    """Make everything that waits in a group of this process raise."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    with contextlib.suppress(Exception):
+        if backend == "gloo":
+            # Gloo closes a group's connections when a wait times out, and has no other way.
+            work = dist.irecv(torch.empty(1), group=group, group_src=(rank + 1) % size, tag=0x5AFE)
+            if work is not None:
+                work.wait(timedelta(milliseconds=1))
+        else:
+            group.abort()
+
+
+_alive: weakref.WeakSet[Watch] = weakref.WeakSet()
+_hearing = False
+
+
+def _hear_exceptions() -> None:
+    """Poison every group of this process when an exception ends it."""
+    global _hearing
+    if _hearing:
+        return
+    _hearing = True
+    before = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> Any:
+        watches = [w for w in list(_alive) if w.world_size > 1]
+        for watch in watches:
+            watch.poison(f"{kind.__name__}: {error}")
+        if watches:
+            time.sleep(4 * INTERVAL_S)  # this process may be the one that keeps the store
+        return before(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+__all__ = ["Beat", "Watch", "break_up"]
