@@ -93,6 +93,16 @@ def test_torch_is_imported_only_where_the_layout_says(path: Path):
         assert lazily or anywhere, f"line {statement.lineno} imports {module}"
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "integrations").glob("*.py")), ids=name_of)
+def test_drop_ins_import_nothing_that_they_stand_in_for(path: Path):
+    """What they replace is imported inside functions, if at all: it need not be installed."""
+    for module, statement in imports(ast.parse(path.read_text())):
+        root = module.split(".")[0]
+        at_top = statement.col_offset == 0
+        known = root in sys.stdlib_module_names or root in ("torch", "cl_compiler")
+        assert known or not at_top, f"line {statement.lineno} imports {module}"
+
+
 @pytest.mark.parametrize("folder", ["codegen", "plan", "runtime", "templates"])
 def test_nothing_behind_the_language_knows_a_loss_by_name(folder: str):
     """Templates, code generation, planning and running see sweeps and reductions only."""

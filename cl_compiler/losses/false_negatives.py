@@ -8,7 +8,7 @@ from functools import reduce
 from cl_compiler import lang as cl
 
 
-def qwen3(query_query=False, doc_doc=False, hard_negatives=False):
+def qwen3(query_query=False, doc_doc=False, hard_negatives=False) -> cl.LossIR:
     """Qwen3-Embedding's loss (Zhang et al. 2025), without what exceeds the positive by ``margin``.
 
     ``memeff`` takes a margin of 0.1 and a temperature of 0.07.
@@ -45,7 +45,7 @@ def qwen3(query_query=False, doc_doc=False, hard_negatives=False):
 
 def gist(
     margin_strategy="absolute", contrast_anchors=True, contrast_positives=True, hard_negatives=False
-):
+) -> cl.LossIR:
     """GISTEmbed (Solatorio 2024): what a guide finds closer than the positive is left out.
 
     Takes ``guide_x`` [M, G] and ``guide_y`` [N, G], unit length, no gradient.

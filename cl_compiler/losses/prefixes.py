@@ -3,7 +3,7 @@
 from cl_compiler import lang as cl
 
 
-def matryoshka(prefixes, weights=None):
+def matryoshka(prefixes, weights=None) -> cl.LossIR:
     """Matryoshka representation learning (Kusupati et al. 2022) with InfoNCE.
 
     Args:

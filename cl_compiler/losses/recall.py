@@ -3,7 +3,7 @@
 from cl_compiler import lang as cl
 
 
-def recall_at_k(ks):
+def recall_at_k(ks) -> cl.LossIR:
     """Recall@k surrogate (Patel et al. 2022), summed over ks; one positive per row.
 
     The paper takes temperatures tau_rank = 0.01 and tau_k = 1, and ks = (1, 2, 4, 8, 16).

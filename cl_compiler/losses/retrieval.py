@@ -14,7 +14,7 @@ DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 def mnrl(
     directions=("query_to_doc",), partition_mode="joint", hardness_mode=None, hard_negatives=False
-):
+) -> cl.LossIR:
     """sentence-transformers' MultipleNegativesRankingLoss (Henderson et al. 2017) as a loss.
 
     Args:

@@ -1,0 +1,176 @@
+"""lightly's ``NTXentLoss``, ``DCLLoss`` and ``DCLWLoss`` without their similarity matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from cl_compiler.errors import ArgumentError
+from cl_compiler.integrations.compiled import Compiled, MemoryBudget
+from cl_compiler.integrations.ranks import gather, shards_of, world_size
+
+__all__ = ["DCLLoss", "DCLWLoss", "NTXentLoss", "negative_mises_fisher_weights"]
+
+
+def _views(out0: Tensor, out1: Tensor, *, gather_distributed: bool) -> Tensor:
+    """[2b, D], both views of unit length; of all ranks where that is wanted."""
+    views = [normalize(out0, dim=1), normalize(out1, dim=1)]
+    if gather_distributed and world_size() > 1:
+        shards = shards_of(out0)
+        views = [gather(view, shards) for view in views]
+    return torch.cat(views)
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent, or with a memory bank MoCo's loss.
+
+    Args:
+        temperature: similarities are divided by it.
+        memory_bank_size: (number, dim) of a queue of old ``out1``; 0: the batch gives negatives.
+        gather_distributed: negatives of all ranks; the value is then the whole batch's on each.
+        memory_budget: of the loss on this device; by default in proportion to the embeddings.
+
+    Raises:
+        ArgumentError: a temperature of 0, or a memory bank without dim.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        memory_budget: MemoryBudget = None,
+    ) -> None:
+        super().__init__()
+        if abs(temperature) < 1e-8:
+            raise ArgumentError(f"temperature={temperature}: similarities are divided by it.")
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        self.memory_bank = _bank(memory_bank_size, gather_distributed=gather_distributed)
+        self._views = Compiled("nt_xent", memory_budget)
+        self._bank = Compiled("moco", memory_budget)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The mean over rows.
+
+        Args:
+            out0: [b, D], the first view of each sample; normalised here.
+            out1: [b, D], the second; it joins the memory bank where out0 trains.
+        """
+        scale = 1 / self.temperature
+        if self.memory_bank is None:
+            views = _views(out0, out1, gather_distributed=self.gather_distributed)
+            return self._views(views, logit_scale=scale)
+        out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
+        negatives = self.memory_bank(out1, update=out0.requires_grad).to(out0)
+        return self._bank(out0, out1, queue=negatives, logit_scale=scale)
+
+
+def _bank(size: int | Sequence[int], *, gather_distributed: bool) -> MemoryBank | None:
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    if sizes[0] == 0:
+        return None
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise ArgumentError(
+            f"memory_bank_size={size!r}: give (number of negatives, dim), or 0 for none."
+        )
+    return MemoryBank(*sizes, gather_distributed=gather_distributed)
+
+
+class MemoryBank(nn.Module):
+    """A ring of embeddings, not saved: ``bank`` [number, dim] and ``bank_ptr`` [1] as lightly's."""
+
+    bank: Tensor
+    bank_ptr: Tensor
+
+    def __init__(self, number: int, dim: int, *, gather_distributed: bool) -> None:
+        super().__init__()
+        self.gather_distributed = gather_distributed
+        self.register_buffer("bank", normalize(torch.randn(number, dim), dim=-1), persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, batch: Tensor, *, update: bool) -> Tensor:
+        """What is stored; with ``update`` the batch takes the place of the oldest afterwards."""
+        stored = self.bank.clone()
+        if update:
+            if self.gather_distributed and world_size() > 1:
+                batch = gather(batch, shards_of(batch))
+            start = int(self.bank_ptr)
+            stop = min(start + batch.shape[0], self.bank.shape[0])
+            self.bank[start:stop] = batch[: stop - start].to(self.bank)
+            self.bank_ptr[0] = 0 if stop == self.bank.shape[0] else stop
+        return stored
+
+
+class DCLLoss(nn.Module):
+    """Decoupled contrastive learning: the positive is not in the denominator.
+
+    Args:
+        temperature: similarities are divided by it.
+        weight_fn: (out0, out1), normalised → weights [b] of the positives; None: 1.
+        gather_distributed: negatives of all ranks; the value is then the whole batch's on each.
+        memory_budget: of the loss on this device; by default in proportion to the embeddings.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+        *,
+        memory_budget: MemoryBudget = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight_fn = weight_fn
+        self.gather_distributed = gather_distributed
+        self._plain = Compiled("dcl_views", memory_budget)
+        self._weighted = Compiled("dcl_views_weighted", memory_budget)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The mean over rows and views.
+
+        Args:
+            out0: [b, D], the first view of each sample; normalised here.
+            out1: [b, D], the second.
+        """
+        views = _views(out0, out1, gather_distributed=self.gather_distributed)
+        if self.weight_fn is None:
+            return self._plain(views, logit_scale=1 / self.temperature)
+        a, b = views.chunk(2)
+        weight = torch.cat([self.weight_fn(a, b), self.weight_fn(b, a)])
+        return self._weighted(views, weight=weight, logit_scale=1 / self.temperature)
+
+
+class DCLWLoss(DCLLoss):
+    """The same with negative von Mises-Fisher weights.
+
+    Args:
+        temperature: similarities are divided by it.
+        sigma: the temperature of the weights.
+        gather_distributed: negatives of all ranks; the weights' softmax is then over all samples.
+        memory_budget: of the loss on this device; by default in proportion to the embeddings.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sigma: float = 0.5,
+        gather_distributed: bool = False,
+        *,
+        memory_budget: MemoryBudget = None,
+    ) -> None:
+        weights = partial(negative_mises_fisher_weights, sigma=sigma)
+        super().__init__(temperature, weights, gather_distributed, memory_budget=memory_budget)
+
+
+def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
+    """[b], 2 less b times a softmax of the positives' similarities; no gradient."""
+    similarity = (out0.detach() * out1.detach()).sum(1) / sigma
+    return 2 - out0.shape[0] * torch.softmax(similarity, dim=0)

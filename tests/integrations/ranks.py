@@ -1,0 +1,183 @@
+"""What each of two processes does in test_ranks.py: drop-ins over shards of one batch.
+
+    python -m tests.integrations.ranks RANK RENDEZVOUS_FILE
+
+Parameters that all ranks share make this rank's embeddings; the mean of their gradients over ranks,
+which DistributedDataParallel takes, has to be that of the whole batch's dense loss.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
+
+from cl_compiler.integrations.inf_cl import cal_inf_loss
+from cl_compiler.integrations.lightly import DCLLoss, NTXentLoss
+from cl_compiler.integrations.open_clip import ClipLoss, SigLipLoss
+from cl_compiler.integrations.ranks import shards_of
+from cl_compiler.integrations.sentence_transformers import MultipleNegativesRankingLoss
+
+WORLD, DIM = 2, 6
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Both(nn.Module):
+    """A layer for each side, and a scale; equal on all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = (nn.Linear(DIM, DIM, dtype=torch.float64) for _ in range(2))
+        self.scale = nn.Parameter(torch.tensor(4.0, dtype=torch.float64))
+
+    def gradients(self, loss: Loss, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        value = loss(normalize(self.a(x), dim=1), normalize(self.b(y), dim=1), self.scale)
+        found = torch.autograd.grad(value, list(self.parameters()), allow_unused=True)
+        pairs = zip(found, self.parameters(), strict=True)
+        return value.detach(), [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+
+def mean_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+    return [tensor / WORLD for tensor in tensors]
+
+
+def clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    s, target = scale * x @ y.T, torch.arange(len(x))
+    return (cross_entropy(s, target) + cross_entropy(s.T, target)) / 2
+
+
+def siglip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    sign = 2 * torch.eye(len(x), dtype=x.dtype) - 1
+    return -logsigmoid(sign * (scale * x @ y.T - 2)).sum() / len(x)
+
+
+def infonce(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    return cross_entropy(scale * x @ y.T, torch.arange(len(x)))
+
+
+def views(x: Tensor, y: Tensor, _: Tensor, *, decoupled: bool) -> Tensor:
+    z, target = torch.cat([x, y]), torch.arange(2 * len(x)).roll(len(x))
+    s = (z @ z.T / 0.5).masked_fill(torch.eye(len(z), dtype=torch.bool), float("-inf"))
+    if not decoupled:
+        return cross_entropy(s, target)
+    rows = torch.arange(len(z))
+    own = s[rows, target]
+    return (torch.logsumexp(s.index_put((rows, target), own.new_tensor(-1e9)), 1) - own).mean()
+
+
+def ranking(x: Tensor, y: Tensor, scale: Tensor, **more: str) -> Tensor:
+    loss = MultipleNegativesRankingLoss(nn.Identity(), scale=7.0, gather_across_devices=True)
+    return loss.compute_loss_from_embeddings([x, y, y.flip(1)], None)
+
+
+def dense_ranking(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    return cross_entropy(7 * x @ torch.cat([y, y.flip(1)]).T, torch.arange(len(x)))
+
+
+def of_rows(dense: Loss) -> Callable[[list[int]], Loss]:
+    """With shards of unequal length: the mean over ranks of each rank's mean over its rows."""
+
+    def weighted(lengths: list[int]) -> Loss:
+        def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+            s, target = scale * x @ y.T, torch.arange(len(x))
+            rows = cross_entropy(s, target, reduction="none")
+            if dense is clip:
+                rows = (rows + cross_entropy(s.T, target, reduction="none")) / 2
+            return torch.stack([part.mean() for part in rows.split(lengths)]).mean()
+
+        return loss
+
+    return weighted
+
+
+def cases(equal: bool) -> dict[str, tuple[Loss, Loss]]:
+    """name → (drop-in, dense loss of the whole batch)."""
+    flags = [(a, b) for a in (False, True) for b in (False, True)]
+    found = {
+        f"clip {local} {grad}": (ClipLoss(local, grad, world_size=WORLD), clip)
+        for local, grad in flags
+        if equal or not local
+    }
+    found["nt_xent"] = (
+        lambda x, y, _: NTXentLoss(0.5, gather_distributed=True)(x, y),
+        lambda *given: views(*given, decoupled=False),
+    )
+    found["dcl"] = (
+        lambda x, y, _: DCLLoss(0.5, gather_distributed=True)(x, y),
+        lambda *given: views(*given, decoupled=True),
+    )
+    if equal:
+        siglip_loss = SigLipLoss(world_size=WORLD, dist_impl="shift")
+        found["siglip"] = (lambda x, y, s: siglip_loss(x, y, s, -2.0), siglip)
+        found["inf_cl"] = (lambda x, y, s: cal_inf_loss(x, y, scale=s), infonce)
+        found["ranking"] = (ranking, dense_ranking)
+    else:
+        lengths = [4, 7]
+        found["clip rows"] = (
+            ClipLoss(local_loss=True, world_size=WORLD),
+            of_rows(clip)(lengths),
+        )
+        found["inf_cl"] = (
+            lambda x, y, s: cal_inf_loss(x, y, scale=s),
+            of_rows(infonce)(lengths),
+        )
+    return found
+
+
+def check(name: str, ours: Loss, dense: Loss, lengths: list[int], rank: int) -> None:
+    model = Both()
+    generator = torch.Generator().manual_seed(1)
+    x, y = (
+        torch.randn(sum(lengths), DIM, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    want_value, want = model.gradients(dense, x, y)
+    value, found = model.gradients(ours, x.split(lengths)[rank], y.split(lengths)[rank])
+    (value,), found = mean_over_ranks([value]), mean_over_ranks(found)
+    torch.testing.assert_close(value, want_value, rtol=1e-12, atol=0, msg=name)
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=name)
+    print(name, lengths, flush=True)
+
+
+def peers_gradients(rank: int) -> None:
+    """open_clip's default loses a factor of the world size in the encoders; the flag keeps that."""
+    model, lengths = Both(), [5, 5]
+    x, y = (torch.randn(10, DIM, dtype=torch.float64) for _ in range(2))
+    _, want = model.gradients(clip, x, y)
+    loss = ClipLoss(world_size=WORLD, peer_gradients=True)
+    _, found = model.gradients(loss, x.split(lengths)[rank], y.split(lengths)[rank])
+    names = [name for name, _ in model.named_parameters()]
+    for name, one, other in zip(names, mean_over_ranks(found), want, strict=True):
+        factor = 1 if name == "scale" else WORLD
+        torch.testing.assert_close(factor * one, other, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def main(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )
+    assert shards_of(torch.ones(3 + rank)).rows == (3, 4)
+    for lengths in ([5, 5], [4, 7]):
+        for name, (ours, dense) in cases(equal=len(set(lengths)) == 1).items():
+            check(name, ours, dense, lengths, rank)
+    torch.manual_seed(3)
+    peers_gradients(rank)
+    print("done")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
