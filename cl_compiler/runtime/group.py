@@ -6,11 +6,13 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
 from cl_compiler.errors import ArgumentError, GroupError
@@ -73,11 +75,13 @@ class RankGroup:
             raise ArgumentError(f"grad_convention={convention!r}: use one of {known}.")
         self.parent, self.timeout_s, self.convention = parent, float(timeout_s), convention
         self.backend = dist.get_backend(parent)
+        members = dist.get_process_group_ranks(parent)
         self.group = dist.new_group(
-            dist.get_process_group_ranks(parent),
+            members,
             timeout=timedelta(seconds=self.timeout_s),
             backend=self.backend,
-            use_local_synchronization=True,
+            # Processes outside of the parent need not call this.
+            use_local_synchronization=len(members) < dist.get_world_size(),
             sort_ranks=False,
         )
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -208,7 +212,13 @@ class RankGroup:
         self._failed = self._failed or "the group was closed."
         self._watch.close()
         with contextlib.suppress(Exception):
+            names = distributed_c10d._world.pg_names
+            name = names[self.group]
             dist.destroy_process_group(self.group)
+            # A group of the same members would get the same name, and meet in what this one left
+            # in the store; PyTorch takes another name while this one is taken.
+            names[object()] = name  # type: ignore[index]
+        del self.group, self._store  # and their connections
 
 
 def _quote(rank: int, text: str) -> str:
@@ -238,26 +248,32 @@ def guarded_ring(
 
     ``check_backward``: meets the other ranks before a backward.
     """
+    shard_scale, scalar_scale = ranks.scales
+    ring = _guarded(module)(ranks.group, lengths, shard_scale, scalar_scale, ranks.device)
+    ring.ranks, ring.check_backward = ranks, check_backward
+    return ring
 
+
+@lru_cache(maxsize=256)
+def _guarded(module: ModuleType) -> type[Any]:
     class Guarded(module.Ring):  # type: ignore[name-defined]
         def enter(self, phase: str) -> None:
             if phase == "backward":
-                check_backward()
+                self.check_backward()
 
         def wait(self, posted: Any) -> None:
-            with ranks.watched():
+            with self.ranks.watched():
                 super().wait(posted)
 
     for name in ("exchange", "gather", "swap"):
         if hasattr(module.Ring, name):
-            setattr(Guarded, name, _watching(ranks, getattr(module.Ring, name)))
-    shard_scale, scalar_scale = ranks.scales
-    return Guarded(ranks.group, lengths, shard_scale, scalar_scale, ranks.device)
+            setattr(Guarded, name, _watching(getattr(module.Ring, name)))
+    return Guarded
 
 
-def _watching(ranks: RankGroup, method: Callable[..., Any]) -> Callable[..., Any]:
+def _watching(method: Callable[..., Any]) -> Callable[..., Any]:
     def post(self: Any, sent: Any, received: Any) -> Any:
-        with ranks.watched():
+        with self.ranks.watched():
             return method(self, sent, received)
 
     return post

@@ -75,6 +75,7 @@ class Watch:
         _alive.discard(self)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(5.0)
+        del self.store, self.break_up
 
     def enter(self, phase: str, sequence: int) -> None:
         """This rank begins a phase of a call."""

@@ -1,0 +1,169 @@
+"""What ranks do in the tests of failures: draw shards, call a loss, misbehave."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cl_compiler import compile_loss
+from cl_compiler.runtime import group_loss
+
+TIMEOUT_S = 2.0
+"""Of groups in which a rank is stopped."""
+
+
+def shards(rank: int, rows: int = 20, width: int = 8, **kinds: Any) -> tuple[torch.Tensor, ...]:
+    """x and y of one rank, different on each; both need gradients."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    pair = (torch.randn(rows, width, generator=generator) for _ in range(2))
+    return tuple(torch.nn.functional.normalize(t, dim=1).to(**kinds).requires_grad_() for t in pair)
+
+
+def compiled(timeout_s: float = 20.0, **options: Any) -> Any:
+    """The shipped symmetric loss on all ranks; ring_owner unless told otherwise."""
+    options = {"schedule": "ring_owner", "memory_budget": "16MiB", **options}
+    budget = options.pop("memory_budget")
+    group = options.pop("group", dist.group.WORLD)
+    return compile_loss("xeon-amx-2c", budget, group=group, timeout_s=timeout_s, **options)
+
+
+def acting_at(step: int, action: Callable[[], None]) -> None:
+    """Do something in place of this rank's ``step``-th exchange, forward and backward together."""
+    plain, count = group_loss.guarded_ring, itertools.count()
+
+    def ring_of(*args: Any) -> Any:
+        ring = plain(*args)
+        exchange = ring.exchange
+
+        def counted(sent: Any, received: Any) -> Any:
+            if next(count) == step:
+                action()
+            return exchange(sent, received)
+
+        ring.exchange = counted
+        return ring
+
+    group_loss.guarded_ring = ring_of
+
+
+def die(rank: int, victim: int, step: int, how: str, marker: str) -> float:
+    """``victim`` gets a signal at an exchange; the others must raise.  Returns when it happened."""
+
+    def action() -> None:
+        Path(marker).write_text(str(time.time()))
+        os.kill(os.getpid(), signal.Signals[how])
+
+    loss_fn = compiled(TIMEOUT_S if how == "SIGSTOP" else 20.0)
+    x, y = shards(rank)
+    loss_fn(x, y, logit_scale=10.0).backward()  # connections exist, code is compiled
+    if rank == victim:
+        acting_at(step, action)
+    loss_fn(x, y, logit_scale=10.0).backward()
+    return time.time()
+
+
+def raise_instead(rank: int, victim: int, caught: bool, marker: str) -> None:
+    """``victim`` fails between two calls, on its own account."""
+    loss_fn = compiled()
+    x, y = shards(rank)
+    loss_fn(x, y, logit_scale=10.0).backward()
+    if rank == victim:
+        time.sleep(0.5)  # the others wait by now
+        Path(marker).write_text(str(time.time()))
+        if caught:
+            loss_fn.ranks.fail(ValueError("the data loader broke"))
+            time.sleep(4.0)
+        raise ValueError("the data loader broke")
+    loss_fn(x, y, logit_scale=10.0).backward()
+
+
+def out_of_step(rank: int) -> list[str]:
+    """A backward twice on rank 1, then a forward that rank 1 skips: what the errors say."""
+    texts = []
+    loss_fn = compiled(TIMEOUT_S)
+    x, y = shards(rank)
+    value = loss_fn(x, y, logit_scale=10.0)
+    value.backward(retain_graph=True)
+    try:
+        if rank == 1:
+            value.backward()
+        else:
+            loss_fn(x, y, logit_scale=10.0)
+    except Exception as error:
+        texts.append(f"{type(error).__name__}: {error}")
+    began = time.time()
+    try:
+        if rank != 1:
+            loss_fn(x, y, logit_scale=10.0)
+        else:
+            time.sleep(TIMEOUT_S + 2.5)
+    except Exception as error:
+        texts.append(f"{type(error).__name__}: {error}")
+        texts.append(str(time.time() - began))
+    return texts
+
+
+def disagreements(rank: int) -> dict[str, tuple[str, float]]:
+    """Rank 1 differs from the others, in one way after the other: every rank's error and seconds.
+
+    The group goes on afterwards: what was wrong was seen before anything was sent.
+    """
+    odd, found = rank == 1, {}
+    loss_fn = compiled()
+
+    def attempt(name: str, call: Callable[[], Any]) -> None:
+        began = time.time()
+        try:
+            call()
+            found[name] = ("", 0.0)
+        except Exception as error:
+            found[name] = (f"{type(error).__name__}: {error}", time.time() - began)
+
+    x, y = shards(rank)
+    wide = shards(rank, width=12 if odd else 8)
+    attempt("width", lambda: loss_fn(*wide, logit_scale=10.0))
+    double = shards(rank, dtype=torch.float64 if odd else torch.float32)
+    attempt("dtype", lambda: loss_fn(*double, logit_scale=10.0))
+    attempt("scale", lambda: loss_fn(x, y, logit_scale=11.0 if odd else 10.0))
+    attempt("needs", lambda: loss_fn(x.detach() if odd else x, y, logit_scale=10.0))
+    attempt("arguments", lambda: loss_fn(x, y[:3] if odd else y, logit_scale=10.0))
+    ids = {} if odd else {"row_ids": torch.arange(20), "col_ids": torch.arange(20)}
+    attempt("ids", lambda: loss_fn(x, y, logit_scale=10.0, **ids))
+    attempt("empty", lambda: loss_fn(x[:0], y[:0], logit_scale=10.0))
+    attempt("fine", lambda: loss_fn(x, y, logit_scale=10.0).backward())
+    other = compiled(loss="infonce" if odd else "clip")
+    attempt("loss", lambda: other(x, y, logit_scale=10.0))
+    other = compiled(schedule="ring_travel" if odd else "ring_owner")
+    attempt("plan", lambda: other(x, y, logit_scale=10.0))
+    other = compiled(grad_convention="sum" if odd else "mean")
+    attempt("convention", lambda: other(x, y, logit_scale=10.0))
+    finite = compiled(nonfinite="error")
+    bad = x.detach().clone()
+    if odd:
+        bad[3, 2] = float("nan")
+    attempt("nonfinite", lambda: finite(bad, y.detach(), logit_scale=10.0))
+    value = float(loss_fn(bad, y.detach(), logit_scale=10.0))
+    found["propagate"] = (str(value), 0.0)
+    return found
+
+
+def again_and_again(rank: int, cycles: int) -> tuple[list[int], list[int]]:
+    """Make a group and take it down: (descriptors, threads) after each cycle."""
+    descriptors, threads = [], []
+    x, y = shards(rank)
+    for _ in range(cycles):
+        loss_fn = compiled()
+        loss_fn(x, y, logit_scale=10.0).backward()
+        loss_fn.close()
+        dist.barrier()
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+        threads.append(len(os.listdir("/proc/self/task")))
+    return descriptors, threads

@@ -1,0 +1,128 @@
+"""Every way in which a rank can fail: the others raise, in time, and say which and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ring import ranks
+from tests.ring.processes import Outcome, launch
+
+SLACK_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def disagreements() -> list[dict[str, tuple[str, float]]]:
+    return [outcome.needed() for outcome in launch(ranks.disagreements, 3)]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("width", ["ArgumentError", "D, the operands", "rank 1: 12", "ranks 0, 2: 8"]),
+        ("dtype", ["ArgumentError", "dtype", "rank 1: float64", "ranks 0, 2: float32"]),
+        ("scale", ["ArgumentError", "rank 1: logit_scale=11.0", "ranks 0, 2: logit_scale=10.0"]),
+        ("needs", ["ArgumentError", "rank 1: y", "ranks 0, 2: x, y"]),
+        ("ids", ["ArgumentError", "rank 1: no ids", "ranks 0, 2: ids"]),
+        ("empty", ["ArgumentError", "all 3 ranks are empty"]),
+        ("loss", ["ArgumentError", "rank 1: infonce", "ranks 0, 2: clip"]),
+        ("plan", ["ArgumentError", "schedule=ring_travel", "schedule=ring_owner"]),
+        ("convention", ["ArgumentError", "grad_convention=sum", "grad_convention=mean"]),
+    ],
+)
+def test_ranks_that_differ_all_raise_the_same(disagreements, what, words):
+    texts = {found[what][0] for found in disagreements}
+    if what == "loss":  # each names its own first
+        texts = {text.partition("must be")[2] for text in texts}
+        words = words[1:]
+    assert len(texts) == 1, texts
+    (text,) = texts
+    assert all(word in text for word in words), text
+    assert max(found[what][1] for found in disagreements) < 2.0
+
+
+def test_wrong_arguments_of_one_rank_are_told_to_all(disagreements):
+    own, *others = (disagreements[k]["arguments"][0] for k in (1, 0, 2))
+    assert "20 rows and 3 columns" in own
+    assert all("rank 1: " in text and "20 rows and 3 columns" in text for text in others)
+
+
+def test_after_such_an_error_the_group_goes_on(disagreements):
+    assert [found["fine"][0] for found in disagreements] == [""] * 3
+
+
+def test_elements_that_are_not_finite(disagreements):
+    """nonfinite="error": all raise; "propagate": NaN on every rank, as the formula gives."""
+    for found in disagreements:
+        assert "NonFiniteError" in found["nonfinite"][0]
+        assert found["propagate"][0] == "nan"
+    assert "rank 1" in disagreements[0]["nonfinite"][0]
+
+
+def test_ranks_that_are_out_of_step():
+    """A second backward is seen at once, a call that does not come at the timeout."""
+    outcomes = [outcome.needed() for outcome in launch(ranks.out_of_step, 3)]
+    first = {texts[0] for texts in outcomes}
+    assert len(first) == 1
+    assert "rank 1: the backward of call 1" in first.pop()
+    for rank in (0, 2):
+        assert "GroupError" in outcomes[rank][1]
+        assert "rank 1: " in outcomes[rank][1] and "call 3" in outcomes[rank][1]
+        assert float(outcomes[rank][2]) < ranks.TIMEOUT_S + SLACK_S
+
+
+def check_survivors(
+    outcomes: list[Outcome], victim: int, marker: Path, limit_s: float, *words: str
+) -> None:
+    happened = float(marker.read_text())
+    for rank, outcome in enumerate(outcomes):
+        if rank != victim:
+            assert outcome.ended and "GroupError" in outcome.error, outcome
+            assert all(word in outcome.error for word in words), outcome.error
+            assert outcome.at - happened < limit_s, outcome.at - happened
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_killed_rank(step, tmp_path):
+    """In the forward and in the backward: the survivors raise within two seconds."""
+    marker = tmp_path / "killed"
+    outcomes = launch(ranks.die, 3, 1, step, "SIGKILL", str(marker))
+    assert not outcomes[1].ended
+    check_survivors(outcomes, 1, marker, 2.0, "rank 1 gave no sign of life")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("step", range(10))
+def test_a_rank_killed_at_each_step(step, victim, tmp_path):
+    marker = tmp_path / "killed"
+    outcomes = launch(ranks.die, 4, victim, step, "SIGKILL", str(marker))
+    if marker.exists():  # else there are fewer exchanges
+        check_survivors(outcomes, victim, marker, 2.0, f"rank {victim} gave no sign of life")
+    else:
+        assert step > 6
+
+
+def test_a_stopped_rank(tmp_path):
+    marker = tmp_path / "stopped"
+    outcomes = launch(ranks.die, 3, 2, 1, "SIGSTOP", str(marker), victim=2)
+    limit_s = ranks.TIMEOUT_S + SLACK_S
+    check_survivors(outcomes, 2, marker, limit_s, "rank 2 gave no sign of life")
+
+
+@pytest.mark.parametrize(("victim", "caught", "store"), [(0, False, "tcp"), (2, True, "file")])
+def test_an_exception_of_one_rank_reaches_the_others(victim, caught, store, tmp_path):
+    marker = tmp_path / "raised"
+    outcomes = launch(ranks.raise_instead, 3, victim, caught, str(marker), store=store)
+    assert "ValueError" in outcomes[victim].error
+    words = f"rank {victim} failed: ValueError: the data loader broke"
+    check_survivors(outcomes, victim, marker, 3.0, words)
+
+
+@pytest.mark.parametrize("cycles", [6, pytest.param(50, marks=pytest.mark.full)])
+def test_groups_leave_nothing_behind(cycles):
+    for outcome in launch(ranks.again_and_again, 2, cycles, seconds=60.0 + cycles):
+        descriptors, threads = outcome.needed()
+        assert descriptors[-1] <= descriptors[1], descriptors
+        assert threads[-1] <= threads[1], threads

@@ -1,0 +1,80 @@
+"""Losses on shards in real processes, against float64: as exact as dense PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ring.numerics import WIDTH, Job, drawn, numpy_results
+from tests.ring.processes import launch
+from tests.ring.shards import emit_ring, run_group, schedules_of, together
+from tests.tiles import Result, errors
+from tests.zoo_case import Sample
+
+LOSSES = ("clip", "siglip", "infonce_ids", "nt_xent", "supcon", "dual_softmax")
+"""One of each kind: two statistics, none, ids, views, ids of one set, a statistic in another."""
+SHARES = {1: (1,), 2: (3, 2), 3: (2, 0, 1), 4: (1, 2, 3, 1), 8: (1, 2, 0, 1, 3, 1, 1, 2)}
+
+
+def dense(whole: Sample, dtype: torch.dtype) -> Result:
+    """The hand-written formula in the dtype of the run."""
+    tensors = {n: t.detach().to(dtype).requires_grad_() for n, t in whole.tensors.items()}
+    scalars = {n: t.detach().to(dtype).requires_grad_() for n, t in whole.parameters.items()}
+    assert whole.case.formula is not None
+    value = whole.case.formula(tensors, whole.is_positive, scalars)
+    names = sorted(whole.case.needs)
+    leaves = {**tensors, **scalars}
+    grads = torch.autograd.grad(value, [leaves[n] for n in names])
+    return Result(value.detach(), dict(zip(names, grads, strict=True)), {})
+
+
+def check(jobs: list[Job], ranks: int) -> None:
+    everyone = [outcome.needed() for outcome in launch(numpy_results, ranks, jobs)]
+    for number, job in enumerate(jobs):
+        whole, cut = drawn(job)
+        values = {results[number][0] for results in everyone}
+        assert len(values) == 1, "the value must be the same on every rank"
+        parts = [results[number][1] for results in everyone]
+        grads = {
+            name: together(whole, cut, name, [torch.from_numpy(p[name]) for p in parts])
+            for name in parts[0]
+        }
+        found = errors(Result(torch.tensor(values.pop()), grads, {}), whole)
+        limits = errors(dense(whole, job.dtype), whole)
+        for name, error in found.items():
+            assert error <= max(2e-6, 3 * limits[name]), (job, name, error, limits[name])
+
+
+def jobs_for(ranks: int, losses: tuple[str, ...], every: bool) -> list[Job]:
+    jobs = []
+    for turn, name in enumerate(losses):
+        usable = schedules_of(drawn(Job(name, "", SHARES[ranks], 0))[0].case)
+        chosen = usable if every else [usable[(turn + ranks) % len(usable)]]
+        jobs += [Job(name, schedule, SHARES[ranks], turn + ranks) for schedule in chosen]
+    return jobs
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_losses_are_as_exact_as_dense_pytorch(ranks):
+    """Uneven and empty shards; schedules take turns."""
+    check(jobs_for(ranks, LOSSES, every=False), ranks)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_every_schedule_is_as_exact(ranks):
+    check(jobs_for(ranks, LOSSES, every=True), ranks)
+
+
+@pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel", "all_gather"])
+def test_logits_beyond_the_range_of_exponentials(schedule):
+    """Sums that lost terms on one rank: all ranks redo the sweep, with running maxima.
+
+    A logit of s is rounded by up to 2^-24·s where it is made, and again where it is remade.
+    """
+    whole, cut = drawn(Job("clip", schedule, (3, 0, 2), 5, scale=20.0))
+    logits = 7.0 * whole.tensors["x"] @ whole.tensors["y"].T
+    source = emit_ring(whole.case, schedule, dtype="float32", width=WIDTH)
+    found = errors(run_group(source, whole, cut, dtype=torch.float32).result, whole)
+    assert float(logits.abs().max()) > 1000
+    assert max(found.values()) < 2.0**-23 * float(logits.abs().max()), found
