@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from torch import Tensor
 
 from benchmarks.gpu.cases import Contest
 from benchmarks.providers import Skipped
+from cl_compiler.codegen.triton.panel import plan_with
 from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.support import obstacle
+from cl_compiler.codegen.triton.workload import Workload
 from cl_compiler.hardware import load_hardware
 from cl_compiler.lang.program import build_program
 from cl_compiler.lang.resolve import Positives
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
-from cl_compiler.plan.search import choose_plan
 from cl_compiler.plan.types import MemoryBudget, Problem, Request, Tile
 from cl_compiler.runtime.loader import load_source
 
@@ -52,11 +52,11 @@ def triton_loss(panel: str, contest: Contest, leaves: Mapping[str, Tensor]) -> C
     tile = _tile(panel)
     if any(pass_.symmetric for pass_ in program.passes):
         tile = Tile(tile.rows, tile.rows)
-    plan = replace(choose_plan(request, sweeps), tile=tile, template="triton")
-    reason = obstacle(plan, program)
+    reason = obstacle(problem, program)
     if reason:
         raise Skipped(reason)
     arch = hardware.arch if hardware.kind == "cuda" else "sm_90"
+    plan = plan_with(Workload(request, program, arch), tile)
     module = load_source(render_triton(plan, program, f"bench-{tile}", arch), f"bench-{tile}")
 
     def forward() -> Tensor:

@@ -156,16 +156,16 @@ def _draw(question: Question, path: Path, json: bool) -> dict[str, Any]:
     with working("drawing", ("plan", "loss graph", "hardware graph")) as step:
         from cl_compiler.cli.draw import draw_loss_graph
         from cl_compiler.cli.draw_hardware import draw_hardware_graph
+        from cl_compiler.codegen.backend import plan_of
         from cl_compiler.hardware.graph import hardware_graph
         from cl_compiler.lang.graph import loss_graph
         from cl_compiler.lang.sweeps import plan_sweeps
-        from cl_compiler.plan.search import choose_plan
 
         step()
         request: Request = request_of(question)
         sweeps = plan_sweeps(request.loss, request.positives, request.needs)
         machine = hardware_graph(request.hardware)
-        chosen = choose_plan(request, sweeps, machine)
+        chosen = plan_of(request, sweeps)
         step()
         draw_loss_graph(loss_graph(sweeps), request.problem, path)
         step()

@@ -68,7 +68,11 @@ DType = Annotated[
     str, typer.Option("--dtype", help="Of the inputs: float64, float32, bfloat16 or float16.")
 ]
 Precision = Annotated[
-    str, typer.Option("--precision", help="How similarities are multiplied: auto, ieee, bf16; on GPUs also fp16, tf32, bf16x3.")
+    str,
+    typer.Option(
+        "--precision",
+        help="How similarities are multiplied: auto, ieee, bf16; on GPUs also fp16, tf32, bf16x3.",
+    ),
 ]
 Schedule = Annotated[
     str,

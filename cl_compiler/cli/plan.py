@@ -46,20 +46,21 @@ def plan(
     )  # fmt: skip
     steps = ["the machine and the loss", "the search", *(["the largest batch"] * max_batch)]
     with working("planning", steps) as step:
+        from cl_compiler.codegen.backend import max_batch as find_largest
+        from cl_compiler.codegen.backend import plan_of
+        from cl_compiler.lang.sweeps import plan_sweeps
         from cl_compiler.plan.record import plan_to_json
         from cl_compiler.plan.report import explain
-        from cl_compiler.plan.search import choose_plan
 
         step()
         request = request_of(question)
         step()
-        chosen = choose_plan(request)
+        sweeps = plan_sweeps(request.loss, request.positives, request.needs)
+        chosen = plan_of(request, sweeps)
         largest = None
         if max_batch:
-            from cl_compiler.plan.limits import max_batch as find_largest
-
             step()
-            largest = find_largest(request)
+            largest = find_largest(request, sweeps)
     if json:
         write_json(plan_to_json(chosen) | ({} if largest is None else {"max_batch": largest}))
         return

@@ -5,37 +5,125 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cl_compiler.codegen.render import render
-from cl_compiler.codegen.triton.panel import with_panel
+from cl_compiler.codegen.triton.panel import kernel_plan, smallest_bytes
 from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.support import obstacle
-from cl_compiler.lang.program import build_program
+from cl_compiler.codegen.triton.workload import Workload
+from cl_compiler.lang.program import SCHEDULES, Schedule, build_program, valid_schedules
 from cl_compiler.lang.sweeps import SweepPlan
+from cl_compiler.plan import limits
 from cl_compiler.plan.search import choose_plan
-from cl_compiler.plan.types import Plan, Request
+from cl_compiler.plan.types import Candidate, Plan, Request, Tile
+from cl_compiler.units import format_bytes
 
 
 def plan_and_print(request: Request, sweeps: SweepPlan, variant: str) -> tuple[Plan, str]:
     """The plan of a request, and the text of the file that runs it.
 
-    On a GPU with the schedule left open, Triton's ``spill`` goes before whatever PyTorch could do.
+    Raises:
+        as ``plan_of``.
+    """
+    plan = plan_of(request, sweeps)
+    program = build_program(sweeps, plan.schedule)
+    if plan.template == "triton":
+        return plan, render_triton(plan, program, variant, request.hardware.arch)
+    device = "cuda" if _is_one_gpu(request) else "cpu"
+    return plan, render(plan, program, variant, device=device)
+
+
+def plan_of(request: Request, sweeps: SweepPlan) -> Plan:
+    """The plan by which a request is printed.
+
+    On a GPU what Triton serves goes before whatever PyTorch could do.
 
     Raises:
         BudgetError, ScheduleError: no plan exists; the message says why.
+        HardwareError: the machine has no rate for the way in which products are computed.
+        ArgumentError: the problem lacks the number of slots or the length of the bank.
     """
-    spec = request.hardware
-    if spec.kind == "cpu" or spec.world_size > 1:
-        plan = choose_plan(_widened(request), sweeps)
-        return plan, render(plan, build_program(sweeps, plan.schedule), variant)
-    wanted = "spill" if request.schedule == "auto" else request.schedule
-    plan = choose_plan(replace(request, schedule=wanted), sweeps)
-    program = build_program(sweeps, plan.schedule)
-    reason = obstacle(plan, program)
-    if not reason:
-        plan = with_panel(replace(plan, template="triton"), spec, program)
-        plan = _noted(plan, f"Triton kernels for {spec.arch}")
-        return plan, render_triton(plan, program, variant, spec.arch)
-    plan = _noted(choose_plan(_widened(request), sweeps), f"PyTorch's tiles are emitted: {reason}")
-    return plan, render(plan, build_program(sweeps, plan.schedule), variant, device="cuda")
+    if not _is_one_gpu(request):
+        return choose_plan(_widened(request), sweeps)
+    found, reasons = _kernel_plans(request, sweeps)
+    if found:
+        chosen = min(found, key=lambda s: found[s].seconds)
+        plan = found[chosen]
+        return replace(plan, rejected=(*_others(chosen, found, reasons), *plan.rejected))
+    reason = next(reasons[s] for s in (*SCHEDULES[1:], *SCHEDULES) if s in reasons)
+    plan = choose_plan(_widened(request), sweeps)
+    return replace(plan, notes=(f"PyTorch's tiles are emitted: {reason}", *plan.notes))
+
+
+def max_batch(request: Request, sweeps: SweepPlan) -> int:
+    """The largest M (over all ranks) whose plan fits the budget; D and M : N stay as they are.
+
+    Returns:
+        rows, 0 where not even one fits.
+
+    Raises:
+        ScheduleError: the requested schedule is unknown, or the loss cannot use it.
+    """
+    batch = limits.max_batch(_widened(request), sweeps)
+    if not _is_one_gpu(request):
+        return batch
+
+    def fits(rows: int) -> bool:
+        problem = limits.scaled(request.problem, rows)
+        return bool(_kernel_plans(replace(request, problem=problem), sweeps)[0])
+
+    return max(batch, limits.largest(fits))
+
+
+def _is_one_gpu(request: Request) -> bool:
+    return request.hardware.kind != "cpu" and request.hardware.world_size == 1
+
+
+def _kernel_plans(
+    request: Request, sweeps: SweepPlan
+) -> tuple[dict[Schedule, Plan], dict[Schedule, str]]:
+    """Of each schedule the best plan that Triton serves, or why there is none.
+
+    Raises:
+        ScheduleError: the requested schedule is unknown, or the loss cannot use it.
+    """
+    found: dict[Schedule, Plan] = {}
+    reasons = {s: r for s, r in valid_schedules(sweeps).items() if r}
+    open_ = [s for s in SCHEDULES if s not in reasons] if request.schedule == "auto" else []
+    for schedule in open_ or [_requested(request, sweeps)]:
+        program = build_program(sweeps, schedule)
+        reason = obstacle(request.problem, program)
+        if not reason:
+            workload = Workload(request, program, request.hardware.arch)
+            plan = kernel_plan(workload)
+            if plan is not None:
+                found[schedule] = plan
+                continue
+            least = format_bytes(smallest_bytes(workload))
+            reason = f"its kernels need {least}, the budget is {format_bytes(workload.limit_bytes)}"
+        reasons[schedule] = reason
+    return found, reasons
+
+
+def _requested(request: Request, sweeps: SweepPlan) -> Schedule:
+    """Without gradients all tiled schedules are the same sweep."""
+    if request.schedule in SCHEDULES and sweeps.gradient_levels:
+        return request.schedule
+    return choose_plan(request, sweeps).schedule  # says what is wrong with an unknown one
+
+
+def _others(
+    chosen: Schedule, found: dict[Schedule, Plan], reasons: dict[Schedule, str]
+) -> list[Candidate]:
+    """Why each other schedule was not taken."""
+    result = []
+    for schedule in SCHEDULES:
+        if schedule in found and schedule != chosen:
+            plan, best = found[schedule], found[chosen]
+            slower = f"{plan.seconds / best.seconds - 1:.1%} slower"
+            result.append(Candidate(schedule, plan.tile, 0, plan.peak_bytes, plan.seconds, slower))
+        elif schedule != chosen:
+            reason = reasons.get(schedule, "not requested")
+            result.append(Candidate(schedule, Tile(0, 0), 0, 0, 0.0, reason))
+    return result
 
 
 def _widened(request: Request) -> Request:
@@ -43,8 +131,4 @@ def _widened(request: Request) -> Request:
     return replace(request, precision="ieee") if request.precision == "bf16x3" else request
 
 
-def _noted(plan: Plan, note: str) -> Plan:
-    return replace(plan, notes=(note, *plan.notes))
-
-
-__all__ = ["plan_and_print"]
+__all__ = ["max_batch", "plan_and_print", "plan_of"]

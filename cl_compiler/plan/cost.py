@@ -110,7 +110,7 @@ def cost_of(facts: ProgramFacts, inner_levels: int, *, casts: bool) -> Cost:
             parts[3] += kept * seconds_per_byte(kept)
             traffic[0] += kept
     parts[7] += _exchange(facts)
-    rest = _beside_sweeps(facts)
+    rest = beside_sweeps(facts)
     parts[5] += rest[0]
     parts[6] += rest[1]
     return Cost(tuple(parts), flops, tuple(traffic))
@@ -194,7 +194,7 @@ def _copies(p: PassFacts, casts: bool) -> sp.Expr:
     return result
 
 
-def _beside_sweeps(facts: ProgramFacts) -> tuple[sp.Expr, sp.Expr]:
+def beside_sweeps(facts: ProgramFacts) -> tuple[sp.Expr, sp.Expr]:
     """(launches, other seconds) of vectors, positives and the gradients' first and last touch."""
     by_name = facts.program.plan.by_name
     operators = 0
@@ -258,4 +258,12 @@ def compile_cost(
     return CompiledCost(cost, tape_of(cost.parts, functions))
 
 
-__all__ = ["PARTS", "CompiledCost", "Cost", "compile_cost", "cost_of", "level_symbols"]
+__all__ = [
+    "PARTS",
+    "CompiledCost",
+    "Cost",
+    "beside_sweeps",
+    "compile_cost",
+    "cost_of",
+    "level_symbols",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import networkx as nx
@@ -37,10 +38,13 @@ def max_batch(
 def largest_batch(space: Space) -> int:
     """``max_batch`` of a prepared request."""
     options = [space.option(s) for s in space.schedules()]
+    return largest(
+        lambda rows: any(_least_bytes(space, o, rows) <= space.limit_bytes for o in options)
+    )
 
-    def fits(rows: int) -> bool:
-        return any(_least_bytes(space, o, rows) <= space.limit_bytes for o in options)
 
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, where all smaller ones do; 0 where not even 1 does."""
     low, high = 0, 1
     while high < CEILING and fits(high):
         low, high = high, high * 2
@@ -97,4 +101,4 @@ def budget_error(space: Space) -> BudgetError:
     )
 
 
-__all__ = ["budget_error", "largest_batch", "max_batch", "scaled", "smallest"]
+__all__ = ["budget_error", "largest", "largest_batch", "max_batch", "scaled", "smallest"]

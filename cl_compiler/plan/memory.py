@@ -30,6 +30,7 @@ COPIES = sp.Symbol("copies", nonnegative=True)
 
 GRADIENTS = "gradient accumulators"
 RETURNED = "returned gradients"
+VECTORS = "statistics (vectors)"
 GATHERED = "other ranks' shards"
 
 Item = tuple[str, sp.Expr]
@@ -81,7 +82,7 @@ def _phase(name: str, items: Sequence[Item]) -> Phase:
 
 
 def _vectors(vectors: Sequence[Item]) -> Item:
-    return "statistics (vectors)", COMPUTE_BYTES * sp.Add(*(length for _, length in vectors))
+    return VECTORS, COMPUTE_BYTES * sp.Add(*(length for _, length in vectors))
 
 
 def _accumulators(facts: ProgramFacts) -> list[Item]:
@@ -187,6 +188,7 @@ __all__ = [
     "GATHERED",
     "GRADIENTS",
     "RETURNED",
+    "VECTORS",
     "CompiledMemory",
     "Phase",
     "compile_memory",

@@ -4,8 +4,8 @@
 # hardware  a100x1   bfloat16 in, bf16 products, fp32 accumulate
 # problem   up to M=32768 N=32768 D=768; gradients: logit_bias, logit_scale, x, y
 # schedule  spill
-# tiles     device 9216x9216
-# memory    predicted peak 443.0 MiB of 2.0 GiB
+# tiles     device 9216x9216   sm 128x128
+# memory    predicted peak 359.6 MiB of 2.0 GiB
 """siglip: value and gradients in tiles; the similarity matrix never exists.
 
 Sigmoid loss (Zhai et al. 2023): every pair is a binary decision; summed, per row.

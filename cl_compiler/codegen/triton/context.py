@@ -69,7 +69,9 @@ def build_triton_context(
     operands = {op.name: plan.problem.operands.get(op.name, plan.problem.D) for op in _ops(program)}
 
     def tiles_of(pass_: Pass, modes: Sequence[Mode]) -> Mapping[Mode, CoreTile]:
-        return core_tiles(plan, pass_, modes, arch) if core is None else dict.fromkeys(modes, core)
+        if core is not None:
+            return dict.fromkeys(modes, core)
+        return core_tiles(plan.problem, plan.precision, pass_, modes, arch)
 
     descriptors = has_descriptors(arch) and _aligned(operands.values(), plan)
     printer = SweepPrinter(

@@ -17,7 +17,7 @@ from cl_compiler.lang.tile_ir import (
     VectorRef,
 )
 from cl_compiler.plan.precision import SPLIT
-from cl_compiler.plan.types import DTYPE_BYTES, Plan
+from cl_compiler.plan.types import DTYPE_BYTES, Problem
 
 SMALLEST_DOT = 16
 """Rows, columns and depth of the smallest matrix instruction."""
@@ -73,13 +73,15 @@ def capability(arch: str) -> int:
     return int(digits) if arch.startswith("sm_") else 0
 
 
-def core_tiles(plan: Plan, pass_: Pass, modes: Sequence[Mode], arch: str) -> dict[Mode, CoreTile]:
+def core_tiles(
+    problem: Problem, precision: str, pass_: Pass, modes: Sequence[Mode], arch: str
+) -> dict[Mode, CoreTile]:
     """For each mode the first of an architecture's tiles that compiles without spilled registers.
 
     Kernels that share a launcher also share rows and columns; warps may differ.  By the estimate of
     ``registers``; ``tests/codegen/triton/test_offline.py`` holds it to what the compilers make.
     """
-    tiles = _candidates(plan, arch)
+    tiles = _candidates(problem, precision, arch)
     for shape in dict.fromkeys((t.rows, t.cols) for t in tiles):
         alike = [t for t in tiles if (t.rows, t.cols) == shape]
         found = {
@@ -94,18 +96,18 @@ def core_tiles(plan: Plan, pass_: Pass, modes: Sequence[Mode], arch: str) -> dic
     return dict.fromkeys(modes, tiles[-1])
 
 
-def _candidates(plan: Plan, arch: str) -> list[CoreTile]:
+def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
     """Tiles in order of preference.
 
     On Hopper two programs with four warps share a multiprocessor, so that one's epilogue runs under
     the other's products; wide operands are fed better by one program with eight.
     """
-    width, bytes_ = plan.problem.D, DTYPE_BYTES[plan.problem.dtype]
+    width, bytes_ = problem.D, DTYPE_BYTES[problem.dtype]
     depth = min(128 // bytes_, max(SMALLEST_DOT, 1 << (width - 1).bit_length()))
     stages = 3 if bytes_ == 2 else 2
-    if arch.startswith("sm_") and bytes_ == 4 and plan.precision == "ieee":  # no tensor cores
+    if arch.startswith("sm_") and bytes_ == 4 and precision == "ieee":  # no tensor cores
         return [CoreTile(64, cols, SMALLEST_DOT, 8, 2) for cols in (64, 32)]
-    if plan.precision == SPLIT and arch.startswith("sm_") and not 90 <= capability(arch) < 100:
+    if precision == SPLIT and arch.startswith("sm_") and not 90 <= capability(arch) < 100:
         # there the halves of both operands go through registers
         steps = (min(depth, 32), stages + 1) if capability(arch) < 90 else (SMALLEST_DOT, stages)
         return [CoreTile(128, cols, steps[0], 8, steps[1]) for cols in (64, 32, 16)]

@@ -1,107 +1,148 @@
-"""Rows and columns of one launch: how large a gradient tile the library's products should see."""
+"""Which panel one launch makes: the fastest that fits, by the workload's bytes and seconds."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
-from cl_compiler.hardware.spec import HardwareSpec
-from cl_compiler.lang.ir import COLS
-from cl_compiler.lang.program import Program
-from cl_compiler.plan.precision import SPLIT, rounded_operands
-from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem, Tile
+from cl_compiler.codegen.triton.workload import BLOCK_COLS, BLOCK_ROWS, Timing, Workload
+from cl_compiler.plan.machine import rates_in_words
+from cl_compiler.plan.types import Candidate, LevelPlan, Plan, Tile
+from cl_compiler.units import format_bytes
 
-FEWEST_ROWS = 8192
-"""Below it launches and the products' last waves cost more than the workspace saves."""
-BLOCK_ROWS, BLOCK_COLS = 128, 256
-"""The library's own tile of a product [rows, D]."""
-SMALLEST_COLS = 16
-"""Columns of the narrowest kernel's tile: one partial statistic of a row for each."""
 STEP = 256
 """Panels are whole multiples of it: of every kernel's rows and columns."""
+MOST_WAVES = 16
+"""Of the library's blocks over the multiprocessors, in one product."""
+RESOLUTION = 0.01
+"""Relative difference of predicted seconds below which a panel with fewer bytes is taken."""
 
 
-def gradient_bytes(problem: Problem, precision: str) -> int:
-    """Bytes of one element of the workspace: bf16 beside 16-bit operands; fp32 beside fp32, or two
-    bf16 numbers."""
-    narrow = rounded_operands(problem.dtype, precision) or DTYPE_BYTES[problem.dtype] == 2
-    return 2 if narrow else 4
+def sides(workload: Workload, length: int) -> list[int]:
+    """Lengths of a panel's side, ascending: powers of two, and whole waves of the library's blocks
+    over the multiprocessors."""
+    blocks = -(-workload.request.problem.D // BLOCK_COLS)
+    wave = BLOCK_ROWS * workload.multiprocessors / blocks
+    found = {_whole(length)}
+    found.update(int(wave * k) // STEP * STEP for k in range(1, MOST_WAVES + 1))
+    side = STEP
+    while side < length:
+        found.add(side)
+        side *= 2
+    return sorted(s for s in found if 0 < s <= _whole(length))
 
 
-def panel(spec: HardwareSpec, problem: Problem, room: int, *, symmetric: bool) -> Tile:
-    """The panel of a problem on a machine, of at most ``room`` elements.
-
-    As many rows as give the product [rows, D] whole waves over the multiprocessors, at least 8192;
-    as many columns.  A smaller budget takes columns first: the product with the panel's transpose
-    then has fewer blocks, but the statistics of a row still leave the kernel in one piece.
-    ``symmetric``: square, since half of the panels are visited.
-    """
-    cores = next((x.count for x in reversed(spec.levels) if x.kind == "core"), 1)
-    blocks = max(1, -(-problem.D // BLOCK_COLS))
-    wave = max(1, BLOCK_ROWS * cores // blocks)
-    most = _whole(-(-FEWEST_ROWS // wave) * wave)
-    rows, cols = min(most, _whole(problem.M)), min(most, _whole(problem.N))
-    if symmetric:
-        side = min(rows, cols, max(STEP, int(room**0.5) // STEP * STEP))
-        return Tile(side, side)
-    cols = min(cols, max(STEP, room // rows // STEP * STEP))
-    rows = min(rows, max(STEP, room // cols // STEP * STEP))
-    return Tile(rows, cols)
+def panels(workload: Workload) -> Iterator[Tile]:
+    """Every panel that is considered; square ones where half of them are visited."""
+    problem = workload.request.problem
+    if workload.is_symmetric:
+        yield from (Tile(side, side) for side in sides(workload, max(problem.M, problem.N)))
+        return
+    for rows in sides(workload, problem.M):
+        for cols in sides(workload, problem.N):
+            yield Tile(rows, cols)
 
 
-def with_panel(plan: Plan, spec: HardwareSpec, program: Program) -> Plan:
-    """The plan with a panel for its tile, and with what that takes in its memory.
+def kernel_plan(workload: Workload) -> Plan | None:
+    """The plan with the fastest panel within the budget; None where not even the smallest fits."""
+    limit = workload.limit_bytes
+    fitting = {
+        tile: workload.timing(tile)
+        for tile in panels(workload)
+        if workload.peak_bytes(tile) <= limit
+    }
+    if not fitting:
+        return None
+    fastest = min(timing.seconds for timing in fitting.values())
+    near = [t for t, timing in fitting.items() if timing.seconds <= fastest * (1 + RESOLUTION)]
+    tile = min(near, key=lambda t: (workload.peak_bytes(t), t.rows, t.cols))
+    return _planned(workload, tile, fitting[tile])
 
-    Tiles in caches are the torch templates' way: here a tile lives in registers, and the panel of
-    gradients between a kernel and the library's products is all that is allocated for them.
-    """
-    of_tiles = ("tile buffers", "tile masks", "operand tiles in fp32")
-    rest = [(what, bytes_) for what, bytes_ in plan.memory if what not in of_tiles]
-    rest = [(w, 2 * b if w.startswith("statistics") else b) for w, b in rest]  # they are fp64
-    rest += _rounded(plan, program)
-    element = gradient_bytes(plan.problem, plan.precision)
-    split = _split_bytes(plan, program)
-    free = plan.budget.device_bytes - sum(bytes_ for _, bytes_ in rest)
-    statistics = 2 * 4 / SMALLEST_COLS  # of rows and columns, for each element
-    symmetric = any(p.symmetric for p in program.passes)
-    room = max(1, int((free - split * STEP) / (element + statistics)))
-    tile = panel(spec, plan.problem, room, symmetric=symmetric)
-    if split:  # takes room of its own, by the longer side
-        room = int((free - split * max(tile.rows, tile.cols)) / (element + statistics))
-        tile = panel(spec, plan.problem, max(1, room), symmetric=symmetric)
-        rest.append(("an operand split in bf16", split * max(tile.rows, tile.cols)))
-    elements = tile.rows * tile.cols
-    memory = (
-        *rest,
-        ("a panel of gradients", elements * element),
-        ("partial statistics", int(elements * statistics)),
+
+def plan_with(workload: Workload, tile: Tile) -> Plan:
+    """The plan with this panel, whether or not it fits."""
+    return _planned(workload, tile, workload.timing(tile))
+
+
+def smallest_bytes(workload: Workload) -> int:
+    """Of the panel that takes least."""
+    return min(workload.peak_bytes(tile) for tile in panels(workload))
+
+
+def _planned(workload: Workload, tile: Tile, timing: Timing) -> Plan:
+    request, footprint = workload.request, workload.footprint(tile)
+    problem = request.problem
+    notes = [f"Triton kernels for {workload.arch}"]
+    if request.budget.device_bytes > workload.machine.device_memory_bytes:
+        has = format_bytes(workload.machine.device_memory_bytes)
+        notes.append(f"the device has {has}, less than the budget")
+    return Plan(
+        loss_name=request.loss.name,
+        hardware_name=request.hardware.name,
+        problem=problem,
+        positives=request.positives,
+        needs=request.needs,
+        precision=request.precision,
+        budget=request.budget,
+        schedule=workload.program.schedule,
+        tile=tile,
+        kept_tiles=0,
+        levels=_levels(workload, tile, timing, footprint.peak_bytes),
+        memory=footprint.items,
+        peak_bytes=footprint.peak_bytes,
+        seconds=timing.seconds,
+        units=timing.flops / (2.0 * problem.M * problem.N * problem.D),
+        notes=tuple(notes),
+        rejected=tuple(_neighbours(workload, tile, timing)),
+        seconds_by_part=timing.parts,
+        peak_phase=footprint.name,
+        rates=rates_in_words(request.hardware, problem.dtype, request.precision),
+        template="triton",
     )
-    peak = max(plan.peak_bytes, sum(bytes_ for _, bytes_ in memory))
-    levels = tuple(replace(x, tile=tile) for x in plan.levels if x.kind == "device")
-    return replace(plan, tile=tile, memory=memory, peak_bytes=peak, levels=levels)
 
 
-def _rounded(plan: Plan, program: Program) -> list[tuple[str, int]]:
-    """The copies of fp32 operands that are rounded before they are multiplied."""
-    kind = rounded_operands(plan.problem.dtype, plan.precision)
-    if kind is None:
-        return []
-    problem, elements = plan.problem, 0
-    for op in program.plan.ir.operands:
-        rows = problem.N if op.axes[0] == COLS else problem.M
-        elements += rows * problem.operands.get(op.name, problem.D)
-    return [(f"operands in {kind}", elements * DTYPE_BYTES[kind])]
+def _levels(
+    workload: Workload, tile: Tile, timing: Timing, peak_bytes: int
+) -> tuple[LevelPlan, ...]:
+    machine = workload.machine
+    largest = max(timing.parts, key=lambda part: part[1])[0]
+    moved = timing.traffic_bytes / machine.device_bytes_per_s
+    device = LevelPlan(
+        machine.device, "device", tile, peak_bytes, round(timing.traffic_bytes), moved, largest
+    )
+    core = next((x for x in reversed(machine.inner) if x.kind == "core"), None)
+    if core is None or not workload.cores:
+        return (device,)
+    held = next(iter(workload.cores[-1].values()))
+    block = Tile(held.rows, held.cols)
+    bytes_ = 4 * held.rows * held.cols
+    return (device, LevelPlan(core.name, "core", block, bytes_, 0, 0.0, "arithmetic"))
 
 
-def _split_bytes(plan: Plan, program: Program) -> int:
-    """Bytes for each row of an operand that a product splits: two bf16 numbers, an fp32 rest."""
-    if plan.precision != SPLIT:
-        return 0
-    widths = [plan.problem.operands.get(op.name, plan.problem.D) for op in program.plan.ir.operands]
-    return 8 * max(widths)
+def _neighbours(workload: Workload, chosen: Tile, timing: Timing) -> Iterator[Candidate]:
+    """The chosen panel doubled and halved each way, and why it was not that."""
+    problem, limit = workload.request.problem, workload.limit_bytes
+    rows, cols = chosen.rows, chosen.cols
+    around = [(rows // 2, cols), (rows * 2, cols), (rows, cols // 2), (rows, cols * 2)]
+    if workload.is_symmetric:
+        around = [(rows // 2, cols // 2), (rows * 2, cols * 2)]
+    most = Tile(_whole(problem.M), _whole(problem.N))
+    for sizes in around:
+        tile = Tile(min(_whole(sizes[0]), most.rows), min(_whole(sizes[1]), most.cols))
+        if tile == chosen or 0 in sizes:
+            continue
+        peak, other = workload.peak_bytes(tile), workload.timing(tile)
+        ratio = other.seconds / timing.seconds - 1
+        if peak > limit:
+            reason = f"does not fit: {format_bytes(peak - limit)} above the budget"
+        elif ratio > RESOLUTION:
+            reason = f"{ratio:.1%} slower"
+        else:
+            reason = f"as fast, {format_bytes(peak - workload.peak_bytes(chosen))} more"
+        yield Candidate(workload.program.schedule, tile, 0, peak, other.seconds, reason)
 
 
 def _whole(length: int) -> int:
     return -(-length // STEP) * STEP
 
 
-__all__ = ["gradient_bytes", "panel", "with_panel"]
+__all__ = ["STEP", "kernel_plan", "panels", "plan_with", "sides", "smallest_bytes"]

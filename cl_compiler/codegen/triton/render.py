@@ -24,7 +24,7 @@ def render_triton(
     Raises:
         ScheduleError: the back end does not serve the program; the message says why.
     """
-    reason = obstacle(plan, program)
+    reason = obstacle(plan.problem, program)
     if reason:
         raise ScheduleError(f"{plan.loss_name} cannot be emitted as Triton: {reason}.")
     context = build_triton_context(plan, program, arch, core) | {

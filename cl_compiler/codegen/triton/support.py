@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from cl_compiler.lang.program import Program
-from cl_compiler.plan.types import Plan
+from cl_compiler.plan.types import Problem
 
 
-def obstacle(plan: Plan, program: Program) -> str:
+def obstacle(problem: Problem, program: Program) -> str:
     """Why this plan cannot run as Triton kernels; "" where it can."""
-    if plan.problem.dtype == "float64":
+    if problem.dtype == "float64":
         return "float64 has no tensor cores; the torch template runs it on any device"
     if program.schedule != "spill":
         return f"schedule {program.schedule!r} has no Triton template yet; use 'spill'"

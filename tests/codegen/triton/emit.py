@@ -68,4 +68,5 @@ def emit(
 
 def is_served(case: Case) -> bool:
     """Whether the back end claims a case."""
-    return not obstacle(*plan_of(case, "float32", 20, PANEL))
+    plan, program = plan_of(case, "float32", 20, PANEL)
+    return not obstacle(plan.problem, program)

@@ -1,0 +1,314 @@
+"""A program's passes as a GPU meets them: bytes and seconds of a panel, without a fitted constant.
+
+A panel is what one launch makes of the similarity matrix.  Its gradients lie in the device's memory
+between the kernel that forms them and the library's products; everything smaller is in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from cl_compiler.codegen.triton.core import CoreTile, core_tiles
+from cl_compiler.hardware.graph import hardware_graph
+from cl_compiler.lang.ir import COLS
+from cl_compiler.lang.program import Pass, Program
+from cl_compiler.lang.tile_ir import Mode
+from cl_compiler.plan.cost import beside_sweeps
+from cl_compiler.plan.facts import PassFacts, ProgramFacts, facts_of
+from cl_compiler.plan.machine import Machine, machine_of
+from cl_compiler.plan.memory import VECTORS, CompiledMemory, Phase, phases_of
+from cl_compiler.plan.precision import SPLIT, rounded_operands
+from cl_compiler.plan.space import sizes_of
+from cl_compiler.plan.tape import Tape, tape_of
+from cl_compiler.plan.types import DTYPE_BYTES, Problem, Request, Tile
+
+OF_TILES = ("tile buffers", "tile masks", "operand tiles in fp32", "a tile that is not kept")
+"""What PyTorch's tiles allocate, and kernels hold in registers."""
+STRIP_TILES = 8
+"""Row tiles that one program visits; see ``templates/triton/loss.py.jinja``."""
+BLOCK_ROWS, BLOCK_COLS = 128, 256
+"""The library's own tile of a product: it runs in waves of one on each multiprocessor."""
+PARTS_OF = {"sum": 1, "max": 1, "logsumexp": 2, "softmean": 3}
+"""Partial statistics of a reduction where maxima come first."""
+
+Items = tuple[tuple[str, int], ...]
+
+
+def gradient_bytes(problem: Problem, precision: str) -> int:
+    """Bytes of one element of a panel of gradients: bf16 beside 16-bit operands; fp32 beside fp32,
+    or two bf16 numbers."""
+    narrow = rounded_operands(problem.dtype, precision) or DTYPE_BYTES[problem.dtype] == 2
+    return 2 if narrow else 4
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """``peak_bytes`` in the phase ``name``, of which ``items`` says what they are."""
+
+    name: str
+    items: Items
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(bytes_ for _, bytes_ in self.items)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by part; FLOP of all products; bytes that the device's memory serves."""
+
+    parts: tuple[tuple[str, float], ...]
+    flops: float
+    traffic_bytes: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, seconds in self.parts)
+
+
+@dataclass(frozen=True)
+class _PassSizes:
+    """Numbers of one pass for one panel."""
+
+    area: float
+    panels: float
+    rows: float
+    cols: float
+    widths: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A request's program on one GPU; the panel is what is left open."""
+
+    request: Request
+    program: Program
+    arch: str
+
+    @cached_property
+    def facts(self) -> ProgramFacts:
+        return facts_of(self.program, self.request.problem.operands)
+
+    @cached_property
+    def machine(self) -> Machine:
+        return machine_of(hardware_graph(self.request.hardware))
+
+    @cached_property
+    def sizes(self) -> dict[str, float]:
+        return sizes_of(self.request, self.request.problem, self.machine)
+
+    @cached_property
+    def memory(self) -> CompiledMemory:
+        """What PyTorch's tiles allocate, without the tiles; between kernels vectors are fp64."""
+        problem = self.request.problem
+        phases = [
+            Phase(
+                phase.name,
+                tuple(
+                    (what, 2 * bytes_ if what == VECTORS else bytes_)
+                    for what, bytes_ in phase.items
+                    if what not in OF_TILES
+                ),
+            )
+            for phase in phases_of(self.facts, casts=problem.input_bytes < problem.compute_bytes)
+        ]
+        return CompiledMemory(tuple(phases), tape_of([p.total for p in phases]).bind(self.sizes))
+
+    @cached_property
+    def cores(self) -> tuple[Mapping[Mode, CoreTile], ...]:
+        """Of each pass the tiles that its kernels hold in registers."""
+        problem, precision = self.request.problem, self.request.precision
+        rounded = rounded_operands(problem.dtype, precision)
+        if rounded:
+            problem = replace(problem, dtype=rounded)
+        modes = self.program.modes
+        return tuple(
+            core_tiles(problem, precision, p, modes, self.arch) for p in self.program.passes
+        )
+
+    @property
+    def limit_bytes(self) -> int:
+        """The budget, or the device's memory where that is less."""
+        return min(self.request.budget.device_bytes, self.machine.device_memory_bytes)
+
+    @property
+    def is_symmetric(self) -> bool:
+        return any(p.symmetric for p in self.program.passes)
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of one element of an operand, as the kernels read it."""
+        problem = self.request.problem
+        rounded = rounded_operands(problem.dtype, self.request.precision)
+        return DTYPE_BYTES[rounded or problem.dtype]
+
+    @property
+    def multiprocessors(self) -> int:
+        levels = self.request.hardware.levels
+        return next((x.count for x in reversed(levels) if x.kind == "core"), 1)
+
+    # -- bytes -----------------------------------------------------------------------------------
+
+    def peak_bytes(self, tile: Tile) -> int:
+        """Of the phase with the most bytes."""
+        return max(self._totals(tile))
+
+    def footprint(self, tile: Tile) -> Footprint:
+        """That phase."""
+        totals = self._totals(tile)
+        index = totals.index(max(totals))
+        values = self.sizes | {"m": tile.rows, "n": tile.cols}
+        items = [
+            *self.memory.items_of(index, values),
+            *self._rounded,
+            *self._beside_of(index, tile),
+        ]
+        return Footprint(self.memory.phases[index].name, tuple(i for i in items if i[1]))
+
+    def _totals(self, tile: Tile) -> list[int]:
+        rounded = sum(bytes_ for _, bytes_ in self._rounded)
+        return [
+            round(total) + rounded + sum(bytes_ for _, bytes_ in self._beside_of(index, tile))
+            for index, total in enumerate(self.memory.totals({"m": tile.rows, "n": tile.cols}))
+        ]
+
+    def _beside_of(self, index: int, tile: Tile) -> list[tuple[str, int]]:
+        """What a phase's own kernels and products take: the sweeps come first, in their order."""
+        return self._workspace(index, tile) if index < len(self.facts.passes) else []
+
+    def _workspace(self, index: int, tile: Tile) -> list[tuple[str, int]]:
+        pass_, cores = self.program.passes[index], self.cores[index]
+        found = self._pass_sizes(index, tile)
+        core = next(iter(cores.values()))
+        rows, cols = _whole(found.rows, core.rows), _whole(found.cols, core.cols)
+        element = gradient_bytes(self.request.problem, self.request.precision)
+        items = [("a panel of gradients", len(pass_.gradients) * rows * cols * element)]
+        items.append(("partial statistics", _partial_bytes(pass_, cores, rows, cols)))
+        if pass_.gradients and self.request.precision == SPLIT:
+            longest = max(found.rows, found.cols)  # two bf16 numbers and an fp32 rest
+            items.append(("an operand split in bf16", round(8 * longest * max(found.widths))))
+        return items
+
+    @cached_property
+    def _rounded(self) -> list[tuple[str, int]]:
+        """The copies of fp32 operands that are rounded before they are multiplied."""
+        problem, elements = self.request.problem, 0
+        kind = rounded_operands(problem.dtype, self.request.precision)
+        if kind is None:
+            return []
+        for op in self.program.plan.ir.operands:
+            rows = problem.N if op.axes[0] == COLS else problem.M
+            elements += rows * problem.operands.get(op.name, problem.D)
+        return [(f"operands in {kind}", elements * DTYPE_BYTES[kind])]
+
+    # -- seconds ---------------------------------------------------------------------------------
+
+    def timing(self, tile: Tile) -> Timing:
+        """Kernels and products run one after the other; launches run ahead of them.
+
+        A kernel takes the longest of its products, its exponentials, its other arithmetic, and of
+        moving operands out of the cache and gradients into memory: with two programs on a
+        multiprocessor one of them multiplies while the other does the rest.
+        """
+        machine = self.machine
+        kernels = products = flops = traffic = 0.0
+        launches, streamed = self._beside
+        for index, (pass_, p) in enumerate(
+            zip(self.program.passes, self.facts.passes, strict=True)
+        ):
+            found = self._pass_sizes(index, tile)
+            seconds, moved = self._kernel(index, p, found)
+            kernels, traffic = kernels + seconds, traffic + moved
+            for q, width in zip(p.products, found.widths, strict=True):
+                flops += 2 * found.area * width
+                if q.role != "similarity":
+                    seconds, moved = self._product(found, q.role, width)
+                    products, traffic = products + seconds, traffic + moved
+            folds = 3 * len(pass_.reductions) + len(p.products) - len(pass_.similarities)
+            launches += found.panels * (len(self.program.modes) + folds)
+        device = kernels + products + streamed
+        waits = max(0.0, launches * machine.op_overhead_s - device)
+        parts = {
+            "kernels": kernels,
+            "products of the library": products,
+            "vectors and gradients": streamed,
+            "launches that the device waits for": waits,
+        }
+        return Timing(tuple((w, s) for w, s in parts.items() if s > 0), flops, traffic)
+
+    @cached_property
+    def _beside(self) -> tuple[float, float]:
+        launches, streamed = beside_sweeps(self.facts)
+        values = self.sizes | {"m": self.request.problem.M, "op_overhead_s": 1.0}
+        return tape_of([launches])(values)[0], tape_of([streamed])(values)[0]
+
+    def _kernel(self, index: int, p: PassFacts, found: _PassSizes) -> tuple[float, float]:
+        """(seconds, bytes of the device's memory) of making a pass's tiles."""
+        machine, core = self.machine, next(iter(self.cores[index].values()))
+        made = [w for q, w in zip(p.products, found.widths, strict=True) if q.role == "similarity"]
+        times = [found.area * p.work.exps / machine.exp_per_s]
+        times.append(found.area * p.work.passes / machine.pass_per_s)
+        times.append(sum(2 * found.area * w / self._rate(w) for w in made))
+        near = found.area * sum(made) * self.operand_bytes * (1 / core.rows + 1 / core.cols)
+        cache = next((x for x in machine.inner if x.kind == "cache"), None)
+        if cache is not None:
+            times.append(near / cache.bytes_per_s)
+        element = gradient_bytes(self.request.problem, self.request.precision)
+        written = found.area * element * len(self.program.passes[index].gradients)
+        read = found.panels * (found.rows + found.cols) * sum(made) * self.operand_bytes
+        times.append((written + read) / machine.device_bytes_per_s)
+        return max(times), written + read
+
+    def _product(self, found: _PassSizes, role: str, width: float) -> tuple[float, float]:
+        """(seconds, bytes) of the library's products of all panels with one operand."""
+        out, inner = (found.rows, found.cols) if role == "left" else (found.cols, found.rows)
+        blocks = -(-out // BLOCK_ROWS) * -(-width // BLOCK_COLS)
+        waves = -(-blocks // self.multiprocessors)
+        busy = blocks / (waves * self.multiprocessors)
+        seconds = 2 * found.area * width / (self._rate(inner) * busy)
+        times = 3 if self.request.precision == SPLIT else 1
+        element = gradient_bytes(self.request.problem, self.request.precision)
+        moved = (
+            found.area * element * (1.5 if times == 3 else 1)
+        )  # of two halves, one is read twice
+        moved += found.panels * width * (out * 8 * times + inner * self.operand_bytes)
+        return max(seconds, moved / self.machine.device_bytes_per_s), moved
+
+    def _rate(self, inner: float) -> float:
+        return self.machine.gemm_rate(self.request.problem.dtype, self.request.precision, inner)
+
+    # -- sizes -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _tapes(self) -> tuple[Tape, ...]:
+        return tuple(
+            tape_of([p.area, p.tiles, p.m, p.n, *(q.width for q in p.products)]).bind(self.sizes)
+            for p in self.facts.passes
+        )
+
+    def _pass_sizes(self, index: int, tile: Tile) -> _PassSizes:
+        values = {"m": tile.rows, "n": tile.cols}
+        area, panels, rows, cols, *widths = self._tapes[index](values)
+        return _PassSizes(area, panels, rows, cols, tuple(widths))
+
+
+def _partial_bytes(pass_: Pass, cores: Mapping[Mode, CoreTile], rows: int, cols: int) -> int:
+    """One number of each row and tile, or of each column and strip, for every part."""
+    core = min(cores.values(), key=lambda c: c.rows * c.cols)
+    across, strips = -(-cols // core.cols), -(-rows // (core.rows * STRIP_TILES))
+    total = 0
+    for red in pass_.reductions:
+        parts = PARTS_OF.get(red.monoid, 1) if "running" in cores else 1
+        of_rows, of_cols = rows * across, cols * strips
+        total += parts * (of_rows + of_cols if pass_.symmetric else
+                          of_rows if red.over == pass_.grid[1] else of_cols)  # fmt: skip
+    return 4 * total
+
+
+def _whole(length: float, step: int) -> int:
+    return -(-int(length) // step) * step
+
+
+__all__ = ["Footprint", "Timing", "Workload", "gradient_bytes"]
