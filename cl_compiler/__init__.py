@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cl_compiler.hardware.spec import HardwareSpec
     from cl_compiler.plan.types import MemoryBudget, Problem
     from cl_compiler.step.grad_cache import GradientCache
+    from cl_compiler.step.planner import plan_step
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "compile_loss",
     "lang",
     "losses",
+    "plan_step",
 ]
 
 _HOME = {
@@ -34,6 +36,7 @@ _HOME = {
     "HardwareSpec": "cl_compiler.hardware.spec",
     "MemoryBudget": "cl_compiler.plan.types",
     "Problem": "cl_compiler.plan.types",
+    "plan_step": "cl_compiler.step.planner",
 }
 
 

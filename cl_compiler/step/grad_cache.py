@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cl_compiler.errors import ArgumentError
+from cl_compiler.plan.types import MemoryBudget
 from cl_compiler.step.autocast import AutocastState, forget_casts
 from cl_compiler.step.inputs import Tokens, tensors_of
 from cl_compiler.step.modules import (
@@ -26,6 +28,7 @@ from cl_compiler.step.modules import (
     reducers_of,
     without_reduction,
 )
+from cl_compiler.step.out_of_memory import blamed_encoder
 from cl_compiler.step.passes import (
     LossGradients,
     Report,
@@ -33,6 +36,7 @@ from cl_compiler.step.passes import (
     differentiate,
     encode,
 )
+from cl_compiler.step.planner import StepPlan, plan_jobs
 from cl_compiler.step.progress import reporter
 from cl_compiler.step.randomness import RandomState
 from cl_compiler.step.towers import Call, Encoder, Job, Tower, call_by_structure
@@ -63,11 +67,17 @@ class GradientCache:
     random generators, buffers and gradients as they were; gradients that were there before the step
     then hold a part of its sum.
 
+    *Memory.*  A chunk that runs out of memory is halved, for good, and the step tried once more,
+    where no gradient was there before it and no gradients are reduced across ranks.
+
     Args:
         encoders: modules, methods of modules or functions; the same one may occur twice.  One whose
             parameters are all frozen is run once, and the loss computes no gradient for it.
         loss_fn: called with one tensor per encoder; a compiled loss or any other.
-        chunk_sizes: samples per chunk, or ``Tokens``; one for all encoders or one for each.
+        chunk_sizes: samples per chunk, or ``Tokens``; one for all encoders or one for each; "auto":
+            the fastest that hold memory_budget, found at the first batch (see ``plan_step``) and
+            again at a larger one.
+        memory_budget: of what a step allocates on one device; with "auto" only.
         embedding: from an encoder's output to the tensor [rows, …] that the loss gets; one or one
             for each; None where the output is that tensor.
         call: (encoder, chunk) -> output; one or one for each.  By default a mapping gives keywords,
@@ -85,7 +95,8 @@ class GradientCache:
         encoders: Sequence[Encoder],
         loss_fn: Callable[..., Any],
         *,
-        chunk_sizes: int | Tokens | Sequence[int | Tokens],
+        chunk_sizes: int | Tokens | Sequence[int | Tokens] | Literal["auto"],
+        memory_budget: int | str | Mapping[str, int | str] | MemoryBudget | None = None,
         embedding: Callable[[Any], Tensor] | Sequence[Callable[[Any], Tensor] | None] | None = None,
         call: Call | Sequence[Call] = call_by_structure,
         scaler: torch.amp.GradScaler | None = None,
@@ -99,7 +110,15 @@ class GradientCache:
         count = len(encoders)
         if not count:
             raise ArgumentError("no encoders: give one per input of the loss.")
-        sizes: list[int | Tokens] = _for_each(chunk_sizes, count, "chunk_sizes")
+        if (chunk_sizes == "auto") != (memory_budget is not None):
+            raise ArgumentError(
+                f"chunk_sizes={chunk_sizes!r} with memory_budget={memory_budget!r}: give "
+                'chunk_sizes="auto" and a budget, e.g. "8GiB", or numbers and no budget.'
+            )
+        self.memory_budget = None if memory_budget is None else MemoryBudget.parse(memory_budget)
+        self.plan: StepPlan | None = None
+        wanted = 1 if chunk_sizes == "auto" else chunk_sizes  # until the first batch
+        sizes: list[int | Tokens] = _for_each(wanted, count, "chunk_sizes")
         for size in sizes:
             tokens = size.per_chunk if isinstance(size, Tokens) else size
             if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
@@ -132,11 +151,63 @@ class GradientCache:
                 f"{len(inputs)} inputs for {len(self.towers)} encoders: give one per encoder by "
                 "position, and everything else by keyword."
             )
-        jobs = [tower.job(value) for tower, value in zip(self.towers, inputs, strict=True)]
+        if self.memory_budget is not None:
+            self._plan(inputs, loss_arguments, self.memory_budget)
         with reporter(self.progress) as report:
+            jobs = self._jobs(inputs)
             if not torch.is_grad_enabled():
                 return _evaluate(jobs, self.loss_fn, loss_arguments, report)
+            try:
+                return _train(jobs, self.loss_fn, loss_arguments, self.scaler, report)
+            except (RuntimeError, MemoryError) as error:
+                if not self._learns_from(error, jobs, loss_arguments):
+                    raise
+            # Outside of the handler: the error's traceback holds what the failed step allocated.
+            jobs = self._jobs(inputs)
             return _train(jobs, self.loss_fn, loss_arguments, self.scaler, report)
+
+    @property
+    def chunk_sizes(self) -> tuple[int | Tokens, ...]:
+        """As they are now, one for each encoder."""
+        return tuple(tower.chunk_size for tower in self.towers)
+
+    def _jobs(self, inputs: Sequence[Any]) -> list[Job]:
+        return [tower.job(value) for tower, value in zip(self.towers, inputs, strict=True)]
+
+    def _plan(
+        self, inputs: Sequence[Any], loss_arguments: Mapping[str, Any], budget: MemoryBudget
+    ) -> None:
+        """Chunk sizes for batches up to the size of this one, where there are none yet."""
+        with torch.enable_grad():
+            jobs = self._jobs(inputs)
+            if self.plan is not None and self.plan.samples >= max(job.samples for job in jobs):
+                return
+            self.plan = plan_jobs(jobs, self.loss_fn, budget.device_bytes, loss_arguments)
+        sizes = zip(self.towers, self.plan.chunk_sizes, strict=True)
+        self.towers = tuple(replace(tower, chunk_size=size) for tower, size in sizes)
+
+    def _learns_from(
+        self, error: BaseException, jobs: Sequence[Job], loss_arguments: Mapping[str, Any]
+    ) -> bool:
+        """Halve the chunk that ran out of memory; False where a second try would not be safe."""
+        number = blamed_encoder(error)
+        modules = modules_of(*(job.tower.modules for job in jobs))
+        if number is None or reducers_of(modules) or not _are_scalars(loss_arguments):
+            return False
+        if any(p.grad is not None for p in _trained(jobs, modules, self.loss_fn, loss_arguments)):
+            return False
+        largest = max(stop - start for start, stop in jobs[number].ranges)
+        if largest < 2:
+            return False
+        size = self.towers[number].chunk_size
+        if isinstance(size, Tokens):
+            half: int | Tokens = replace(size, per_chunk=max(1, size.per_chunk // 2))
+        else:
+            half = largest // 2
+        towers = list(self.towers)
+        towers[number] = replace(towers[number], chunk_size=half)
+        self.towers = tuple(towers)
+        return True
 
 
 def _for_each(value: T | Sequence[T], count: int, name: str) -> list[T]:
@@ -183,9 +254,9 @@ def _train(
     # A keyword's parameter (logit_scale) inside a DistributedDataParallel belongs to the backward
     # that reduces, unless unused parameters are looked for: then it counts as one of them there.
     hold = any(getattr(reducer, "find_unused_parameters", True) is False for reducer in reducers)
-    parameters: list[Tensor] = [p for m in (*modules_of(loss_fn), *modules) for p in m.parameters()]
-    given = [*loss_arguments.values(), *(job.value for job in jobs)]
-    parameters += leaves_of([t for value in given for t in tensors_of(value)])
+    # Alone, a scalar's own graph (log_scale.exp()) waits, too: the step can be tried again.
+    hold = hold or (not reducers and _are_scalars(loss_arguments))
+    parameters = _trained(jobs, modules, loss_fn, loss_arguments)
     buffers = Buffers(modules)
     with _undone_by_errors(parameters, buffers, devices):
         count = _counter(report, "encode", sum(job.samples for job in jobs))
@@ -208,6 +279,24 @@ def _train(
         if any(state is not None for per_job in states for state in per_job):
             after.set()
     return loss.returned
+
+
+def _are_scalars(loss_arguments: Mapping[str, Any]) -> bool:
+    """Whether those of the loss's keywords that come with a graph are scalars."""
+    tensors = [t for value in loss_arguments.values() for t in tensors_of(value)]
+    return all(t.numel() == 1 for t in tensors if t.requires_grad and not t.is_leaf)
+
+
+def _trained(
+    jobs: Sequence[Job],
+    modules: Sequence[nn.Module],
+    loss_fn: Callable[..., Any],
+    loss_arguments: Mapping[str, Any],
+) -> list[Tensor]:
+    """Everything that may get a gradient."""
+    found: list[Tensor] = [p for m in (*modules_of(loss_fn), *modules) for p in m.parameters()]
+    given = [*loss_arguments.values(), *(job.value for job in jobs)]
+    return found + leaves_of([t for value in given for t in tensors_of(value)])
 
 
 @contextmanager

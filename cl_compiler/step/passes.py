@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from cl_compiler.errors import ArgumentError
 from cl_compiler.step.autocast import AutocastState, forget_casts
 from cl_compiler.step.modules import reducers_of, without_reduction
+from cl_compiler.step.out_of_memory import blame
 from cl_compiler.step.randomness import RandomState
 from cl_compiler.step.towers import Job
 
@@ -62,7 +63,7 @@ def encode(job: Job, report: Callable[[int], None]) -> Encoded:
     with_graph = job.trains and job.tower.needs_graph()
     before = RandomState.now(job.devices) if job.trains else None
     for number, (start, stop) in enumerate(job.ranges):
-        with nullcontext() if with_graph else torch.no_grad():
+        with blame(job.tower.number), nullcontext() if with_graph else torch.no_grad():
             part = job.tower.encode(job.chunk(number)).detach()
         if with_graph:
             forget_casts()
@@ -206,7 +207,8 @@ def backpropagate(
         start, stop = job.ranges[chunk]
         if n in without or gradient is None:
             continue
-        with without_reduction(reducer for reducer in last if last[reducer] != item):
+        unreduced = without_reduction(reducer for reducer in last if last[reducer] != item)
+        with blame(job.tower.number), unreduced:
             state = states[n][chunk]
             if state is not None:
                 state.set()

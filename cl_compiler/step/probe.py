@@ -1,0 +1,269 @@
+"""Measure an encoder on a part of its input, and a loss on made-up embeddings; leave no trace.
+
+Bytes are those of live tensors beyond what exists already (``LiveBytes``); gradients of parameters
+are in place while a backward is measured, as in every chunk but a step's first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from cl_compiler.errors import CompilerError
+from cl_compiler.runtime.live_bytes import LiveBytes
+from cl_compiler.runtime.signatures import LossSignature
+from cl_compiler.step.autocast import forget_casts
+from cl_compiler.step.inputs import cut, tensors_of
+from cl_compiler.step.modules import (
+    Buffers,
+    modules_of,
+    parts_of,
+    reducers_of,
+    without_reduction,
+)
+from cl_compiler.step.randomness import RandomState
+from cl_compiler.step.towers import Job
+
+__all__ = ["ChunkCost", "EmbeddingShape", "LossCost", "probe_chunk", "probe_loss"]
+
+
+@dataclass(frozen=True)
+class EmbeddingShape:
+    """What an encoder makes of one sample: [rows, *rest] of a dtype."""
+
+    rows: int
+    rest: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_sample(self) -> int:
+        return self.rows * torch.Size(self.rest).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ChunkCost:
+    """Of one chunk of ``samples``: peaks beyond what exists, and seconds.
+
+    forward: without a graph; training: forward and backward, 0 for what does not train, with the
+    parameters' gradients in place; first: the same with none there, so that they are in the peak.
+    """
+
+    samples: int
+    forward_bytes: int
+    training_bytes: int
+    first_bytes: int
+    forward_s: float
+    training_s: float
+    shape: EmbeddingShape
+
+    @property
+    def seconds_per_sample(self) -> float:
+        return (self.forward_s + self.training_s) / self.samples
+
+
+@dataclass(frozen=True)
+class LossCost:
+    """Of one loss of a whole batch: its peak with the returned gradients, and seconds.
+
+    seconds is NaN where only the bytes were found out.
+    """
+
+    peak_bytes: int
+    seconds: float
+
+
+def probe_chunk(job: Job, samples: int, *, repeats: int = 1) -> ChunkCost:
+    """Encode the first samples of a job's input, without and with a graph.
+
+    Args:
+        job: an encoder and its input.
+        samples: how many.
+        repeats: the fastest of so many is the time.
+    """
+    chunk = cut(job.value, 0, samples)
+    with _undisturbed(job) as trained:
+        with LiveBytes() as live, torch.no_grad():
+            part = job.tower.encode(chunk)
+        forward_bytes = live.peak_bytes
+        rows, *rest = part.shape
+        shape = EmbeddingShape(rows // samples, tuple(rest), part.dtype, part.device)
+        gradient = torch.zeros_like(part)
+        del part
+        with torch.no_grad():
+            forward_s = _fastest(lambda: job.tower.encode(chunk), repeats, job)
+        training_bytes, first_bytes, training_s = 0, 0, 0.0
+        if job.trains:
+
+            def train() -> None:
+                part = job.tower.encode(chunk)
+                if part.requires_grad:
+                    torch.autograd.backward(part, gradient)
+
+            with torch.enable_grad():
+                with LiveBytes() as live:
+                    train()
+                training_bytes = live.peak_bytes
+                training_s = _fastest(train, repeats, job)
+                for parameter in trained:
+                    parameter.grad = None
+                with LiveBytes() as live:
+                    train()
+                first_bytes = live.peak_bytes
+    return ChunkCost(
+        samples, forward_bytes, training_bytes, first_bytes, forward_s, training_s, shape
+    )
+
+
+def probe_loss(
+    loss_fn: Callable[..., Any],
+    shapes: Sequence[tuple[EmbeddingShape, int, bool]],
+    arguments: Mapping[str, Any],
+    limit_bytes: int,
+) -> LossCost:
+    """Evaluate a loss and its backward on random embeddings of a whole batch.
+
+    A loss of plain PyTorch is tried without memory first (on the meta device); where that says that
+    it needs more than ``limit_bytes``, it is not run.
+
+    Args:
+        loss_fn: of one tensor per encoder and the arguments.
+        shapes: of each encoder's embeddings, how many samples, whether they need a gradient.
+        arguments: the loss's keywords; parameters of a compiled loss that are missing count as 1.
+        limit_bytes: what the loss may take.
+    """
+    given = {**_missing(loss_fn, arguments), **arguments}
+    devices = sorted({shape.device for shape, _, _ in shapes}, key=str)
+    before = RandomState.now(devices)
+    own = [p for module in modules_of(loss_fn) for p in module.parameters()]
+    kept = [(t, t.grad) for t in (*_trained(given.values()), *own)]
+    try:
+        dry = _dry_bytes(loss_fn, shapes, given)
+        if dry is not None and dry > limit_bytes:
+            return LossCost(dry, float("nan"))
+        embeddings = [_random(*wanted) for wanted in shapes]
+        run = _loss_run(loss_fn, embeddings, given)
+        with LiveBytes() as live:  # what is compiled or kept for good is made here
+            run()
+        for embedding in embeddings:
+            embedding.grad = None
+        started = time.perf_counter()
+        run()
+        return LossCost(live.peak_bytes, time.perf_counter() - started)
+    finally:
+        before.set()
+        for tensor, gradient in kept:
+            tensor.grad = gradient
+
+
+def _missing(loss_fn: Any, arguments: Mapping[str, Any]) -> dict[str, float]:
+    signature = getattr(loss_fn, "signature", None)
+    if not isinstance(signature, LossSignature):
+        return {}
+    return {name: 1.0 for name in signature.parameters if name not in arguments}
+
+
+def _trained(values: Iterable[Any]) -> list[Tensor]:
+    found = [t for value in values for t in tensors_of(value)]
+    return [t for t in found if t.requires_grad and t.is_leaf]
+
+
+def _random(shape: EmbeddingShape, samples: int, trains: bool) -> Tensor:
+    size = (samples * shape.rows, *shape.rest)
+    raw = torch.randn(size, dtype=torch.float32, device=shape.device)
+    unit = torch.nn.functional.normalize(raw, dim=-1).to(shape.dtype)
+    return unit.requires_grad_(trains)
+
+
+def _loss_run(
+    loss_fn: Callable[..., Any], embeddings: Sequence[Tensor], given: Mapping[str, Any]
+) -> Callable[[], None]:
+    """The loss and its backward; keywords are cut off from their own graphs."""
+
+    def detached(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        return value.detach().requires_grad_()
+
+    def run() -> None:
+        keywords = {name: tree_map(detached, value) for name, value in given.items()}
+        found = loss_fn(*embeddings, **keywords)
+        value = found["loss"] if isinstance(found, Mapping) else found
+        value = value[0] if isinstance(value, tuple) else value
+        if value.requires_grad:
+            torch.autograd.backward(value)
+
+    return run
+
+
+def _dry_bytes(
+    loss_fn: Callable[..., Any],
+    shapes: Sequence[tuple[EmbeddingShape, int, bool]],
+    given: Mapping[str, Any],
+) -> int | None:
+    """The peak on the meta device; None for a loss that does not run there."""
+
+    def onto_meta(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to("meta").requires_grad_(value.requires_grad)
+
+    embeddings = []
+    for shape, samples, trains in shapes:
+        size = (samples * shape.rows, *shape.rest)
+        embedding = torch.empty(size, dtype=shape.dtype, device="meta")
+        embeddings.append(embedding.requires_grad_(trains))
+    keywords = {name: tree_map(onto_meta, value) for name, value in given.items()}
+    try:
+        with LiveBytes() as live:
+            _loss_run(loss_fn, embeddings, keywords)()
+    except (CompilerError, RuntimeError, NotImplementedError, TypeError, ValueError):
+        return None
+    return int(live.peak_bytes)
+
+
+def _fastest(run: Callable[[], Any], repeats: int, job: Job) -> float:
+    seconds = []
+    for _ in range(repeats):
+        _synchronise(job.devices)
+        started = time.perf_counter()
+        run()
+        _synchronise(job.devices)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _synchronise(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def _undisturbed(job: Job) -> Iterator[list[Tensor]]:
+    """What trains, with gradients of zero; afterwards all is as before, buffers and draws too."""
+    modules = job.tower.modules
+    found: dict[int, Tensor] = {id(t): t for t in _trained([job.value])}
+    found |= {id(p): p for part in parts_of(modules) for p in part.parameters(recurse=False)}
+    kept = [(p, p.grad) for p in found.values() if p.requires_grad]
+    before = RandomState.now(job.devices)
+    buffers = Buffers(modules)
+    for parameter, _ in kept:
+        parameter.grad = torch.zeros_like(parameter)
+    forget_casts()
+    try:
+        with without_reduction(reducers_of(modules)):
+            yield [parameter for parameter, _ in kept]
+    finally:
+        forget_casts()
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+        buffers.restore()
+        before.set()
