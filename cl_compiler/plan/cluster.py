@@ -27,6 +27,7 @@ from cl_compiler.lang.ring import (
     ring_schedules,
 )
 from cl_compiler.lang.sweeps import SweepPlan
+from cl_compiler.lang.tile_ir import Accumulate, Compute, VectorRef
 from cl_compiler.plan.facts import facts_of
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.memory import compile_memory
@@ -43,11 +44,18 @@ LEAST_CHUNK = 512
 
 @dataclass(frozen=True)
 class Travel:
-    """What one pass moves, in elements per row of a shard: operands, and gradients with them."""
+    """What one pass moves, in elements per row of a shard: operands, and gradients with them.
+
+    ``vectors``, ``folds``: statistics that are read with a shard, and made with it.
+    ``side``: 0 where rows travel, 1 where columns do.
+    """
 
     phase: str
     operand_width: int
     gradient_width: int
+    vectors: int = 0
+    folds: int = 0
+    side: int = 1
 
 
 def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
@@ -66,6 +74,8 @@ def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
                 phase,
                 sum(_width(problem, name) for name in operands),
                 sum(_width(problem, name) for name in gradients),
+                *_statistics(pass_, side),
+                side,
             )
         )
     return tuple(result)
@@ -82,6 +92,19 @@ def _moved(program: Program, pass_: Pass, side: int) -> tuple[set[str], set[str]
         if name in pass_.gradients and needed and ("left", "right")[side] in pass_.sides:
             gradients.add(view.operand)
     return operands, gradients
+
+
+def _statistics(pass_: Pass, side: int) -> tuple[int, int]:
+    """(vectors that are read, accumulators that are made) along the travelling side."""
+    read: set[str] = set()
+    made: set[str] = set()
+    for i in next(iter(pass_.programs.values())).instructions:
+        if isinstance(i, Compute):
+            read |= {a.name for a in i.args if isinstance(a, VectorRef) and a.dim == side}
+            read |= {"ids"} if i.op == "positive_tile" else set()
+        if isinstance(i, Accumulate) and 1 - i.dim == side:
+            made |= set(i.targets)
+    return len(read), len(made)
 
 
 def _width(problem: Problem, operand: str) -> int:
@@ -107,11 +130,12 @@ def posted_bytes(program: Program, problem: Problem, ranks: int) -> tuple[int, i
 def buffer_bytes(
     schedule: str, travel: Travel, problem: Problem, ranks: int, chunk: int
 ) -> tuple[int, int]:
-    """(shards, gradients) on their way in one pass, bytes."""
+    """(shards, gradients) on their way in one pass, with their statistics, bytes."""
     if ranks == 1 and schedule != "all_gather":
         return 0, 0
-    shards = chunk * travel.operand_width * problem.input_bytes
-    gradients = chunk * travel.gradient_width * problem.compute_bytes
+    read, made = travel.vectors * problem.compute_bytes, travel.folds * problem.compute_bytes
+    shards = chunk * (travel.operand_width * problem.input_bytes + read)
+    gradients = chunk * (travel.gradient_width * problem.compute_bytes + made)
     if schedule == "all_gather":
         return 2 * ranks * shards, 3 * ranks * gradients
     ahead = min(2, ranks - 1)
@@ -251,15 +275,19 @@ def memory_of(
     memory = compile_memory(facts, casts=casts)
     machine = machine_of(hardware_graph(one_device(request.hardware)))
     share = replace(request, hardware=one_device(request.hardware), group_size=0)
-    values = {**sizes_of(share, problem, machine), **at(tile, 0)}
-    totals = list(memory.totals(values))
+    sizes = sizes_of(share, problem, machine)
+    narrow = (Tile(min(tile.rows, chunk), tile.cols), Tile(tile.rows, min(tile.cols, chunk)))
+    by_side = [{**sizes, **at(t, 0)} for t in narrow]  # a tile is no longer than a chunk
+    values = [{**sizes, **at(tile, 0)}] * len(memory.phases)
+    totals = list(memory.totals(values[0]))
     extra: dict[int, tuple[int, int]] = {}
     sweeps = [i for i, phase in enumerate(memory.phases) if " sweep " in phase.name]
     for index, travel in zip(sweeps, travels_of(program, problem), strict=True):
         extra[index] = buffer_bytes(schedule, travel, problem, ranks, chunk)
-        totals[index] += sum(extra[index])
+        values[index] = by_side[travel.side]
+        totals[index] = memory.totals(values[index])[index] + sum(extra[index])
     peak = max(range(len(totals)), key=totals.__getitem__)
-    items = memory.items_of(peak, values)
+    items = memory.items_of(peak, values[peak])
     shards, gradients = extra.get(peak, (0, 0))
     on_their_way = (("shards on their way", shards), ("gradients on their way", gradients))
     return memory.phases[peak].name, (*items, *(i for i in on_their_way if i[1]))

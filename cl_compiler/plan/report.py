@@ -16,6 +16,7 @@ def explain(plan: Plan) -> str:
     """The plan in words and tables; lines end without spaces, the text with a newline."""
     sections = [
         _summary(plan),
+        _section("group of ranks", _cluster(plan)),
         _section("levels", _levels(plan)),
         _section(f"memory at the peak ({plan.peak_phase})", _memory(plan)),
         _section("time", _time(plan)),
@@ -47,6 +48,27 @@ def _summary(plan: Plan) -> list[str]:
         ),
     ]
     return [f"{plan.loss_name} on {plan.hardware_name}", *table(rows, indent=2)]
+
+
+def _cluster(plan: Plan) -> list[str]:
+    c = plan.cluster
+    if c is None:
+        return []
+    rows = max(plan.problem.M, plan.problem.N)
+    hides = "-"
+    if c.hiding_rows:
+        hides = f"from {c.hiding_rows} rows per rank on; the largest shard has {rows}"
+    told = [
+        ("schedule", f"{c.schedule}: chunks of {c.chunk} rows among {c.group_size} ranks"),
+        (
+            "sent",
+            f"{format_bytes(c.forward_bytes)} forward, {format_bytes(c.backward_bytes)} backward",
+        ),
+        ("exchange", f"{format_seconds(c.exchange_s)}, {format_seconds(c.exposed_s)} not hidden"),
+        ("hidden", hides),
+        *((f"not {name}", why) for name, why in c.rejected),
+    ]
+    return table(told, indent=2)
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

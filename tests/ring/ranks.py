@@ -80,7 +80,7 @@ def raise_instead(rank: int, victim: int, caught: bool, marker: str) -> None:
         Path(marker).write_text(str(time.time()))
         if caught:
             loss_fn.ranks.fail(ValueError("the data loader broke"))
-            time.sleep(4.0)
+            time.sleep(1.0)
         raise ValueError("the data loader broke")
     loss_fn(x, y, logit_scale=10.0).backward()
 
@@ -104,7 +104,7 @@ def out_of_step(rank: int) -> list[str]:
         if rank != 1:
             loss_fn(x, y, logit_scale=10.0)
         else:
-            time.sleep(TIMEOUT_S + 2.5)
+            time.sleep(TIMEOUT_S + 1.5)
     except Exception as error:
         texts.append(f"{type(error).__name__}: {error}")
         texts.append(str(time.time() - began))

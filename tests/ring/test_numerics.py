@@ -73,7 +73,7 @@ def test_logits_beyond_the_range_of_exponentials(schedule):
     A logit of s is rounded by up to 2^-24·s where it is made, and again where it is remade.
     """
     whole, cut = drawn(Job("clip", schedule, (3, 0, 2), 5, scale=20.0))
-    logits = 7.0 * whole.tensors["x"] @ whole.tensors["y"].T
+    logits = 7.0 * whole.tensors["x"].detach() @ whole.tensors["y"].detach().T
     source = emit_ring(whole.case, schedule, dtype="float32", width=WIDTH)
     found = errors(run_group(source, whole, cut, dtype=torch.float32).result, whole)
     assert float(logits.abs().max()) > 1000

@@ -23,7 +23,10 @@ _FOLDS = {"sum": "SUM", "max": "MAXIMUM", "logsumexp": "LOGSUMEXP", "softmean": 
 class RingNames(Names):
     """Lengths are those of all ranks together; a rank has ``rows`` and ``cols`` of its own."""
 
-    reserved = RESERVED | {"ring", "first", "FAR", "CHUNK", "all_rows", "all_cols"}
+    reserved = RESERVED | {
+        *("ring", "first", "shard", "parts", "folds", "all_rows", "all_cols"),
+        *("FAR", "CHUNK", "ROWS", "COLS"),
+    }
     length = "all_{}"
 
     def __init__(self, plan: SweepPlan) -> None:
@@ -58,14 +61,13 @@ class RingPassText(PassText):
 
     @property
     def peers(self) -> str:
-        """What another rank sent, as a tuple."""
-        return tuple_text(f"{n}_peer" for n in self.sent)
+        """What another rank sent, as targets of an assignment."""
+        return _targets(self.sent)
 
     @property
     def fold_peers(self) -> str:
-        """The other rank's accumulators, as a tuple; "" if there are none."""
-        names = [f"{n}_peer" for _, group in self.folds for n in group]
-        return tuple_text(names) if names else ""
+        """Another rank's accumulators, likewise."""
+        return _targets([n for _, group in self.folds for n in group])
 
 
 class RingPassPrinter(PassPrinter):
@@ -149,10 +151,9 @@ class RingPassPrinter(PassPrinter):
         on_positive = any(
             isinstance(i, Diagonal) and i.where == "positive" for i in self.code.instructions
         )
-        fixed = [*at_home, *(f"{n}_peer" for n in sent), *own]
-        fixed += [f"{n}_peer" for _, names in folds for n in names]
-        fixed += [o for o in outputs[1 - self.travels] if o not in fixed]
-        fixed += [f"{o}_peer" for o in outputs[self.travels] if f"{o}_peer" not in fixed]
+        homely = [o for o in outputs[1 - self.travels] if o not in own]
+        fixed = [*at_home, "shard", *(["parts"] if folds or outputs[self.travels] else [])]
+        fixed += [*own, *homely]
         fixed += ["first"] if marks else []
         fixed += ["half"] if on_positive and self.plan.positives == "views" else []
         folds += [("SUM", [o]) for o in outputs[self.travels]]
@@ -229,6 +230,11 @@ class RingPassPrinter(PassPrinter):
         return "\n".join(
             [what, *([""] * bool(how)), *([f"    {how.capitalize()}."] * bool(how)), *rest]
         )
+
+
+def _targets(names: list[str]) -> str:
+    peers = [f"{n}_peer" for n in names]
+    return f"({peers[0]},)" if len(peers) == 1 else ", ".join(peers)
 
 
 def tuple_text(elements: Iterable[str]) -> str:

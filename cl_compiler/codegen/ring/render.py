@@ -77,7 +77,7 @@ def _gradients(context: Mapping[str, Any]) -> dict[str, Any]:
         values.append(f"d_{name} * of_{kind}s")
     return {
         "gradient_scales": tuple_text(f"ring.{kind}_scale" for kind in kinds),
-        "ring_gradient_values": tuple_text(values),
+        "ring_gradient_values": ", ".join(values) if len(values) > 1 else tuple_text(values),
     }
 
 

@@ -1,0 +1,106 @@
+"""What ranks do in ``test_groups.py``: groups of some ranks, meshes, cached steps, copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from cl_compiler import GradientCache, compile_loss
+from tests.ring.ranks import shards
+
+SCALE = 10.0
+
+
+def dense(members: list[int]) -> tuple[float, dict[int, list[Tensor]]]:
+    """The symmetric loss of these ranks' shards in float64: value, and gradients of each."""
+    parts = {m: [t.detach().double().requires_grad_() for t in shards(m)] for m in members}
+    x, y = (torch.cat([parts[m][k] for m in members]) for k in (0, 1))
+    logits, labels = SCALE * x @ y.T, torch.arange(len(x))
+    loss = nn.functional.cross_entropy(logits, labels)
+    loss = (loss + nn.functional.cross_entropy(logits.T, labels)) / 2
+    loss.backward()
+    return float(loss.detach()), {m: [t.grad for t in ts] for m, ts in parts.items()}
+
+
+def error(loss_fn: Any, rank: int, members: list[int]) -> float:
+    """The largest relative error of value and gradients."""
+    want, grads = dense(members)
+    x, y = shards(rank)
+    value = loss_fn(x, y, logit_scale=SCALE)
+    value.backward()
+    found = [abs(float(value.detach()) - want) / want]
+    for got, true in zip((x.grad, y.grad), grads[rank], strict=True):
+        found.append(float((got.double() - true).norm() / true.norm()))
+    return max(found)
+
+
+def compiled(**where: Any) -> Any:
+    return compile_loss("xeon-amx-2c", "16MiB", grad_convention="global", timeout_s=20, **where)
+
+
+def partial_groups(rank: int) -> dict[str, Any]:
+    """Groups of every other rank, two at once and in turns; a mesh; what a group refuses."""
+    found: dict[str, Any] = {}
+    pairs = {k: dist.new_group([k, k + 2]) for k in (0, 1)}
+    members = [rank % 2, rank % 2 + 2]
+    apart = compiled(group=pairs[rank % 2])
+    together = compiled(group=dist.group.WORLD)
+    found["every other rank"] = error(apart, rank, members)
+    found["all ranks"] = error(together, rank, [0, 1, 2, 3])
+    found["again"] = error(apart, rank, members)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "data"))
+    found["mesh"] = error(compiled(mesh=mesh["data"]), rank, [rank // 2 * 2, rank // 2 * 2 + 1])
+    for name, where in (
+        ("2-D mesh", {"mesh": mesh}),
+        ("no member", {"group": pairs[1 - rank % 2]}),
+    ):
+        try:
+            compiled(**where)
+        except Exception as refusal:
+            found[name] = f"{type(refusal).__name__}: {refusal}"
+    apart.close()
+    again = compiled(group=pairs[rank % 2])  # the same members once more
+    found["after it was closed"] = error(again, rank, members)
+    return found
+
+
+def copies(rank: int) -> dict[str, Any]:
+    """Copies, pickles, values without gradients, repetition, and the whole step."""
+    loss_fn = compiled(group=dist.group.WORLD)
+    found: dict[str, Any] = {"plain": error(loss_fn, rank, [0, 1])}
+    found["deepcopy"] = error(copy.deepcopy(loss_fn), rank, [0, 1])
+    loaded = pickle.loads(pickle.dumps(loss_fn))
+    try:
+        loaded(*shards(rank), logit_scale=SCALE)
+    except Exception as refusal:
+        found["without a group"] = str(refusal)
+    found["pickled"] = error(loaded.with_group(dist.group.WORLD), rank, [0, 1])
+    x, y = shards(rank)
+    with torch.no_grad():
+        values = {float(loss_fn(x, y, logit_scale=SCALE)) for _ in range(3)}
+    found["values"] = len(values)
+    grads = []
+    for _ in range(2):
+        grads.append(torch.autograd.grad(loss_fn(x, y, logit_scale=SCALE), [x, y]))
+    found["bitwise"] = all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    found["explained"] = loss_fn.explain()
+    towers = [nn.Linear(8, 6), nn.Linear(8, 6)]
+    for seed, tower in enumerate(towers):
+        torch.manual_seed(seed)
+        nn.init.normal_(tower.weight)
+    a, b = (t.detach() for t in shards(rank))
+    loss_fn(towers[0](a), towers[1](b), logit_scale=0.5).backward()
+    want = [t.weight.grad.clone() for t in towers]
+    for tower in towers:
+        tower.zero_grad()
+    GradientCache(towers, loss_fn, chunk_sizes=7)(a, b, logit_scale=0.5)
+    found["whole step"] = max(
+        float((t.weight.grad - w).norm() / w.norm()) for t, w in zip(towers, want, strict=True)
+    )
+    return found

@@ -1,0 +1,181 @@
+"""What the planner says of a group, against what ranks really send and hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import sympy as sp
+import torch
+
+from cl_compiler.codegen.ring.render import render_ring
+from cl_compiler.errors import BudgetError, ScheduleError
+from cl_compiler.hardware import load_hardware
+from cl_compiler.hardware.ranks import with_ranks
+from cl_compiler.lang.sweeps import plan_sweeps
+from cl_compiler.losses import find
+from cl_compiler.plan.cluster import choose_cluster_plan, hiding_rows
+from cl_compiler.plan.record import plan_from_json, plan_to_json
+from cl_compiler.plan.report import explain
+from cl_compiler.plan.types import MemoryBudget, Problem, Request
+from cl_compiler.runtime.live_bytes import LiveBytes
+from cl_compiler.runtime.loader import load_source
+from cl_compiler.runtime.ring import Hub, LoopbackRing, run_ranks
+
+NEEDS = frozenset({"x", "y", "logit_scale"})
+
+
+def request(schedule: str, ranks: int, rows: int, width: int, budget: str = "1GiB") -> Request:
+    return Request(
+        find("clip"),
+        with_ranks(load_hardware("xeon-amx-2c"), ranks, ranks),
+        MemoryBudget.parse(budget),
+        Problem(rows, rows, width),
+        "paired",
+        NEEDS,
+        "ieee",
+        schedule,
+        0,
+        ranks,
+    )
+
+
+def chosen(asked: Request):
+    return choose_cluster_plan(asked, plan_sweeps(asked.loss, asked.positives, asked.needs))
+
+
+class Counting(LoopbackRing):
+    """Also: bytes of matrices that are sent, statistics apart."""
+
+    matrix_bytes = 0
+
+    def _send(self, tensors, target):
+        super()._send(tensors, target)
+        if target != self.rank:
+            matrices = [t for t in tensors if t.dim() > 1]
+            self.matrix_bytes += sum(t.numel() * t.element_size() for t in matrices)
+
+
+class Mirror(LoopbackRing):
+    """A group in which every rank has this rank's shards: what one rank holds, without threads."""
+
+    def __init__(self, ranks, lengths):
+        super().__init__(Hub(ranks), 0, lengths)
+
+    def exchange(self, sent, received):
+        for source, target in zip(sent, received, strict=True):
+            target.copy_(source)
+        return []
+
+    def gather(self, sent, received):
+        return self.exchange(sent, received)
+
+    swap = gather
+
+    def numbers(self, number):
+        return torch.as_tensor(number, dtype=torch.float64).detach().expand(self.world_size)
+
+
+def load(asked: Request, chunk: int = 0):
+    """(plan, module) of a request."""
+    plan, program = chosen(asked)
+    cluster = plan.cluster
+    chunk = chunk or cluster.chunk
+    schedule = cluster.schedule
+    text = render_ring(plan, program, "test", cluster_schedule=schedule, chunk=chunk)
+    return plan, load_source(text, "test")
+
+
+def arguments(problem: Problem):
+    """x and y of one rank, and a scale."""
+    shape = (2, problem.M, problem.D)
+    x, y = torch.nn.functional.normalize(torch.randn(*shape), dim=2).unbind()
+    return [t.clone().requires_grad_() for t in (x, y, torch.tensor(10.0))]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel", "all_gather"])
+def test_ranks_send_what_the_formulas_say(schedule, ranks):
+    """With u = rows·D: (P-1)ue forward; backward 2(P-1)ue, or (P-1)u(e+4) with gradients."""
+    rows, width = 96, 24
+    plan, module = load(request(schedule, ranks, rows, width), chunk=32)
+
+    def sent(hub, rank):
+        ring = Counting(hub, rank, {"rows": (rows,) * ranks, "cols": (rows,) * ranks})
+        module.Loss.apply(ring, *arguments(plan.problem))[0].backward()
+        return ring.matrix_bytes
+
+    u = rows * width
+    backward = 2 * 4 if schedule == "ring_owner" else 4 + 4
+    assert plan.cluster.forward_bytes == (ranks - 1) * u * 4
+    assert plan.cluster.backward_bytes == (ranks - 1) * u * backward
+    total = plan.cluster.forward_bytes + plan.cluster.backward_bytes
+    assert run_ranks(ranks, sent) == [total] * ranks
+
+
+def live_bytes(asked: Request) -> tuple[int, int]:
+    """(predicted, measured) peak of one rank's forward and backward."""
+    plan, module = load(asked)
+    rows = (asked.problem.M,) * asked.group_size
+    ring, inputs = Mirror(asked.group_size, {"rows": rows, "cols": rows}), arguments(asked.problem)
+    with LiveBytes() as live:
+        value = module.Loss.apply(ring, *inputs)[0]
+        value.backward()
+    return plan.peak_bytes, live.peak_bytes
+
+
+@pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel", "all_gather"])
+def test_a_rank_holds_what_was_predicted(schedule):
+    predicted, measured = live_bytes(request(schedule, 3, 1536, 256))
+    assert abs(measured - predicted) <= 0.01 * predicted, (predicted, measured)
+
+
+@pytest.mark.full
+def test_owner_computes_holds_little_more_than_its_gradients():
+    """At most 9.8 bytes per element of a shard, gradients included (8 are theirs)."""
+    predicted, measured = live_bytes(request("ring_owner", 2, 16384, 512, "1GiB"))
+    assert abs(measured - predicted) <= 0.01 * predicted, (predicted, measured)
+    assert measured / (16384 * 512) <= 9.8
+
+
+def test_the_batch_that_hides_communication_is_the_formulas_root():
+    """At b*, a step's products take as long as its message."""
+    plan, _ = chosen(request("ring_owner", 4, 1024, 256))
+    problem, sent = plan.problem, 3_000_000
+    rate, latency = 2e9, 50e-6
+    found = hiding_rows(plan, problem, sent, 4, rate, latency)
+    b = sp.Symbol("b", positive=True)
+    linear = sent / 3 / problem.M / rate
+    roots = sp.solve(plan.seconds / (problem.M * problem.N) * b**2 - linear * b - latency, b)
+    assert abs(found - max(roots)) <= 1
+
+
+def test_plans_say_what_was_weighed_and_survive_json():
+    plan, _ = chosen(request("auto", 4, 2048, 128))
+    assert plan.cluster.group_size == 4
+    assert plan_from_json(plan_to_json(plan)) == plan
+    text = explain(plan)
+    assert "group of ranks" in text and plan.cluster.schedule in text
+    others = {"ring_owner", "ring_travel", "all_gather"} - {plan.cluster.schedule}
+    assert {name for name, _ in plan.cluster.rejected} == others
+    assert all(f"not {name}" in text for name in others)
+
+
+def test_a_small_budget_takes_smaller_chunks_and_then_refuses():
+    roomy, _ = chosen(request("ring_owner", 4, 8192, 64))
+    u = 8192 * 64 * 4
+    tight, _ = chosen(request("ring_owner", 4, 8192, 64, str(roomy.peak_bytes - u // 16)))
+    assert tight.peak_bytes < roomy.peak_bytes
+    with pytest.raises(BudgetError):
+        chosen(request("ring_owner", 4, 8192, 64, "3MiB"))
+
+
+def test_a_schedule_that_the_loss_cannot_use_is_refused():
+    from tests import losses_zoo as zoo
+
+    asked = replace(
+        request("ring_owner", 2, 64, 8), loss=zoo.batch_hard, needs=frozenset({"x", "y"})
+    )
+    with pytest.raises(ScheduleError, match=r"maximum.*Usable: ring_travel, all_gather"):
+        chosen(asked)
+    assert chosen(replace(asked, schedule="auto"))[0].cluster.schedule != "ring_owner"

@@ -1,0 +1,111 @@
+"""The committed samples of files for many ranks: current, formatted, and runnable without us.
+
+``pytest tests/ring/test_samples.py --update-generated`` rewrites ``generated/ring/``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cl_compiler.api import build_variant, request_to_json
+from cl_compiler.hardware import load_hardware
+from cl_compiler.hardware.ranks import with_ranks
+from cl_compiler.lang.resolve import Positives
+from cl_compiler.losses import find
+from cl_compiler.plan.types import MemoryBudget, Problem, Request
+from tests import losses_zoo as zoo
+from tests.ring.shards import emit_ring, schedules_of
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "generated" / "ring"
+RANKS = 8
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One file: a loss, a cluster schedule and a kind of positives."""
+
+    loss: str
+    schedule: str
+    positives: Positives = "paired"
+
+    @property
+    def name(self) -> str:
+        return f"{self.loss}-{self.schedule}{'-ids' if self.positives == 'ids' else ''}"
+
+    def text(self) -> str:
+        """What the planner and the templates make of it."""
+        ir = find(self.loss)
+        request = Request(
+            ir,
+            with_ranks(load_hardware("xeon-amx-2c"), RANKS, RANKS),
+            MemoryBudget.parse("256MiB"),
+            Problem(8192, 8192, 512),
+            self.positives,
+            frozenset({op.name for op in ir.operands} | set(ir.parameters)),
+            "ieee",
+            self.schedule,
+            0,
+            RANKS,
+        )
+        return build_variant(request, request_to_json(request), self.name).source
+
+
+GOLDENS = (
+    Golden("clip", "ring_owner"),
+    Golden("siglip", "ring_travel"),
+    Golden("infonce", "all_gather"),
+    Golden("supcon", "ring_owner", "ids"),
+)
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=lambda golden: golden.name)
+def test_sample_is_what_the_templates_emit(golden: Golden, update_generated: bool):
+    path, text = FOLDER / f"{golden.name}.py", golden.text()
+    if update_generated:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    committed = path.read_text() if path.exists() else ""
+    difference = "\n".join(
+        difflib.unified_diff(committed.splitlines(), text.splitlines(), "committed", "emitted")
+    )
+    assert committed == text, f"run pytest --update-generated\n{difference}"
+
+
+def test_folder_has_no_other_files():
+    assert {p.name for p in FOLDER.iterdir()} == {f"{g.name}.py" for g in GOLDENS}
+
+
+def test_samples_import_torch_alone():
+    for path in FOLDER.iterdir():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            assert not isinstance(node, ast.ImportFrom)
+        assert names == {"math", "torch"}
+
+
+@pytest.mark.full
+def test_text_of_the_zoo_is_formatted_and_has_no_dead_names(tmp_path: Path):
+    """No unused name, unsorted import or overlong line, in any cluster schedule of any loss."""
+    for case in zoo.cases():
+        for schedule in schedules_of(case):
+            (tmp_path / f"{case.name}-{schedule}.py").write_text(emit_ring(case, schedule))
+    for command in (("check",), ("format", "--check")):
+        options = ["--no-cache", "--config", str(ROOT / "pyproject.toml"), str(tmp_path)]
+        run = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *options],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
