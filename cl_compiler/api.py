@@ -52,6 +52,7 @@ def compile_loss(
     deterministic: bool = False,
     nonfinite: Literal["propagate", "error"] = "propagate",
     verify: bool = False,
+    tune: bool = False,
     group: Any = None,
     mesh: Any = None,
     grad_convention: Literal["mean", "sum", "global"] = "mean",
@@ -68,15 +69,18 @@ def compile_loss(
         loss: a name in ``cl_compiler.losses``, or what ``@cl.define_loss`` returned.
         problem: the largest sizes, a ``Problem`` or "MxNxD", to compile ahead of time; without it
             the loss specialises at its first call, and again for a new dtype, width or size class.
-        precision: how similarities are multiplied: "ieee", "bf16" (bf16 products of fp32 or bf16
-            inputs with fp32 accumulation, on CPUs that have them), or "auto": bf16 for bf16 inputs,
-            ieee otherwise.
+        precision: how similarities are multiplied; sums are fp32.  "ieee"; "bf16" (fp32 inputs are
+            rounded to it), on CPUs that have it; on GPUs also "fp16", "tf32", and "bf16x3": fp32
+            inputs as two bf16 numbers each, three products.  "auto": 16-bit inputs in their own
+            type where the machine multiplies in it; fp32 inputs in bf16x3 on a GPU, else in ieee.
         schedule: "auto", or one of recompute, spill, panel, retain, dense; with a group, one of
             ring_owner, ring_travel, all_gather.
         deterministic: bitwise repeatable on the same machine with the same number of threads (the
             emitted CPU code always is).
         nonfinite: propagate NaN and infinities as the reference does, or raise.
         verify: check the first call on a small sample against the dense float64 reference.
+        tune: measure the planner's best candidates where the loss runs, once, and keep the fastest
+            in the cache; it takes seconds to a minute.
         group: a ``ProcessGroup`` whose ranks each have a shard of the rows and columns; every one
             of them calls ``compile_loss``, the loss and its backward.  The returned value is that
             of all shards together, on every rank.
@@ -99,7 +103,7 @@ def compile_loss(
     """
     on_group = group is not None or mesh is not None
     schedules = CLUSTER_SCHEDULES if on_group else SCHEDULES
-    _check_options(precision, schedule, schedules, nonfinite, deterministic, verify)
+    _check_options(precision, schedule, schedules, nonfinite, deterministic, verify, tune)
     if on_group:
         from cl_compiler.runtime.group import RankGroup, process_group
 
@@ -107,6 +111,11 @@ def compile_loss(
             raise ArgumentError(
                 "verify=True on a group: the sample would have to be the same on every rank; "
                 "verify the loss in one process, where the same tiles run."
+            )
+        if tune:
+            raise ArgumentError(
+                "tune=True on a group: ranks would choose different plans; tune the loss in one "
+                "process with a rank's share of the problem."
             )
         ranks = RankGroup(process_group(group, mesh), timeout_s, grad_convention)
         machine = (hardware_spec, memory_budget)
@@ -117,7 +126,7 @@ def compile_loss(
     hardware = load_hardware(hardware_spec)
     budget = _budget(memory_budget, hardware, is_here=hardware_spec == "auto")
     ir = find_loss(loss)
-    specialise = Specialiser(ir, hardware, budget, precision, schedule)
+    specialise = Specialiser(ir, hardware, budget, precision, schedule, tune=tune)
     planned = None if problem is None else specialise.signature_of(Problem.parse(problem))
     return CompiledLoss(
         loss_signature(ir),
@@ -137,6 +146,7 @@ def _check_options(
     nonfinite: str,
     deterministic: bool,
     verify: bool,
+    tune: bool,
 ) -> None:
     """Refuse what is none of the known words.
 
@@ -149,7 +159,7 @@ def _check_options(
         raise ScheduleError(f"schedule={schedule!r}: use auto or one of {', '.join(schedules)}.")
     if nonfinite not in ("propagate", "error"):
         raise ArgumentError(f"nonfinite={nonfinite!r}: use 'propagate' or 'error'.")
-    for name, switch in (("deterministic", deterministic), ("verify", verify)):
+    for name, switch in (("deterministic", deterministic), ("verify", verify), ("tune", tune)):
         if not isinstance(switch, bool):
             raise ArgumentError(f"{name}={switch!r}: use True or False.")
 
@@ -224,8 +234,8 @@ def refusal_of(hardware: HardwareSpec) -> str:
         return ""
     return (
         f"compiled for {hardware.name}, which has {hardware.world_size} devices; this process is "
-        "alone, and what is emitted for several is one rank's share so far. Plan and inspect it "
-        'anywhere; to call a loss here, compile for "auto".'
+        "alone. Plan and inspect it anywhere; to call the loss, pass group= on every rank of such a "
+        'group, or compile for "auto".'
     )
 
 
@@ -283,6 +293,7 @@ class Specialiser:
     schedule: str
     group_size: int = 0
     """Ranks of the process group; 0: this process alone."""
+    tune: bool = False
 
     def signature_of(self, problem: Problem) -> CallSignature:
         """The signature of a call at a problem's size, all gradients required.
@@ -331,7 +342,7 @@ class Specialiser:
         )
 
     def __call__(self, call: CallSignature) -> LoadedVariant:
-        entry = fetch_variant(self.request(call))
+        entry = fetch_variant(self.request(call), tuned=self.tune)
         from cl_compiler.plan.report import plan_from_json
 
         module = load_source(entry.source, entry.name, entry.path)
@@ -361,9 +372,16 @@ class Specialiser:
         return loss_graph(plan_sweeps(self.ir, call.positives, call.needs))  # type: ignore[arg-type]
 
 
-def key_of(request: Request) -> tuple[dict[str, Any], CacheKey]:
-    """(canonical content, name) of what a request compiles to."""
+def key_of(request: Request, *, tuned: bool = False) -> tuple[dict[str, Any], CacheKey]:
+    """(canonical content, name) of what a request compiles to.
+
+    ``tuned``: what is compiled depends on where it was measured, too.
+    """
     described = request_to_json(request)
+    if tuned:
+        from cl_compiler.tune import place
+
+        described["measured_on"] = place()
     return described, cache_key(
         described,
         loss=request.loss.name,
@@ -372,14 +390,33 @@ def key_of(request: Request) -> tuple[dict[str, Any], CacheKey]:
     )
 
 
-def fetch_variant(request: Request) -> Entry:
-    """What a request compiles to: from the cache, or planned and rendered into it; never executed.
+def fetch_variant(request: Request, *, tuned: bool = False) -> Entry:
+    """What a request compiles to: from the cache, or planned and rendered into it.
+
+    It is not executed; but to have it ``tuned``, candidates are, where the cache has none.
 
     Raises:
         BudgetError, ScheduleError, LossDefinitionError: no plan exists; the message says why.
+        ArgumentError: tuning for a machine that is not here.
     """
-    described, key = key_of(request)
-    return fetch(key, lambda: build_variant(request, described, key.variant))
+    described, key = key_of(request, tuned=tuned)
+    build = tuned_variant if tuned else build_variant
+    return fetch(key, lambda: build(request, described, key.variant))
+
+
+def tuned_variant(request: Request, described: Mapping[str, Any], name: str) -> Variant:
+    """Measure candidates and take the fastest.
+
+    Raises:
+        as ``cl_compiler.tune.tune``.
+    """
+    from cl_compiler.lang.sweeps import plan_sweeps
+    from cl_compiler.plan.report import plan_to_json
+    from cl_compiler.tune import tune
+
+    sweeps = plan_sweeps(request.loss, request.positives, request.needs)
+    tuning = tune(request, sweeps, name)
+    return Variant(name, tuning.best.source, dict(described), plan_to_json(tuning.plan))
 
 
 def build_variant(request: Request, described: Mapping[str, Any], name: str) -> Variant:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cl_compiler.codegen.render import render
-from cl_compiler.codegen.triton.panel import kernel_plan, smallest_bytes
+from cl_compiler.codegen.triton.panel import kernel_plan, nearby_panels, smallest_bytes
 from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.support import obstacle
 from cl_compiler.codegen.triton.workload import Workload
 from cl_compiler.lang.program import SCHEDULES, Schedule, build_program, valid_schedules
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan import limits
-from cl_compiler.plan.search import choose_plan
+from cl_compiler.plan.search import choose_plan, nearby_plans
 from cl_compiler.plan.types import Candidate, Plan, Request, Tile
 from cl_compiler.units import format_bytes
 
@@ -24,11 +24,31 @@ def plan_and_print(request: Request, sweeps: SweepPlan, variant: str) -> tuple[P
         as ``plan_of``.
     """
     plan = plan_of(request, sweeps)
+    return plan, print_plan(plan, request, sweeps, variant)
+
+
+def print_plan(plan: Plan, request: Request, sweeps: SweepPlan, variant: str) -> str:
+    """The text of the file that runs one of a request's plans."""
     program = build_program(sweeps, plan.schedule)
     if plan.template == "triton":
-        return plan, render_triton(plan, program, variant, request.hardware.arch)
-    device = "cuda" if _is_one_gpu(request) else "cpu"
-    return plan, render(plan, program, variant, device=device)
+        return render_triton(plan, program, variant, request.hardware.arch)
+    return render(plan, program, variant, device="cuda" if _is_one_gpu(request) else "cpu")
+
+
+def candidates_of(request: Request, sweeps: SweepPlan, most: int) -> tuple[Plan, ...]:
+    """Plans worth measuring, the fastest by prediction first: of every schedule the best, and its
+    tile or panel made longer or shorter.
+
+    Raises:
+        as ``plan_of``.
+    """
+    if not _is_one_gpu(request):
+        return nearby_plans(_widened(request), most, sweeps)
+    workloads = _workloads(request, sweeps)[0].values()
+    plans = [plan for w in workloads for plan in nearby_panels(w)]
+    if not plans:
+        return nearby_plans(_widened(request), most, sweeps)
+    return tuple(sorted(plans, key=lambda p: p.seconds)[:most])
 
 
 def plan_of(request: Request, sweeps: SweepPlan) -> Plan:
@@ -86,20 +106,33 @@ def _kernel_plans(
         ScheduleError: the requested schedule is unknown, or the loss cannot use it.
     """
     found: dict[Schedule, Plan] = {}
+    workloads, reasons = _workloads(request, sweeps)
+    for schedule, workload in workloads.items():
+        plan = kernel_plan(workload)
+        if plan is not None:
+            found[schedule] = plan
+            continue
+        least, limit = smallest_bytes(workload), workload.limit_bytes
+        reasons[schedule] = (
+            f"its kernels need {format_bytes(least)}, the budget is {format_bytes(limit)}"
+        )
+    return found, reasons
+
+
+def _workloads(
+    request: Request, sweeps: SweepPlan
+) -> tuple[dict[Schedule, Workload], dict[Schedule, str]]:
+    """The schedules that Triton serves, and why it does not serve the others."""
+    found: dict[Schedule, Workload] = {}
     reasons = {s: r for s, r in valid_schedules(sweeps).items() if r}
     open_ = [s for s in SCHEDULES if s not in reasons] if request.schedule == "auto" else []
     for schedule in open_ or [_requested(request, sweeps)]:
         program = build_program(sweeps, schedule)
         reason = obstacle(request.problem, program)
-        if not reason:
-            workload = Workload(request, program, request.hardware.arch)
-            plan = kernel_plan(workload)
-            if plan is not None:
-                found[schedule] = plan
-                continue
-            least = format_bytes(smallest_bytes(workload))
-            reason = f"its kernels need {least}, the budget is {format_bytes(workload.limit_bytes)}"
-        reasons[schedule] = reason
+        if reason:
+            reasons[schedule] = reason
+        else:
+            found[schedule] = Workload(request, program, request.hardware.arch)
     return found, reasons
 
 
@@ -131,4 +164,4 @@ def _widened(request: Request) -> Request:
     return replace(request, precision="ieee") if request.precision == "bf16x3" else request
 
 
-__all__ = ["max_batch", "plan_and_print", "plan_of"]
+__all__ = ["candidates_of", "max_batch", "plan_and_print", "plan_of", "print_plan"]

@@ -69,6 +69,27 @@ def plan_candidates(
     return tuple(_plan(space, p, ()) for p in sorted(best.values(), key=lambda p: p.seconds))
 
 
+def nearby_plans(
+    request: Request, most: int, sweep_plan: SweepPlan | None = None
+) -> tuple[Plan, ...]:
+    """The best plan of every schedule that fits, and those with tiles that are twice as long or
+    half as long either way; at most ``most`` of them, the fastest by prediction first.
+
+    Raises:
+        as ``choose_plan``.
+    """
+    space = space_of(request, sweep_plan, None)
+    best = _best_of_each(space)
+    if not best:
+        raise budget_error(space)
+    points = list(best.values())
+    for point in best.values():
+        around = [c for c in _neighbours(space, point) if c.peak_bytes <= space.limit_bytes]
+        points += [space.point(c.schedule, c.tile, c.kept_tiles) for c in around]
+    points.sort(key=lambda p: p.seconds)
+    return tuple(_plan(space, p, ()) for p in points[:most])
+
+
 def select(points: list[Point]) -> Point:
     """The fastest of some points; of equally fast ones that with the fewest bytes."""
     fastest = min(p.seconds for p in points)
@@ -193,4 +214,4 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
     )
 
 
-__all__ = ["RESOLUTION", "choose_plan", "plan_candidates", "select"]
+__all__ = ["RESOLUTION", "choose_plan", "nearby_plans", "plan_candidates", "select"]

@@ -58,6 +58,15 @@ def kernel_plan(workload: Workload) -> Plan | None:
     return _planned(workload, tile, fitting[tile])
 
 
+def nearby_panels(workload: Workload) -> list[Plan]:
+    """The best plan, and those with its panel doubled or halved either way that fit."""
+    best = kernel_plan(workload)
+    if best is None:
+        return []
+    around = [c.tile for c in best.rejected if c.peak_bytes <= workload.limit_bytes]
+    return [best, *(plan_with(workload, tile) for tile in around)]
+
+
 def plan_with(workload: Workload, tile: Tile) -> Plan:
     """The plan with this panel, whether or not it fits."""
     return _planned(workload, tile, workload.timing(tile))
@@ -145,4 +154,4 @@ def _whole(length: int) -> int:
     return -(-length // STEP) * STEP
 
 
-__all__ = ["STEP", "kernel_plan", "panels", "plan_with", "sides", "smallest_bytes"]
+__all__ = ["STEP", "kernel_plan", "nearby_panels", "panels", "plan_with", "sides", "smallest_bytes"]

@@ -1,0 +1,62 @@
+"""``cl-compiler tune``: the planner's candidates measured here, the fastest into the cache."""
+
+from __future__ import annotations
+
+import typer
+
+from cl_compiler.cli import options as opt
+from cl_compiler.cli.output import working, write, write_json, write_report
+from cl_compiler.cli.requests import ask, request_of
+
+__all__ = ["tune"]
+
+
+def tune(
+    hardware: opt.Hardware = "auto",
+    budget: opt.Budget = None,
+    loss: opt.Loss = "clip",
+    problem: opt.ProblemText = opt.DEFAULT_PROBLEM,
+    M: opt.Rows = None,
+    N: opt.Cols = None,
+    D: opt.Features = None,
+    dtype: opt.DType = "float32",
+    precision: opt.Precision = "auto",
+    schedule: opt.Schedule = "auto",
+    positives: opt.Positives = "auto",
+    gradients: opt.Gradients = "auto",
+    slots: opt.Slots = 0,
+    bank: opt.Bank = 0,
+    operand: opt.Widths = None,
+    json: opt.Json = False,
+) -> None:
+    """Measure a few plans on this machine and keep the fastest.
+
+    `compile_loss(..., tune=True)` with the same arguments finds it in the cache. Larger problems
+    are measured with fewer rows. Needs PyTorch, and the machine that is planned for.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        typer.echo("tune runs what it measures: install PyTorch", err=True)
+        raise typer.Exit(1) from None
+    question = ask(
+        hardware=hardware, budget=budget, loss=loss, problem=problem, M=M, N=N, D=D, dtype=dtype,
+        precision=precision, schedule=schedule, positives=positives, gradients=gradients,
+        slots=slots, bank=bank, operands=operand,
+    )  # fmt: skip
+    with working("tuning", ("the machine and the loss", "candidates")) as step:
+        step()
+        from cl_compiler.api import fetch_variant
+        from cl_compiler.plan.record import plan_from_json
+        from cl_compiler.plan.report import explain
+
+        request = request_of(question)
+        step()
+        entry = fetch_variant(request, tuned=True)
+    path = None if entry.path is None else str(entry.path)
+    if json:
+        write_json({"path": path, "cached": entry.hit, "plan": dict(entry.plan)})
+        return
+    write_report(explain(plan_from_json(entry.plan)))
+    where = path or "in memory only, the cache cannot be used"
+    write(f"\n{'tuned before' if entry.hit else 'kept'}: {where}")
