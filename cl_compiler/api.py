@@ -234,8 +234,8 @@ def refusal_of(hardware: HardwareSpec) -> str:
         return ""
     return (
         f"compiled for {hardware.name}, which has {hardware.world_size} devices; this process is "
-        "alone. Plan and inspect it anywhere; to call the loss, pass group= on every rank of such a "
-        'group, or compile for "auto".'
+        "alone. Plan and inspect it anywhere; to call the loss, pass group= on every rank of such "
+        'a group, or compile for "auto".'
     )
 
 

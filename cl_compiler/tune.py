@@ -67,6 +67,11 @@ class Tuning:
     def plan(self) -> Plan:
         """The fastest plan, with what was measured among its notes and rejected candidates."""
         best = self.best
+
+        def reason(m: Measured) -> str:
+            times = f"{m.seconds / best.seconds:.2f} times as long"
+            return m.error or f"measured: {format_seconds(m.seconds)}, {times}"
+
         slower = tuple(
             Candidate(
                 m.plan.schedule,
@@ -74,8 +79,7 @@ class Tuning:
                 m.plan.kept_tiles,
                 m.plan.peak_bytes,
                 m.plan.seconds,
-                m.error
-                or f"measured: {format_seconds(m.seconds)}, {m.seconds / best.seconds:.2f} times as long",
+                reason(m),
             )
             for m in self.measured[1:]
         )
