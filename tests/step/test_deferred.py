@@ -51,6 +51,7 @@ def test_gradients_are_those_of_one_graph():
 
 
 def test_two_steps_in_flight_share_nothing():
+    """Pain 5."""
     (a, b), (same_a, same_b) = towers(), towers()
     torch.manual_seed(5)
     values = [contrast(same_a(u), same_b(v)) for u, v in zip(PARTS, OTHERS, strict=True)]

@@ -85,6 +85,7 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("as_method", [False, True])
 def test_a_frozen_tower_runs_once_and_its_gradient_is_not_computed(as_method):
+    """Pain 5."""
     a, b = Counting(tower(0)), Counting(tower(1))
     b.requires_grad_(False)
     x, y = batch(2), batch(3)

@@ -12,7 +12,7 @@ SECONDS = 180
 
 
 def test_one_reduction_per_step(tmp_path):
-    """Gradients are the ranks' mean; see ``ranks.py`` for the cases."""
+    """Pain 4.  Gradients are the ranks' mean; see ``ranks.py`` for the cases."""
     command = [sys.executable, "-m", "tests.step.ranks"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ranks = [

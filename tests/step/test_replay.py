@@ -129,6 +129,8 @@ def test_buffers_that_change_the_output_are_replayed(replaces):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_encoders(reentrant):
+    """Pains 4 and 5."""
+
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -149,7 +151,7 @@ def test_checkpointed_encoders(reentrant):
 
 @pytest.mark.parametrize("cached_casts", [True, False])
 def test_outer_autocast(cached_casts):
-    """Encoders run in bfloat16 in both passes, and every weight gets its gradient.
+    """Pain 5.  Encoders run in bfloat16 in both passes, and every weight gets its gradient.
 
     It may be off from float64's by half as much again as that of the plain step is.
     """
@@ -214,6 +216,7 @@ def test_a_scaler_updates_the_weights_as_without_caching():
 
 
 def test_accumulation_over_steps():
+    """Pain 5."""
     a, b = tower(0), tower(1)
     batches = [(batch(2 * n), batch(2 * n + 1)) for n in range(3)]
     for x, y in batches:
@@ -227,7 +230,7 @@ def test_accumulation_over_steps():
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiled_encoders_use_one_graph(in_place):
-    """One compilation serves both passes, so that both draw the same random numbers."""
+    """Pain 8.  One compilation serves both passes, so that both draw the same random numbers."""
     compiled_graphs = []
 
     def backend(graph, inputs):
