@@ -215,14 +215,24 @@ class RankGroup:
             names = distributed_c10d._world.pg_names
             name = names[self.group]
             dist.destroy_process_group(self.group)
-            # A group of the same members would get the same name, and meet in what this one left
-            # in the store; PyTorch takes another name while this one is taken.
-            names[object()] = name  # type: ignore[index]
+            if self.world_size < dist.get_world_size():
+                names[_Taken()] = name  # type: ignore[index]
         del self.group, self._store  # and their connections
 
 
 def _quote(rank: int, text: str) -> str:
     return text if text.startswith("rank ") else f"rank {rank} failed: {text}"
+
+
+class _Taken:
+    """Keeps the name of a group that was taken down.
+
+    A group of the same ranks of the world would get the same name, and meet in what the first one
+    left in the store; PyTorch takes another name while this one is taken.
+    """
+
+    def shutdown(self) -> None:
+        """As PyTorch calls it when all groups are taken down."""
 
 
 class _Watched:

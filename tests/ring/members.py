@@ -67,6 +67,8 @@ def partial_groups(rank: int) -> dict[str, Any]:
     apart.close()
     again = compiled(group=pairs[rank % 2])  # the same members once more
     found["after it was closed"] = error(again, rank, members)
+    dist.barrier()
+    dist.destroy_process_group()
     return found
 
 

@@ -166,4 +166,5 @@ def again_and_again(rank: int, cycles: int) -> tuple[list[int], list[int]]:
         dist.barrier()
         descriptors.append(len(os.listdir("/proc/self/fd")))
         threads.append(len(os.listdir("/proc/self/task")))
+    dist.destroy_process_group()
     return descriptors, threads
