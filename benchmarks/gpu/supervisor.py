@@ -31,6 +31,8 @@ INTERRUPTED = "interrupted"
 POLL_S = 0.1
 GRACE_S = 10.0
 """How long a worker may go on beyond the budget before it is ended."""
+LOADING_S = 60.0
+"""What a worker is given at least: it imports PyTorch before it can write anything."""
 MOST_UNEXPLAINED = 2
 """Deaths of workers outside any provider's turn before the run is given up."""
 
@@ -80,10 +82,11 @@ def _one_worker(options: Namespace, run: str, search_path: str) -> tuple[int, st
     environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     options.out.with_suffix(".now").unlink(missing_ok=True)
     worker = subprocess.Popen(_command(options, run), env=environment)
+    latest = max(options.deadline + GRACE_S, time.time() + LOADING_S)
     try:
         while worker.poll() is None:
             time.sleep(POLL_S)
-            if time.time() > options.deadline + GRACE_S:
+            if time.time() > latest:
                 _end(worker)
                 _blame(options, run, "ended: the time budget was spent")
                 return STOPPED, ""
