@@ -11,7 +11,8 @@ import sympy as sp
 from cl_compiler.codegen.context import LateText, build_context
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
-from cl_compiler.codegen.triton.core import CoreTile, column_sums, core_tiles, has_descriptors
+from cl_compiler.codegen.triton.core import CoreTile, column_sums, has_descriptors
+from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
 from cl_compiler.codegen.triton.sweeps import StageText, SweepPrinter
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.program import Pass, Program
@@ -71,7 +72,7 @@ def build_triton_context(
     def tiles_of(pass_: Pass, modes: Sequence[Mode]) -> Mapping[Mode, CoreTile]:
         if core is not None:
             return dict.fromkeys(modes, core)
-        return core_tiles(plan.problem, plan.precision, pass_, modes, arch)
+        return tiles_of_pass(plan.problem, plan.precision, program, pass_, modes, arch)
 
     descriptors = has_descriptors(arch) and _aligned(operands.values(), plan)
     printer = SweepPrinter(
@@ -80,6 +81,7 @@ def build_triton_context(
         tiles_of,
         operands,
         _dot_precision(plan),
+        plan.problem.dtype,
         descriptors,
         column_sums(arch),
     )

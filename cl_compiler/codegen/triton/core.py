@@ -27,22 +27,30 @@ Columns = Literal["fold", "whole", "reduce"]
 
 @dataclass(frozen=True)
 class CoreTile:
-    """One program's tile: rows, columns, depth of a step over the operands' columns."""
+    """One program's tile: rows, columns, depth of a step over the operands' columns.
+
+    ``part``: columns of a gradient that a program owns, if it owns any.  ``resident``: the tile is
+    as deep as its operands are wide, so that what a program owns is loaded once.
+    """
 
     rows: int
     cols: int
     depth: int
     warps: int
     stages: int
+    part: int = SMALLEST_DOT
+    resident: bool = False
 
-    def launch(self, folds: bool, fuse: bool) -> str:
+    def launch(self, folds: bool, fuse: bool, owns: bool = False) -> str:
         """As the keyword arguments of a launch.
 
-        ``folds``: the kernel folds rows of warps; ``fuse``: products and sums become FMAs (what is
-        emitted for gfx942 may not: Triton 3.9's LLVM then selects FMAs of two scalar registers,
-        which its own assembler rejects).
+        ``folds``: the kernel folds rows of warps; ``owns``: its programs own parts of a gradient;
+        ``fuse``: products and sums become FMAs (what is emitted for gfx942 may not: Triton 3.9's
+        LLVM then selects FMAs of two scalar registers, which its own assembler rejects).
         """
         values = {"BLOCK_M": self.rows, "BLOCK_N": self.cols, "BLOCK_D": self.depth}
+        if owns:
+            values["PART_D"] = self.part
         if folds:
             values["ROW_WARPS"] = min(self.warps, self.rows // SMALLEST_DOT)
         values |= {"num_warps": self.warps, "num_stages": self.stages}
@@ -131,10 +139,13 @@ def most(mode: Mode, modes: Sequence[Mode]) -> int:
     return 250 if mode == "running" and len(modes) > 1 else 216
 
 
-def registers(code: TileProgram, tile: CoreTile, arch: str) -> int:
-    """A rough count of 32-bit registers that a thread needs."""
+def registers(code: TileProgram, tile: CoreTile, arch: str, flipped: bool = False) -> int:
+    """A rough count of 32-bit registers that a thread needs.
+
+    ``flipped``: columns run along the tile's first dimension, of which a thread holds few.
+    """
     element = tile.rows * tile.cols // (32 * tile.warps)
-    column = tile.cols // 4
+    column = (tile.rows if flipped else tile.cols) // 4
     live = sum(isinstance(i, Gemm) for i in code.instructions)
     masks = any(isinstance(i, Compute) and i.is_mask for i in code.instructions)
     steps = sum(isinstance(i, Compute) for i in code.instructions)
@@ -150,7 +161,7 @@ def registers(code: TileProgram, tile: CoreTile, arch: str) -> int:
         for a in i.args
         if isinstance(a, VectorRef)
     }
-    columns = sum(dim == 1 for _, dim in reads)
+    columns = sum(dim == 1 - flipped for _, dim in reads)
     columns += any(isinstance(i, Compute) and i.op == "positive_tile" for i in code.instructions)
     folds = sum(len(i.targets) for i in sums if not i.dim)
     if column_sums(arch) == "whole":  # a column's sum is a tile, and its maximum crosses threads

@@ -15,6 +15,7 @@ import sympy as sp
 from sympy.printing.str import StrPrinter
 
 from cl_compiler.codegen.printers import spaced
+from cl_compiler.codegen.triton.orientation import Orientation
 from cl_compiler.lang.tile_ir import (
     Accumulate,
     Compute,
@@ -93,8 +94,8 @@ class Names:
 class Expressions:
     """The values of one tile program as Triton text."""
 
-    def __init__(self, code: TileProgram, names: Names) -> None:
-        self.code, self.names = code, names
+    def __init__(self, code: TileProgram, names: Names, orientation: Orientation) -> None:
+        self.code, self.names, self.orientation = code, names, orientation
         self.made = {
             i.value: i for i in code.instructions if isinstance(i, (Gemm, Compute, Diagonal))
         }
@@ -168,7 +169,7 @@ class Expressions:
             case TileRef(value=value):
                 return self.value(value)
             case VectorRef(name=name, dim=dim):
-                return Text(self._along(self.names.vector(name, dim, False), dim))
+                return Text(self.orientation.along(self.names.vector(name, dim, False), dim))
             case ScalarRef(expr=expr):
                 return Text(number(expr) if expr.is_number else self.names.scalar(expr, False))
 
@@ -178,16 +179,12 @@ class Expressions:
             case TileRef(value=value) if value in self.is_mask:
                 return self.value(value)
             case ScalarRef(expr=expr) if expr.is_number:
-                return Text(f"tl.full([BLOCK_M, BLOCK_N], {bool(expr)}, tl.int1)")
+                return Text(f"tl.full({self.orientation.shape}, {bool(expr)}, tl.int1)")
             case VectorRef(name=name, dim=dim):
                 vector = self.names.vector(name, dim, False)
-                return Text(self._along(f"({vector} != 0.0)", dim))
+                return Text(self.orientation.along(f"({vector} != 0.0)", dim))
             case _:
                 return Text(f"{self.ref(ref).inside(0)} != 0.0", 0)
-
-    @staticmethod
-    def _along(vector: str, dim: int) -> str:
-        return f"{vector}[:, None]" if dim == 0 else f"{vector}[None, :]"
 
     # -- instructions ----------------------------------------------------------------------------
 
@@ -238,9 +235,9 @@ class Expressions:
         """A tile of one number, or of a vector repeated."""
         if text.text.startswith("tl.full("):
             return text.text
-        zero = "tl.zeros([BLOCK_M, BLOCK_N], tl.float32)"
+        zero = f"tl.zeros({self.orientation.shape}, tl.float32)"
         if "[:, None]" in text.text or "[None, :]" in text.text:
-            return f"tl.broadcast_to({text.text}, [BLOCK_M, BLOCK_N])"
+            return f"tl.broadcast_to({text.text}, {self.orientation.shape})"
         return zero if text.text == "0.0" else f"{zero} + {text.inside(1)}"
 
     def _where(self, mask: Ref, a: Text, b: Text) -> Text:
@@ -292,7 +289,7 @@ class Expressions:
     def _base_2(self, ref: Ref) -> str:
         match ref:
             case VectorRef(name=name, dim=dim):
-                return self._along(self.names.vector(name, dim, True), dim)
+                return self.orientation.along(self.names.vector(name, dim, True), dim)
             case ScalarRef(expr=expr):
                 if expr.is_number:
                     return repr(float(expr) * LOG2E)

@@ -18,6 +18,7 @@ from cl_compiler.codegen.triton.expressions import (
     number,
 )
 from cl_compiler.codegen.triton.expressions import Names as KernelNames
+from cl_compiler.codegen.triton.orientation import Orientation
 from cl_compiler.codegen.triton.text import GradientText, KernelText, Partial, low_of
 from cl_compiler.codegen.triton.vectors import DeviceNumbers
 from cl_compiler.lang.ir import Leaf, View
@@ -48,6 +49,9 @@ LOCALS = frozenset(
 
 class KernelPrinter:
     """Prints one pass in one mode."""
+
+    orientation = Orientation()
+    kind: type[KernelText] = KernelText
 
     def __init__(
         self,
@@ -150,7 +154,7 @@ class KernelPrinter:
         """The kernel; ``widths``: columns of each operand; ``precision``: of fp32 products."""
         sims = [i.similarity for i in self.code.instructions if isinstance(i, Gemm)]
         views = [v for s in sims for v in self.views(s)]
-        k = KernelText(
+        k = self.kind(
             self.name, self._doc(), self.mode, self.tile, _unique(v.operand for v in views)
         )
         for n, i in enumerate(i for i in self.code.instructions if isinstance(i, Gemm)):
@@ -159,12 +163,12 @@ class KernelPrinter:
             lambda e, log2e: self.scalar([e], log2e),
             self.vector,
             self.gemm,
-            lambda: (
-                f"{self.vector('row_ids', 0, False)}[:, None] == "
-                f"{self.vector('col_ids', 1, False)}[None, :]"
+            lambda: " == ".join(
+                self.orientation.along(self.vector(ids, dim, False), dim)
+                for dim, ids in enumerate(("row_ids", "col_ids"))
             ),
         )
-        self.expressions = Expressions(self.code, names)
+        self.expressions = Expressions(self.code, names, self.orientation)
         self.widths, self.precision = widths, precision
         for instruction in self._ordered():
             self._print(k, instruction)
@@ -206,9 +210,13 @@ class KernelPrinter:
         }[self.mode]
         lines = [f"Tiles of {p.grid[0]} by {p.grid[1]}{how}.", ""]
         what = [f"{self.names(r.name)}: {r.monoid} over {r.over}" for r in p.reductions]
-        what += [f"g_{g}: dL/d{g}, times what all of it is scaled by" for g in p.gradients]
+        what += self._doc_of_gradients()
         lines += [line for w in what for line in wrap(w, 4).split("\n")]
         return "\n    ".join([*lines, ""]).replace("\n    \n", "\n\n")
+
+    def _doc_of_gradients(self) -> list[str]:
+        gradients = self.pass_.gradients
+        return [f"g_{g}: dL/d{g}, times what all of it is scaled by" for g in gradients]
 
     # -- statements ------------------------------------------------------------------------------
 
@@ -247,31 +255,42 @@ class KernelPrinter:
     def _products(self, k: KernelText, g: Gemm) -> list[str]:
         """The loop over the operands' columns."""
         left, right = self.views(g.similarity)
-        dots = self.dots[g.value]
-        tiles = [f"{left.operand}_tile", f"{right.operand}_tile"]
-        if tiles[0] == tiles[1]:
-            tiles = [f"{left.operand}_row_tile", f"{right.operand}_col_tile"]
+        dots, tiles = self.dots[g.value], self._tiles(left, right)
         loads = [self._load(k, view, dim) for dim, view in enumerate((left, right))]
-        precision = f', input_precision="{self.precision}"' if self.precision else ""
         text = str(left.prefix) if left.prefix else self._width(left.operand)
         if self.descriptors:
             text = str(left.prefix or self.widths[left.operand])
         return [
-            f"{dots} = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
+            f"{dots} = tl.zeros({self.orientation.shape}, tl.float32)",
             f"for k in range(0, {text}, BLOCK_D):",
             *(f"    {tile} = {load}" for tile, load in zip(tiles, loads, strict=True)),
-            f"    {dots} = tl.dot({tiles[0]}, {tiles[1]}.T, {dots}{precision})",
+            f"    {dots} = {self._dot(tiles, dots)}",
         ]
 
-    def _load(self, k: KernelText, view: View, dim: int) -> str:
-        """A block of an operand's rows and columns; zeros beyond the last column."""
+    def _tiles(self, left: View, right: View) -> tuple[str, str]:
+        """What a kernel calls the blocks of a similarity's operands."""
+        if left.operand == right.operand:
+            return f"{left.operand}_row_tile", f"{right.operand}_col_tile"
+        return f"{left.operand}_tile", f"{right.operand}_tile"
+
+    def _dot(self, tiles: tuple[str, str], total: str) -> str:
+        """The product of blocks of the left and of the right operand, plus a total."""
+        first, second = tiles[::-1] if self.orientation.flipped else tiles
+        return f"tl.dot({first}, {second}.T{', ' * bool(total)}{total}{self._precision()})"
+
+    def _precision(self) -> str:
+        return f', input_precision="{self.precision}"' if self.precision else ""
+
+    def _load(self, k: KernelText, view: View, dim: int, step: str = "k") -> str:
+        """A block of an operand's rows and columns, from column ``step`` ("": all of them); zeros
+        beyond the last column."""
         start, offs, stop = (("i", "offs_m", "row_stop"), ("j", "offs_n", "col_stop"))[dim]
         if self.descriptors:
             part = "" if view.prefix is None else f"[:, :{view.prefix}]"
             name = f"{view.operand}_{('rows', 'cols')[dim]}{view.prefix or ''}"
             entry = (name, f"{view.operand}{part}", ("block_m", "block_n")[dim])
             k.descriptors += [entry] if entry not in k.descriptors else []
-            return f"{name}.load([{start}, k])"
+            return f"{name}.load([{start}, {step or 0}])"
         address = f"{view.operand}_{start}"
         rows = f"{view.operand} + _clamped({offs}, {stop}, RAGGED).to(tl.int64)[:, None]"
         entries = (k.row_pointers, k.col_pointers)[dim]
@@ -280,8 +299,9 @@ class KernelPrinter:
         width = view.prefix or self.widths[view.operand]
         text = str(view.prefix) if view.prefix else self._width(view.operand)
         masked = width % self.tile.depth != 0
-        mask = f", mask=(k + offs_d < {text})[None, :], other=0.0" if masked else ""
-        return f"tl.load({address} + k{mask})"
+        at = f"{step} + " * bool(step)
+        mask = f", mask=({at}offs_d < {text})[None, :], other=0.0" if masked else ""
+        return f"tl.load({address}{f' + {step}' * bool(step)}{mask})"
 
     def _diagonal(self, k: KernelText, d: Diagonal) -> list[str]:
         e = self.expressions
@@ -296,9 +316,9 @@ class KernelPrinter:
         if d.where == "positive" and self.plan.positives == "views":
             offsets, k.halves = ["half", "-half"], True
         touched = " | ".join(f"_crosses(i, j, {o}, BLOCK_M, BLOCK_N)" for o in offsets)
-        on = " | ".join(
-            f"(offs_n[None, :] == offs_m[:, None]{'' if o == '0' else f' + {o}'})" for o in offsets
-        ).replace("+ -", "- ")
+        at = f"{self.orientation.along('offs_n', 1)} == {self.orientation.along('offs_m', 0)}"
+        on = " | ".join(f"({at}{'' if o == '0' else f' + {o}'})" for o in offsets)
+        on = on.replace("+ -", "- ")
         name = f"on_{d.where}"
         match d.how:
             case "negate":
@@ -311,7 +331,7 @@ class KernelPrinter:
                 if d.expr.is_number:
                     extra = number(d.expr)
                 elif self.leaves[str(d.expr)].axes:
-                    extra = f"{self.vector(str(d.expr), 0, False)}[:, None]"
+                    extra = self.orientation.along(self.vector(str(d.expr), 0, False), 0)
                 else:
                     extra = self.scalar([d.expr])
                 new = f"tl.where({name}, {variable} + {extra}, {variable})"
@@ -326,7 +346,7 @@ class KernelPrinter:
             case TileRef(value=value):
                 return self.expressions.variables[value]
             case VectorRef(name=name, dim=dim):
-                return f"{self.vector(name, dim, False)}[{':, None' if dim == 0 else 'None, :'}]"
+                return self.orientation.along(self.vector(name, dim, False), dim)
             case _:
                 raise AssertionError(ref)
 

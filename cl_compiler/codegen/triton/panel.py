@@ -54,7 +54,7 @@ def kernel_plan(workload: Workload) -> Plan | None:
         return None
     fastest = min(timing.seconds for timing in fitting.values())
     near = [t for t, timing in fitting.items() if timing.seconds <= fastest * (1 + RESOLUTION)]
-    tile = min(near, key=lambda t: (workload.peak_bytes(t), t.rows, t.cols))
+    tile = min(near, key=lambda t: (workload.peak_bytes(t), -t.rows * t.cols, t.rows))
     return _planned(workload, tile, fitting[tile])
 
 

@@ -10,8 +10,8 @@ def obstacle(problem: Problem, program: Program) -> str:
     """Why this plan cannot run as Triton kernels; "" where it can."""
     if problem.dtype == "float64":
         return "float64 has no tensor cores; the torch template runs it on any device"
-    if program.schedule != "spill":
-        return f"schedule {program.schedule!r} has no Triton template yet; use 'spill'"
+    if program.schedule not in ("spill", "recompute"):
+        return f"schedule {program.schedule!r} has no Triton template; use 'spill' or 'recompute'"
     if any(p.is_slots for p in program.passes):
         return "slots (a row's own candidates) have no Triton template yet"
     return ""

@@ -9,6 +9,13 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import LENGTH, operand_scale, shift_owner
 from cl_compiler.codegen.triton.core import Columns, CoreTile
 from cl_compiler.codegen.triton.kernels import KernelPrinter
+from cl_compiler.codegen.triton.owner import (
+    OwnerPrinter,
+    OwnerText,
+    adding_passes,
+    own_dim,
+    owned_operands,
+)
 from cl_compiler.codegen.triton.text import KernelText, Partial, low_of
 from cl_compiler.codegen.triton.vectors import DeviceStages
 from cl_compiler.lang.ir import View
@@ -92,6 +99,41 @@ class SweepText:
 
 
 @dataclass
+class OwnerSweepText(SweepText):
+    """The same of a pass whose programs own blocks of gradients: one launch, where statistics of
+    the axis that they share do not ask for panels."""
+
+    own_length: str = ""
+    """Rows or columns of a launch, and of a block."""
+    width: str = ""
+    """Of the widest gradient."""
+    workspaces: list[tuple[str, str]] = field(default_factory=list)
+    """(name, elements) of partial statistics."""
+    owned: list[str] = field(default_factory=list)
+
+    @property
+    def doc(self) -> str:
+        what = " and ".join(self.owned)
+        which = "a kernel, by ``unsafe``," if len(self.kernels) > 1 else "the kernel"
+        how = "panel by panel" if self.in_panels else "once"
+        return f"Launch {which} {how}; each program owns a block of {what}."
+
+    @property
+    def first(self) -> OwnerText:
+        kernel = self.kernels[0]
+        assert isinstance(kernel, OwnerText)
+        return kernel
+
+    @property
+    def in_panels(self) -> bool:
+        return self.first.in_panels
+
+    @property
+    def part_descriptors(self) -> list[tuple[str, str, str]]:
+        return list(dict.fromkeys(self.first.part_descriptors))
+
+
+@dataclass
 class SweepCall:
     """Statements that run a pass: what comes before, the call or two, what comes after."""
 
@@ -115,9 +157,11 @@ class SweepPrinter:
         tiles_of: TilesOf,
         widths: dict[str, int],
         precision: str,
+        dtype: str,
         descriptors: bool,
         columns: Columns,
     ) -> None:
+        self.dtype = dtype
         self.program, self.plan, self.names = program, program.plan, names
         self.tiles_of, self.widths, self.precision = tiles_of, widths, precision
         self.descriptors, self.columns = descriptors, columns
@@ -139,19 +183,7 @@ class SweepPrinter:
         modes = self.program.modes
         apart = [(m,) for m in modes] if not pass_.gradients else [modes]  # launchers of their own
         tiles = {m: t for group in apart for m, t in self.tiles_of(pass_, group).items()}
-        printers = [
-            KernelPrinter(
-                self.program,
-                pass_,
-                mode,
-                self.names,
-                f"{name}_{mode}" if len(modes) > 1 else name,
-                tiles[mode],
-                self.descriptors,
-                self.columns,
-            )
-            for mode in modes
-        ]
+        printers = [self._printer(pass_, mode, name, tiles[mode]) for mode in modes]
         kernels = [p.text(self.widths, self.precision) for p in printers]
         for kernel in kernels:
             kernel.guarded = len(modes) > 1
@@ -167,6 +199,25 @@ class SweepPrinter:
         else:
             self._guarded(call, pass_, printers, kernels)
         return call
+
+    def _printer(self, pass_: Pass, mode: Mode, name: str, tile: CoreTile) -> KernelPrinter:
+        if len(self.program.modes) > 1:
+            name = f"{name}_{mode}"
+        common = (
+            self.program,
+            pass_,
+            mode,
+            self.names,
+            name,
+            tile,
+            self.descriptors,
+            self.columns,
+        )
+        own = own_dim(self.program, pass_)
+        if own is None:
+            return KernelPrinter(*common)
+        adds = id(pass_) in adding_passes(self.program)
+        return OwnerPrinter(*common, own=own, dtype=self.dtype, adds=adds)
 
     def _guarded(
         self, call: SweepCall, pass_: Pass, printers: list[KernelPrinter], kernels: list[KernelText]
@@ -220,12 +271,16 @@ class SweepPrinter:
         call.lines.append(f"{results}{' = ' if results else ''}{name}({', '.join(sweep.params)})")
 
     def _sweep(self, pass_: Pass, name: str, kernels: list[KernelText]) -> SweepText:
-        products = [p for g in _code(pass_).gradients for p in self.products(pass_, g)]
+        own = own_dim(self.program, pass_)
+        gradients = _code(pass_).gradients if own is None else ()
+        products = [p for g in gradients for p in self.products(pass_, g)]
+        owned = [] if own is None else owned_operands(self.plan, pass_, own)
         params: dict[str, None] = {}
         for k in kernels:
             params.update(dict.fromkeys(k.operands))
         params = params or {self.host.anchor: None}  # a count of ids makes no products
-        params.update(dict.fromkeys(sorted({p.total.partition("[")[0] for p in products})))
+        totals = {p.total.partition("[")[0] for p in products} | {f"d_{o}" for o in owned}
+        params.update(dict.fromkeys(sorted(totals)))
         params.update(dict.fromkeys([LENGTH[pass_.grid[0]], LENGTH[pass_.grid[1]]]))
         params.update(dict.fromkeys(["half"] if any(k.halves for k in kernels) else []))
         for k in kernels:
@@ -233,7 +288,7 @@ class SweepPrinter:
                 params.update(dict.fromkeys(_identifiers(host)))
         params.update(dict.fromkeys(p.scale for p in products if p.scale))
         params.update({"unsafe": None} if kernels[0].guarded else {})
-        return SweepText(
+        common = (
             name,
             kernels,
             list(params),
@@ -242,6 +297,16 @@ class SweepPrinter:
             LENGTH[pass_.grid[0]],
             LENGTH[pass_.grid[1]],
             pass_.symmetric,
+        )
+        if own is None:
+            return SweepText(*common)
+        width = max(self.widths[o] for o in owned)
+        return OwnerSweepText(
+            *common,
+            own_length=("m, block_m", "n, block_n")[own],
+            width="D" if width == self.widths[self.host.anchor] else str(width),
+            workspaces=_owner_workspaces(kernels[0], own, *common[-3:-1]),
+            owned=sorted(f"d_{o}" for o in owned),
         )
 
     def _accumulators(self, pass_: Pass, kernels: list[KernelText]) -> list[tuple[str, str, str]]:
@@ -266,6 +331,8 @@ class SweepPrinter:
         lines = []
         for p in kernel.partials:
             at, count, length = ("[i:i1]", "tiles", "m") if p.dim else ("[j:j1]", "strips", "n")
+            if isinstance(kernel, OwnerText):
+                count = "owners" if p.dim == kernel.own_dim else "1"
             parts = [f"{n}[: {count} * {length}].view({count}, {length})" for n in p.names]
             targets = [f"{t}{at}" for t in p.targets]
             name = "_add_sums" if p.kind == "sum" else f"_add_{p.kind}"
@@ -306,6 +373,18 @@ class SweepPrinter:
                 )
             )
         return result
+
+
+def _owner_workspaces(kernel: KernelText, own: int, rows: str, cols: str) -> list[tuple[str, str]]:
+    """Partial statistics: of what programs own one value, of the other axis one for each owner."""
+    owner, other = (("block_m", "TILE_M", rows), ("TILE_N", cols))
+    if own == 1:
+        owner, other = (("block_n", "TILE_N", cols), ("TILE_M", rows))
+    block, tile, length = owner
+    shared = f"triton.cdiv(min({tile}, {length}), {block}) * min({', '.join(other)})"
+    panels = isinstance(kernel, OwnerText) and kernel.in_panels
+    alone = f"min({tile}, {length})" if panels else length
+    return [(n, shared if p.dim == own else alone) for p in kernel.partials for n in p.names]
 
 
 def _code(pass_: Pass):  # type: ignore[no-untyped-def]

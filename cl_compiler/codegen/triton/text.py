@@ -88,5 +88,10 @@ class KernelText:
         return bool(self.start)
 
     @property
+    def owns(self) -> bool:
+        """Whether programs own blocks of gradients."""
+        return False
+
+    @property
     def workspaces(self) -> list[str]:
         return [n for p in self.partials for n in p.names] + [g.workspace for g in self.gradients]

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from cl_compiler.codegen.triton.core import CoreTile, core_tiles
+from cl_compiler.codegen.triton.core import CoreTile
+from cl_compiler.codegen.triton.owner import own_dim, owned_operands, shares_statistics
+from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
 from cl_compiler.hardware.graph import hardware_graph
 from cl_compiler.lang.ir import COLS
 from cl_compiler.lang.program import Pass, Program
@@ -125,7 +127,8 @@ class Workload:
             problem = replace(problem, dtype=rounded)
         modes = self.program.modes
         return tuple(
-            core_tiles(problem, precision, p, modes, self.arch) for p in self.program.passes
+            tiles_of_pass(problem, precision, self.program, p, modes, self.arch)
+            for p in self.program.passes
         )
 
     @property
@@ -183,6 +186,9 @@ class Workload:
         found = self._pass_sizes(index, tile)
         core = next(iter(cores.values()))
         rows, cols = _whole(found.rows, core.rows), _whole(found.cols, core.cols)
+        own = own_dim(self.program, pass_)
+        if own is not None:
+            return [("partial statistics", self._owner_bytes(index, own, core, found))]
         element = gradient_bytes(self.request.problem, self.request.precision)
         items = [("a panel of gradients", len(pass_.gradients) * rows * cols * element)]
         items.append(("partial statistics", _partial_bytes(pass_, cores, rows, cols)))
@@ -190,6 +196,27 @@ class Workload:
             longest = max(found.rows, found.cols)  # two bf16 numbers and an fp32 rest
             items.append(("an operand split in bf16", round(8 * longest * max(found.widths))))
         return items
+
+    def _owner_bytes(self, index: int, own: int, core: CoreTile, found: _PassSizes) -> int:
+        """One number of each row (column) that a program owns, and of each other column for each
+        block of them; in one launch unless there are such."""
+        pass_, sizes = self.program.passes[index], (found.rows, found.cols)
+        if not shares_statistics(pass_, own):
+            facts = self.facts.passes[index]
+            rows, cols = tape_of([facts.rows, facts.cols]).bind(self.sizes)({})
+            sizes = rows, cols
+        owners = -(-sizes[own] // (core.rows, core.cols)[own])
+        shared = [pass_.grid.index(r.over) == own for r in pass_.reductions]
+        return 4 * round(sum(owners * sizes[1 - own] if s else sizes[own] for s in shared))
+
+    def _parts(self, index: int) -> int:
+        """How often a pass makes its tiles: gradients too wide for registers are owned in parts."""
+        pass_, core = self.program.passes[index], next(iter(self.cores[index].values()))
+        own = own_dim(self.program, pass_)
+        if own is None:
+            return 1
+        problem, operands = self.request.problem, owned_operands(self.program.plan, pass_, own)
+        return max(-(-problem.operands.get(o, problem.D) // core.part) for o in operands)
 
     @cached_property
     def _rounded(self) -> list[tuple[str, int]]:
@@ -221,9 +248,11 @@ class Workload:
             found = self._pass_sizes(index, tile)
             seconds, moved = self._kernel(index, p, found)
             kernels, traffic = kernels + seconds, traffic + moved
+            owns = own_dim(self.program, pass_) is not None
             for q, width in zip(p.products, found.widths, strict=True):
-                flops += 2 * found.area * width
-                if q.role != "similarity":
+                times = self._parts(index) if q.role == "similarity" else 1
+                flops += 2 * found.area * width * times
+                if q.role != "similarity" and not owns:
                     seconds, moved = self._product(found, q.role, width)
                     products, traffic = products + seconds, traffic + moved
             folds = 3 * len(pass_.reductions) + len(p.products) - len(pass_.similarities)
@@ -247,16 +276,22 @@ class Workload:
     def _kernel(self, index: int, p: PassFacts, found: _PassSizes) -> tuple[float, float]:
         """(seconds, bytes of the device's memory) of making a pass's tiles."""
         machine, core = self.machine, next(iter(self.cores[index].values()))
+        pass_, again = self.program.passes[index], self._parts(index)
+        owns = own_dim(self.program, pass_) is not None
         made = [w for q, w in zip(p.products, found.widths, strict=True) if q.role == "similarity"]
-        times = [found.area * p.work.exps / machine.exp_per_s]
-        times.append(found.area * p.work.passes / machine.pass_per_s)
+        made *= again
+        if owns:  # what is multiplied out in registers is read, too
+            others = zip(p.products, found.widths, strict=True)
+            made += [w for q, w in others if q.role != "similarity"]
+        times = [again * found.area * p.work.exps / machine.exp_per_s]
+        times.append(again * found.area * p.work.passes / machine.pass_per_s)
         times.append(sum(2 * found.area * w / self._rate(w) for w in made))
         near = found.area * sum(made) * self.operand_bytes * (1 / core.rows + 1 / core.cols)
         cache = next((x for x in machine.inner if x.kind == "cache"), None)
         if cache is not None:
             times.append(near / cache.bytes_per_s)
         element = gradient_bytes(self.request.problem, self.request.precision)
-        written = found.area * element * len(self.program.passes[index].gradients)
+        written = 0 if owns else found.area * element * len(pass_.gradients)
         read = found.panels * (found.rows + found.cols) * sum(made) * self.operand_bytes
         times.append((written + read) / machine.device_bytes_per_s)
         return max(times), written + read

@@ -5,13 +5,15 @@ from __future__ import annotations
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.support import obstacle
-from cl_compiler.lang.program import Program, build_program
+from cl_compiler.lang.program import Program, Schedule, build_program, valid_schedules
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
 from tests.zoo_case import Case
 
 SMALL = CoreTile(16, 16, 16, 1, 1)
 """The smallest tile of matrix instructions: samples of tens of rows have whole and ragged ones."""
+RESIDENT = CoreTile(16, 16, 32, 1, 1, 32, resident=True)
+"""The same, as deep as samples are wide."""
 PANEL = Tile(16, 32)
 REAL = Tile(8192, 8192)
 
@@ -23,10 +25,11 @@ def plan_of(
     panel: Tile,
     needs: frozenset[str] | None = None,
     precision: str = "ieee",
+    schedule: Schedule = "spill",
 ) -> tuple[Plan, Program]:
-    """The plan and the program of a case under ``spill``."""
+    """The plan and the program of a case under a schedule."""
     needs = case.needs if needs is None else needs
-    program = build_program(plan_sweeps(case.loss, case.positives, needs), "spill")
+    program = build_program(plan_sweeps(case.loss, case.positives, needs), schedule)
     if any(p.symmetric for p in program.passes):
         panel = Tile(panel.cols, panel.cols)
     plan = Plan(
@@ -37,7 +40,7 @@ def plan_of(
         needs,
         precision,
         MemoryBudget(1 << 30),
-        "spill",
+        schedule,
         panel,
         0,
         (),
@@ -60,13 +63,17 @@ def emit(
     core: CoreTile | None = SMALL,
     needs: frozenset[str] | None = None,
     precision: str = "ieee",
+    schedule: Schedule = "spill",
 ) -> str:
     """The text of the file for one case."""
-    plan, program = plan_of(case, dtype, width, panel, needs, precision)
+    plan, program = plan_of(case, dtype, width, panel, needs, precision, schedule)
     return render_triton(plan, program, "test", arch, core)
 
 
-def is_served(case: Case) -> bool:
+def is_served(case: Case, schedule: Schedule = "spill") -> bool:
     """Whether the back end claims a case."""
-    plan, program = plan_of(case, "float32", 20, PANEL)
+    sweeps = plan_sweeps(case.loss, case.positives, case.needs)
+    if valid_schedules(sweeps)[schedule]:
+        return False
+    plan, program = plan_of(case, "float32", 20, PANEL, schedule=schedule)
     return not obstacle(plan.problem, program)

@@ -19,19 +19,20 @@ from cl_compiler.plan import MemoryBudget, Problem, Request
 from tests.codegen.test_generated import weighted_margin
 
 FOLDER = Path(__file__).parents[3] / "generated" / "triton"
-SAMPLES: dict[str, tuple[LossIR, str]] = {
-    "clip-sm_90": (find("clip"), "h100x1"),
-    "clip-sm_80": (find("clip"), "a100x1"),
-    "siglip-sm_90": (find("siglip"), "h100x1"),
-    "siglip-sm_80": (find("siglip"), "a100x1"),
-    "nt_xent-sm_90": (find("nt_xent"), "h100x1"),
-    "weighted_margin-sm_90": (weighted_margin, "h100x1"),
+SAMPLES: dict[str, tuple[LossIR, str, str]] = {
+    "clip-sm_90": (find("clip"), "h100x1", "auto"),
+    "clip-sm_80": (find("clip"), "a100x1", "auto"),
+    "siglip-sm_90": (find("siglip"), "h100x1", "auto"),
+    "siglip-sm_80": (find("siglip"), "a100x1", "auto"),
+    "nt_xent-sm_90": (find("nt_xent"), "h100x1", "auto"),
+    "weighted_margin-sm_90": (weighted_margin, "h100x1", "auto"),
+    "clip-recompute-sm_90": (find("clip"), "h100x1", "recompute"),
 }
 
 
 def printed(name: str) -> str:
     """What ``compile_loss`` makes of 32,768 pairs of width 768 in bf16, within 2 GiB."""
-    loss, hardware = SAMPLES[name]
+    loss, hardware, schedule = SAMPLES[name]
     needs = {op.name for op in loss.operands} | set(loss.parameters)
     request = Request(
         loss,
@@ -41,6 +42,7 @@ def printed(name: str) -> str:
         "views" if loss.is_single_set else "paired",
         frozenset(needs),
         "bf16",
+        schedule,
     )
     return build_variant(request, request_to_json(request), name).source
 

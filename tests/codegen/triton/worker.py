@@ -19,7 +19,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from cl_compiler.runtime.loader import load_source
-from tests.codegen.triton.emit import emit
+from tests.codegen.triton.emit import RESIDENT, SMALL, emit
 from tests.losses_zoo import cases
 from tests.zoo_case import Sample, sample
 
@@ -46,6 +46,8 @@ def mend_bfloat16() -> None:
             return handle(rounded(source.data), tl.bfloat16)
         if (source.dtype.scalar, target.scalar) == (tl.bfloat16, tl.float32):
             return handle(widened(source.data), tl.float32)
+        if (source.dtype.scalar, target.scalar) == (tl.float16, tl.bfloat16):
+            return handle(rounded(source.data), tl.bfloat16)
         return cast(self, source, target)
 
     def widening_dot(self: Any, a: Any, b: Any, total: Any, precision: Any, most: Any) -> Any:
@@ -103,6 +105,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         width=request["d"],
         arch=request["arch"],
         precision=request.get("precision", "ieee"),
+        schedule=request.get("schedule", "spill"),
+        core=RESIDENT if request.get("resident") else SMALL,
     )
     module = load_source(source, "interpreted")
     tripped = [False]
