@@ -43,6 +43,9 @@ COMMANDS = {
     "doctor": _Entry(
         "cl_compiler.cli.doctor:doctor", "Say what was found, what is missing, what would help."
     ),
+    "simulate": _Entry(
+        "cl_compiler.cli.simulate:simulate", "Run a loss on a cluster that need not exist."
+    ),
     "tune": _Entry("cl_compiler.cli.tune:tune", "Measure a few plans here, keep the fastest."),
     "calibrate": _Entry("cl_compiler.cli.calibrate:calibrate", "Measure this machine's rates."),
     "cache": _Entry("cl_compiler.cli.cache:app", "List, verify, prune or clear generated code."),

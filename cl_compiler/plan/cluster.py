@@ -36,6 +36,7 @@ from cl_compiler.plan.space import at, sizes_of
 from cl_compiler.plan.types import ClusterPlan, Plan, Problem, Request, Tile
 from cl_compiler.units import format_bytes
 
+PRODUCTS = "matrix products"
 PARTS = 8
 """Chunks of a shard where memory allows: an eighth bounds what is on its way to an eighth."""
 LEAST_CHUNK = 512
@@ -333,12 +334,13 @@ def hiding_rows(
 ) -> int:
     """Rows per rank from which on products hide the exchange; 0 where there is none.
 
-    A step's products take a·b² seconds, its message latency_s + b·linear: b* is the larger
-    root of their difference.
+    A step's matrix products take a·b² seconds, its message latency_s + b·linear: b* is the
+    larger root of their difference.  Whatever else a step does hides more.
     """
     if ranks == 1 or not math.isfinite(bytes_per_s):
         return 0
-    a = plan.seconds / (problem.M * problem.N)
+    products_s = dict(plan.seconds_by_part).get(PRODUCTS, plan.seconds)
+    a = products_s / (problem.M * problem.N)
     linear = sent_bytes / (ranks - 1) / max(problem.M, problem.N) / bytes_per_s
     root = (linear + math.sqrt(linear * linear + 4 * a * latency_s)) / (2 * a)
     return math.ceil(root)

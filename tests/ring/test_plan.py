@@ -145,8 +145,8 @@ def test_the_batch_that_hides_communication_is_the_formulas_root():
     rate, latency = 2e9, 50e-6
     found = hiding_rows(plan, problem, sent, 4, rate, latency)
     b = sp.Symbol("b", positive=True)
-    linear = sent / 3 / problem.M / rate
-    roots = sp.solve(plan.seconds / (problem.M * problem.N) * b**2 - linear * b - latency, b)
+    products = dict(plan.seconds_by_part)["matrix products"] / (problem.M * problem.N) * b**2
+    roots = sp.solve(products - sent / 3 / problem.M / rate * b - latency, b)
     assert abs(found - max(roots)) <= 1
 
 
