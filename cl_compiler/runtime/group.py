@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, Literal
 
@@ -91,9 +92,10 @@ class RankGroup:
         self.calls = 0
         self._failed = ""
         self._store = PrefixStore("cl_compiler", self.group.get_group_store())
-        self._watch = Watch(
-            self._store, self.rank, self.world_size, lambda: break_up(self.group, self.backend)
-        )
+        # The thread holds the group, not this object: who forgets to close it leaves no thread.
+        taken_down = partial(break_up, self.group, self.backend)
+        self._watch = Watch(self._store, self.rank, self.world_size, taken_down)
+        weakref.finalize(self, self._watch.close).atexit = False
 
     @property
     def scales(self) -> tuple[float, float]:

@@ -71,6 +71,8 @@ class Watch:
 
     def close(self) -> None:
         """End the thread."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         _alive.discard(self)
         if self._thread.is_alive() and self._thread is not threading.current_thread():

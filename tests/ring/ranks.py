@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,7 +159,13 @@ def disagreements(rank: int) -> dict[str, tuple[str, float]]:
 
 
 def again_and_again(rank: int, cycles: int) -> tuple[list[int], list[int]]:
-    """Make a group and take it down: (descriptors, threads) after each cycle."""
+    """Make a group and take it down, or forget it: (descriptors, threads) after each cycle."""
+    forgotten = compiled()
+    watched = weakref.ref(forgotten.ranks)
+    del forgotten
+    gc.collect()
+    assert watched() is None
+    assert "cl_compiler watch" not in {thread.name for thread in threading.enumerate()}
     descriptors, threads = [], []
     x, y = shards(rank)
     for _ in range(cycles):
