@@ -1,7 +1,7 @@
 """Fine-tune a text encoder at a batch that its memory limit refuses without caching.
 
-    python examples/finetune_cached.py                       # a small random transformer
-    python examples/finetune_cached.py --model PATH          # a SentenceTransformer, if installed
+    python -m examples.finetune_cached                # a small random transformer
+    python -m examples.finetune_cached --model PATH   # a SentenceTransformer, if installed
 
 The training loop is that of sentence-transformers: tokenised columns go into the loss, its backward
 leaves the gradients.  About two minutes on two cores.
@@ -66,9 +66,9 @@ def recall(model: Any, pairs: Any) -> float:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--mini-batch", type=int, default=32)
-    parser.add_argument("--limit", default="128MiB", help="of live tensors beyond model and batch")
+    parser.add_argument("--limit", default="96MiB", help="of live tensors beyond model and batch")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--max-files", type=int, help="of each package; default: all")
     parser.add_argument("--model", help="a SentenceTransformer's name or path")
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             value = cached(columns(step))
             value.backward()
             optimizer.step()
-            losses.append(float(value))
+            losses.append(value.item())
             print(f"step {step + 1}: loss {losses[-1]:.3f}, peak {format_bytes(live.peak_bytes)}")
     after = recall(model, test)
     draw({"without caching": refused, "cached": live}, limit, given.out)

@@ -1,6 +1,6 @@
 """Train two towers with open_clip's loss, in chunks that the planner finds for a memory budget.
 
-    python examples/two_towers.py
+    python -m examples.two_towers
 
 A transformer reads descriptions, a bag of words reads code; the logit scale is learned and clamped
 as in CLIP.  The budget is kept by force.  About two minutes on two cores.
@@ -49,8 +49,8 @@ class CodeTower(nn.Module):
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--budget", default="128MiB", help="of live tensors beyond model and batch")
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--budget", default="64MiB", help="of live tensors beyond model and batch")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--max-files", type=int, help="of each package; default: all")
     parser.add_argument("--out", type=Path, default=Path("two-towers.svg"))
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             optimizer.zero_grad()
             value = step(texts, codes, logit_scale=log_scale.exp().clamp(max=100.0))
             optimizer.step()
-            losses.append(float(value))
+            losses.append(value.item())
             if number == 0 and step.plan is not None:
                 print(step.plan.explain())
             print(f"step {number + 1}: loss {losses[-1]:.3f}, scale {log_scale.exp():.1f}")

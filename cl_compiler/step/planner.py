@@ -17,13 +17,14 @@ from torch import Tensor
 
 from cl_compiler.errors import ArgumentError, BudgetError
 from cl_compiler.plan.types import MemoryBudget
+from cl_compiler.step.out_of_memory import blame, blamed_encoder
 from cl_compiler.step.probe import ChunkCost, LossCost, probe_chunk, probe_loss
 from cl_compiler.step.towers import Call, Encoder, Job, Tower, call_by_structure
 from cl_compiler.units import format_bytes, format_seconds
 
 __all__ = ["EncoderPlan", "StepPlan", "plan_jobs", "plan_step"]
 
-_PROBES = 6
+_PROBES = 8
 """Chunks that are measured per encoder in search of the largest that fits, at most."""
 _FULL = 0.92
 """A chunk that takes this share of what it may take is not made larger."""
@@ -307,11 +308,11 @@ def _largest_that_fits(
         stages = _stages(with_it, 0)
         return max(size for name, size in stages.items() if name.startswith(what)) / budget_bytes
 
-    known = _search(encoders[number].chunk, job, share)
+    known = _search(encoders[number].chunk, job, share, budget_bytes)
     largest = max(size for size, cost in known.items() if share(cost) <= 1)
     total = encoders[number].samples
     sizes = {_without_a_single(max(_least(job), largest // part), total) for part in _TIMED}
-    timed = [probe_chunk(job, size, repeats=2) for size in sorted(sizes)]
+    timed = [probe_chunk(job, size, repeats=2, limit_bytes=budget_bytes) for size in sorted(sizes)]
     fits = [cost for cost in timed if share(cost) <= 1] or [known[largest]]
     best = min(fits, key=lambda cost: cost.seconds_per_sample)
     return replace(encoders[number], chunk=best, largest=max(cost.samples for cost in fits))
@@ -325,33 +326,54 @@ def _without_a_single(size: int, total: int) -> int:
 
 
 def _search(
-    smallest: ChunkCost, job: Job, share: Callable[[ChunkCost], float]
+    smallest: ChunkCost, job: Job, share: Callable[[ChunkCost], float], budget_bytes: int
 ) -> dict[int, ChunkCost]:
-    """Measured chunks, in search of the largest that fits.
+    """Measured chunks, in search of the largest that fits; none is known to exceed the budget.
 
-    A peak is the largest of several that each grow linearly: convex in the size.  Between a size
-    that fits and one that does not, the straight line lies above it, so what it allows fits.
+    A peak is the largest of several that grow linearly from something that is not negative: n times
+    the samples take at most n times the bytes, and chunks for which that fits may be measured.
     """
     known = {smallest.samples: smallest}
-    low, high = smallest.samples, None
-    size = min(job.samples, 8 * low)
+    low, high = smallest.samples, job.samples + 1
     for _ in range(_PROBES):
-        if size in known:
+        size = _furthest(known[low], low, high - 1, share)
+        if size <= low:  # nothing larger is sure to fit
             break
-        known[size] = probe_chunk(job, size)
-        if share(known[size]) > 1:
+        try:
+            with blame(job.tower.number):
+                cost = probe_chunk(job, size, limit_bytes=budget_bytes)
+        except (RuntimeError, MemoryError) as error:
+            if blamed_encoder(error) is None:
+                raise
+            high = size
+            continue
+        known[size] = cost
+        if share(cost) > 1:
             high = size
         else:
-            low = max(low, size)
-            if low == job.samples or share(known[low]) > _FULL:
-                break
-        left = max((s for s in known if s < low), default=None) if high is None else low
-        right = low if high is None else high
-        if left is None:
-            size = min(job.samples, 2 * low)
-            continue
-        slope = (share(known[right]) - share(known[left])) / (right - left)
-        reach = left + (1 - share(known[left])) / slope if slope > 0 else math.inf
-        size = int(min(reach, 8 * low, job.samples, math.inf if high is None else high - 1))
-        size = max(size, low)
+            low = size
+        if low == job.samples or share(known[low]) > _FULL:
+            break
     return known
+
+
+def _furthest(cost: ChunkCost, low: int, high: int, share: Callable[[ChunkCost], float]) -> int:
+    """The largest size up to ``high`` that fits if bytes grow no faster than samples."""
+
+    def fits(size: int) -> bool:
+        factor = size / cost.samples
+        larger = replace(
+            cost,
+            samples=size,
+            forward_bytes=math.ceil(factor * cost.forward_bytes),
+            training_bytes=math.ceil(factor * cost.training_bytes),
+            first_bytes=math.ceil(factor * cost.first_bytes),
+        )
+        return share(larger) <= 1
+
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,11 +1,11 @@
 """Measure an encoder on a part of its input, and a loss on made-up embeddings; leave no trace.
 
-Bytes are those of live tensors beyond what exists already (``LiveBytes``); gradients of parameters
-are in place while a backward is measured, as in every chunk but a step's first.
+Bytes are those of live tensors beyond what exists already (``LiveBytes``).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,13 +80,17 @@ class LossCost:
     seconds: float
 
 
-def probe_chunk(job: Job, samples: int, *, repeats: int = 1) -> ChunkCost:
+def probe_chunk(
+    job: Job, samples: int, *, repeats: int = 1, limit_bytes: float = math.inf
+) -> ChunkCost:
     """Encode the first samples of a job's input, without and with a graph.
 
     Args:
         job: an encoder and its input.
         samples: how many.
         repeats: the fastest of so many is the time.
+        limit_bytes: where the parameters' gradients do not fit beside the chunk's graph, they are
+            not put there: training_bytes is then first_bytes, which is no less.
     """
     chunk = cut(job.value, 0, samples)
     with _undisturbed(job) as trained:
@@ -99,7 +103,7 @@ def probe_chunk(job: Job, samples: int, *, repeats: int = 1) -> ChunkCost:
         del part
         with torch.no_grad():
             forward_s = _fastest(lambda: job.tower.encode(chunk), repeats, job)
-        training_bytes, first_bytes, training_s = 0, 0, 0.0
+        first_bytes, training_bytes, training_s = 0, 0, 0.0
         if job.trains:
 
             def train() -> None:
@@ -107,16 +111,22 @@ def probe_chunk(job: Job, samples: int, *, repeats: int = 1) -> ChunkCost:
                 if part.requires_grad:
                     torch.autograd.backward(part, gradient)
 
+            def train_first() -> None:
+                for parameter in trained:
+                    parameter.grad = None
+                train()
+
             with torch.enable_grad():
                 with LiveBytes() as live:
                     train()
-                training_bytes = live.peak_bytes
-                training_s = _fastest(train, repeats, job)
-                for parameter in trained:
-                    parameter.grad = None
-                with LiveBytes() as live:
-                    train()
-                first_bytes = live.peak_bytes
+                first_bytes = training_bytes = live.peak_bytes
+                gradients = sum(p.numel() * p.element_size() for p in trained)
+                fits = gradients + first_bytes <= limit_bytes
+                if fits:
+                    with LiveBytes() as live:
+                        train()
+                    training_bytes = live.peak_bytes
+                training_s = _fastest(train if fits else train_first, repeats, job)
     return ChunkCost(
         samples, forward_bytes, training_bytes, first_bytes, forward_s, training_s, shape
     )
@@ -248,7 +258,7 @@ def _synchronise(devices: Iterable[torch.device]) -> None:
 
 @contextmanager
 def _undisturbed(job: Job) -> Iterator[list[Tensor]]:
-    """What trains, with gradients of zero; afterwards all is as before, buffers and draws too."""
+    """What trains, without gradients; afterwards all is as before, buffers and draws too."""
     modules = job.tower.modules
     found: dict[int, Tensor] = {id(t): t for t in _trained([job.value])}
     found |= {id(p): p for part in parts_of(modules) for p in part.parameters(recurse=False)}
@@ -256,7 +266,7 @@ def _undisturbed(job: Job) -> Iterator[list[Tensor]]:
     before = RandomState.now(job.devices)
     buffers = Buffers(modules)
     for parameter, _ in kept:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = None
     forget_casts()
     try:
         with without_reduction(reducers_of(modules)):

@@ -95,6 +95,24 @@ def test_no_last_chunk_of_one_sample():
     ]
 
 
+@pytest.mark.parametrize("budget", ["2MiB", "1200KiB"])
+def test_planning_itself_holds_the_budget(budget):
+    """It may be all that the device has."""
+    a, b = encoder(0, 96, 5), encoder(1, 48, 3)
+    loss_fn = compile_loss("auto", "600KiB")
+    values = (batch(2), batch(3))
+    loss_fn(*(v.clone().requires_grad_() for v in values), logit_scale=1.0).backward()
+    with LiveBytes() as live:
+        plan = plan_step([a, b], values, loss_fn, budget)
+    assert live.peak_bytes <= plan.budget_bytes
+
+
+def test_memory_that_runs_out_while_planning_is_a_lesson():
+    a = Short(encoder(0, 48, 2), 100, "graph")
+    plan = plan_step([a, a], (batch(2), batch(3)), compile_loss("auto", "600KiB"), "1GiB")
+    assert max(plan.chunk_sizes) <= 100
+
+
 def test_planning_leaves_no_trace():
     a = nn.Sequential(encoder(0, 32, 1), nn.BatchNorm1d(DIM), nn.Dropout(0.5))
     b = encoder(1, 32, 1)
