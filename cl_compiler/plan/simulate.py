@@ -90,11 +90,16 @@ def links_of(spec: HardwareSpec, ranks: int) -> Links:
 
 @dataclass
 class Clock:
-    """Every rank's time, and when its links are free; ``speed``: of each rank, 1 as planned."""
+    """Every rank's time, and when its links are free.
+
+    ``speed``: of each rank, 1 as planned.  ``join_s_per_byte``: to start a travelling gradient and
+    join what came from other ranks, four passes over it.
+    """
 
     links: Links
     speed: Vector
     drawn: int = 0
+    join_s_per_byte: float = 0.0
     now: Vector = field(init=False)
     compute_s: Vector = field(init=False)
     waiting_s: Vector = field(init=False)
@@ -188,7 +193,13 @@ def simulate(
     cluster = plan.cluster
     assert cluster is not None
     ranks = cluster.group_size
-    clock = Clock(links_of(spec, ranks), np.asarray(speeds or [1.0] * ranks), drawn_ranks)
+    bandwidth = spec.device_level.bandwidth_bytes_per_s
+    clock = Clock(
+        links_of(spec, ranks),
+        np.asarray(speeds or [1.0] * ranks),
+        drawn_ranks,
+        4.0 / bandwidth if bandwidth else 0.0,
+    )
     return run(
         clock,
         cluster.schedule,
@@ -247,11 +258,13 @@ def _around(clock: Clock, seconds: float, sent: float, back: float) -> None:
         if back and step:
             if arriving is not None:
                 clock.wait(arriving)
+            clock.compute(back * clock.join_s_per_byte)
             arriving = clock.exchange(back, "gradient")
         if posted is not None:
             clock.wait(posted)
     if arriving is not None:
         clock.wait(arriving)
+        clock.compute(back * clock.join_s_per_byte)
 
 
 def _gathered(
@@ -268,6 +281,7 @@ def _gathered(
         if back:
             if swapped is not None:
                 clock.wait(swapped)
+            clock.compute(back * count * ranks * clock.join_s_per_byte)
             swapped = clock.together(_collective_s(clock, back * count))
     if swapped is not None:
         clock.wait(swapped)
