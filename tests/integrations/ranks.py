@@ -17,11 +17,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
+from cl_compiler.integrations.gradcache import GradCache
 from cl_compiler.integrations.inf_cl import cal_inf_loss
 from cl_compiler.integrations.lightly import DCLLoss, NTXentLoss
 from cl_compiler.integrations.open_clip import ClipLoss, SigLipLoss
 from cl_compiler.integrations.ranks import shards_of
-from cl_compiler.integrations.sentence_transformers import MultipleNegativesRankingLoss
+from cl_compiler.integrations.sentence_transformers import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from tests.integrations.compare import TextModel, texts
+from tests.step.encoders import assert_same, batch, contrast, gradients, tower
+from tests.step.ranks import counted, local
 
 WORLD, DIM = 2, 6
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -160,6 +167,24 @@ def peers_gradients(rank: int) -> None:
         torch.testing.assert_close(factor * one, other, rtol=1e-10, atol=1e-12, msg=name)
 
 
+def cached_steps_reduce_once(rank: int) -> None:
+    """Under DistributedDataParallel: the ranks' mean, one reduction with the last chunk."""
+    a, b, x, y = tower(0), tower(1), batch(2 + rank), batch(4 + rank)
+    want = local(a, b, loss=lambda: contrast(a(x), b(y)))
+    (wrapped_a, in_a), (wrapped_b, in_b) = counted(a), counted(b)
+    GradCache([wrapped_a, wrapped_b], [4, 3], contrast)(x, y)
+    assert_same(gradients(a, b), want)
+    assert (len(in_a), len(in_b)) == (1, 1), (in_a, in_b)
+
+    model, given = TextModel(0), [texts(8, seed=2 * rank + n) for n in range(2)]
+    plain = MultipleNegativesRankingLoss(model)
+    want = local(model, loss=lambda: plain([dict(features) for features in given], None))
+    wrapped, buckets = counted(model)
+    CachedMultipleNegativesRankingLoss(wrapped, mini_batch_size=3)(given, None).backward()
+    assert_same(gradients(model), want)
+    assert len(buckets) == 1, buckets
+
+
 def main(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -175,6 +200,7 @@ def main(rank: int, rendezvous: str) -> None:
             check(name, ours, dense, lengths, rank)
     torch.manual_seed(3)
     peers_gradients(rank)
+    cached_steps_reduce_once(rank)
     print("done")
     dist.destroy_process_group()
 

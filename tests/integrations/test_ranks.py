@@ -14,6 +14,7 @@ SECONDS = 120
 def test_gradients_averaged_over_ranks_are_those_of_the_whole_batch(tmp_path):
     """Pains 1 and 3: no factor of the world size, and shards of unequal length.  See ``ranks.py``.
 
+    Pain 4: cached steps under DistributedDataParallel reduce once.
     Pain 6: the positives of rank 1 are its own columns, not the first ones.
     """
     command = [sys.executable, "-m", "tests.integrations.ranks"]
