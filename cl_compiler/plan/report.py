@@ -32,8 +32,12 @@ def _summary(plan: Plan) -> list[str]:
     kept = f", {plan.kept_tiles} kept for the backward" if plan.kept_tiles else ""
     needs = ", ".join(sorted(plan.needs)) or "none"
     share = plan.peak_bytes / plan.budget.device_bytes
+    share_of_ranks = "" if plan.cluster is None else " on each rank"
     rows = [
-        ("problem", f"M={p.M} N={p.N} D={p.D} {p.dtype}, positives: {plan.positives}"),
+        (
+            "problem",
+            f"M={p.M} N={p.N} D={p.D} {p.dtype}{share_of_ranks}, positives: {plan.positives}",
+        ),
         ("gradients", needs),
         ("schedule", f"{plan.schedule}: tiles of {plan.tile}{kept}; products in {plan.precision}"),
         (

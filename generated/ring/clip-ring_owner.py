@@ -3,7 +3,7 @@
 # loss      clip(logit_scale); positives: paired
 # hardware  xeon-amx-2c-1x8   float32 in, ieee products, fp32 accumulate
 # problem   up to M=8192 N=8192 D=512; gradients: logit_scale, x, y
-# schedule  ring_owner, shards in chunks of 1024 rows
+# schedule  ring_owner; M, N of each rank; chunks of 1024 rows travel
 # tiles     device 512x1024   l3 512x1024   l2 512x848   core 64x64
 # memory    predicted peak 40.2 MiB of 256.0 MiB
 """clip on a group of ranks, in tiles; the similarity matrix never exists.
@@ -492,9 +492,12 @@ def forward(ring, x, y, logit_scale):
         for _, shard, parts in _shards(ring, COLS, (y,), folds):
             _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, s0)
         del shard, parts
-        if not ring.agrees(
-            _in_range(row_lse_shift, row_lse_sum, all_cols)
-            and _in_range(row_lse_shift, col_lse_sum, all_rows)
+        if not (
+            row_lse_shift == 0
+            or ring.agrees(
+                _in_range(row_lse_shift, row_lse_sum, all_cols)
+                and _in_range(row_lse_shift, col_lse_sum, all_rows)
+            )
         ):
             row_lse_shift = None
     if row_lse_shift is not None:

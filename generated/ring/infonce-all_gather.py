@@ -3,7 +3,7 @@
 # loss      infonce(logit_scale); positives: paired
 # hardware  xeon-amx-2c-1x8   float32 in, ieee products, fp32 accumulate
 # problem   up to M=8192 N=8192 D=512; gradients: logit_scale, x, y
-# schedule  all_gather, shards in chunks of 1024 rows
+# schedule  all_gather; M, N of each rank; chunks of 1024 rows travel
 # tiles     device 768x1024   l3 768x1024   l2 656x656   core 64x64
 # memory    predicted peak 115.1 MiB of 256.0 MiB
 """infonce on a group of ranks, in tiles; the similarity matrix never exists.
@@ -404,7 +404,7 @@ def forward(ring, x, y, logit_scale):
         for _, shard, _ in _shards(ring, COLS, (y,)):
             _forward_sweep_bounded(x, shard, row_lse_sum, logit_scale, s0)
         del shard
-        if not ring.agrees(_in_range(row_lse_shift, row_lse_sum, all_cols)):
+        if not (row_lse_shift == 0 or ring.agrees(_in_range(row_lse_shift, row_lse_sum, all_cols))):
             row_lse_shift = None
     if row_lse_shift is not None:
         row_lse = torch.log(row_lse_sum) + row_lse_shift

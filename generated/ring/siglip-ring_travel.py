@@ -3,7 +3,7 @@
 # loss      siglip(logit_scale, logit_bias); positives: paired
 # hardware  xeon-amx-2c-1x8   float32 in, ieee products, fp32 accumulate
 # problem   up to M=8192 N=8192 D=512; gradients: logit_bias, logit_scale, x, y
-# schedule  ring_travel, shards in chunks of 1024 rows
+# schedule  ring_travel; M, N of each rank; chunks of 1024 rows travel
 # tiles     device 512x1024   l3 512x1024   l2 512x848   core 64x64
 # memory    predicted peak 46.1 MiB of 256.0 MiB
 """siglip on a group of ranks, in tiles; the similarity matrix never exists.

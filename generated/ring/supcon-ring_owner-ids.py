@@ -3,7 +3,7 @@
 # loss      supcon(logit_scale); positives: ids
 # hardware  xeon-amx-2c-1x8   float32 in, ieee products, fp32 accumulate
 # problem   up to M=8192 N=8192 D=512; gradients: logit_scale, z
-# schedule  ring_owner, shards in chunks of 1024 rows
+# schedule  ring_owner; M, N of each rank; chunks of 1024 rows travel
 # tiles     device 512x768   l3 512x768   l2 512x384   core 64x64
 # memory    predicted peak 25.1 MiB of 256.0 MiB
 """supcon on a group of ranks, in tiles; the similarity matrix never exists.
@@ -408,7 +408,7 @@ def forward(ring, z, logit_scale, ids):
                 z, shard, row_lse_sum, row_sum, row_count, first, logit_scale, s0, ids
             )
         del shard
-        if not ring.agrees(_in_range(row_lse_shift, row_lse_sum, all_cols)):
+        if not (row_lse_shift == 0 or ring.agrees(_in_range(row_lse_shift, row_lse_sum, all_cols))):
             row_lse_shift = None
     if row_lse_shift is not None:
         row_lse = torch.log(row_lse_sum) + row_lse_shift

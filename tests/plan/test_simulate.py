@@ -93,11 +93,11 @@ def test_hops_of_two_levels():
 
 
 def test_a_thousand_ranks_take_seconds():
-    began = time.perf_counter()
+    began = time.process_time()
     asked = request("h100-128x8", 4096, "ring_owner")
     plan, program = planned(asked)
     found = simulate(plan, program, asked.hardware)
-    assert time.perf_counter() - began < 10.0
+    assert time.process_time() - began < 10.0
     assert found.seconds >= found.compute_s > 0
     assert found.bound_by == "products"
 

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 SECONDS = 60.0
@@ -46,12 +48,10 @@ def launch(
     *args: Any,
     seconds: float = SECONDS,
     store: str = "file",
-    victim: int | None = None,
 ) -> list[Outcome]:
-    """Every rank's outcome.
+    """Every rank's outcome.  ``store``: ranks meet in a file, or in a server of rank 0 ("tcp").
 
-    ``store``: ranks meet in a file, or in a server of rank 0 ("tcp").  ``victim``: a rank that
-    nobody waits for once the others are back.
+    A rank that is stopped is not waited for once the others are back.
     """
     with tempfile.TemporaryDirectory() as folder:
         where = f"file://{folder}/rendezvous"
@@ -76,8 +76,11 @@ def launch(
         open_ends: dict[Connection, int] = {end: rank for rank, (end, _) in enumerate(ends)}
         limit = time.monotonic() + seconds
         try:
-            while set(open_ends.values()) - {victim} and (left := limit - time.monotonic()) > 0:
-                for end in wait(list(open_ends), timeout=left):
+            while (
+                any(_is_running(ranks[r]) for r in open_ends.values())
+                and (left := limit - time.monotonic()) > 0
+            ):
+                for end in wait(list(open_ends), timeout=min(left, 0.5)):
                     assert isinstance(end, Connection)
                     rank = open_ends.pop(end)
                     with contextlib.suppress(EOFError):
@@ -88,6 +91,14 @@ def launch(
             for rank in ranks:
                 rank.join(10.0)
         return outcomes
+
+
+def _is_running(rank: BaseProcess) -> bool:
+    """Not over, nor stopped."""
+    try:
+        return Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
+    except OSError:
+        return False
 
 
 def _run(

