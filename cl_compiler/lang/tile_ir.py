@@ -62,14 +62,15 @@ class Compute:
 class Diagonal:
     """``value`` is ``base`` with the elements on a special diagonal replaced.
 
-    how: "negate", "fill" (expr is a number), "set" (expr over ``reads``), "add" (a row vector).
+    how: "negate", "fill" (expr is a number), "set" (expr over ``reads``), "add" (a row vector),
+    "take" (into a row vector, 0 is left; only a back end says so).
     where: "self" (offset 0) or "positive".
     """
 
     value: int
     base: int
     where: Literal["self", "positive"]
-    how: Literal["negate", "fill", "set", "add"]
+    how: Literal["negate", "fill", "set", "add", "take"]
     expr: sp.Expr
     reads: tuple[tuple[sp.Symbol, Ref], ...] = ()
     is_mask: bool = False

@@ -13,7 +13,8 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
 from cl_compiler.codegen.triton.core import CoreTile, column_sums, has_descriptors
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
-from cl_compiler.codegen.triton.sweeps import StageText, SweepPrinter
+from cl_compiler.codegen.triton.sweep_text import PanelSweepText, StageText
+from cl_compiler.codegen.triton.sweeps import SweepPrinter
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.sweeps import SweepPlan
@@ -59,7 +60,7 @@ def build_triton_context(
     plan: Plan, program: Program, arch: str, core: CoreTile | None = None
 ) -> dict[str, Any]:
     """Everything that the templates read; ``core``: a tile for all kernels, else one for each."""
-    if program.fused and "bounded" in program.modes:
+    if program.fused and "bounded" in program.modes and program.schedule != "panel":
         # A guard is known when the gradients are formed already: the safe kernel alone, then.
         program = replace(program, modes=("running",))
     common = build_context(plan, program)
@@ -95,6 +96,7 @@ def build_triton_context(
     kernels = [k for s in sweeps for k in s.kernels]
     lines += [t for k in kernels for t in (*k.body, *k.start, *k.finish)]
     lines += _strings(own)
+    lines += [t for s in sweeps if isinstance(s, PanelSweepText) for t in s.statements]
     unsure = {message for message, _ in common["required"]}
     tile = _panel(plan, [k.tile for k in kernels], any(s.symmetric for s in sweeps))
     return {
@@ -209,10 +211,12 @@ def _as_tensor(text: str, expr: sp.Expr, name: str, plan: SweepPlan, printer: Sw
 
 def _late(plan: SweepPlan, printer: SweepPrinter) -> list[LateText]:
     result = []
-    for sim in plan.late_positives:
+    for sim in (*plan.late_positives, *printer.positives):
         leaf = plan.leaves[sim]
         assert plan.gradient is not None and leaf.left is not None and leaf.right is not None
         text = printer.host.vectors().text(plan.gradient.positives[sim])
+        if sim in printer.positives:
+            text = f"{printer.positives[sim]} + {text}".replace("+ -", "- ")
         for side, view in (("left", leaf.left), ("right", leaf.right)):
             if view.operand not in plan.needs or view.stop:
                 continue

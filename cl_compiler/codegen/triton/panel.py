@@ -32,8 +32,13 @@ def sides(workload: Workload, length: int) -> list[int]:
 
 
 def panels(workload: Workload) -> Iterator[Tile]:
-    """Every panel that is considered; square ones where half of them are visited."""
+    """Every panel that is considered: square ones where half of them are visited, whole rows where
+    they are multiplied out as soon as they are made."""
     problem = workload.request.problem
+    if workload.has_whole_rows:
+        longest = _whole(workload.longest_row)
+        yield from (Tile(side, longest) for side in sides(workload, problem.M))
+        return
     if workload.is_symmetric:
         yield from (Tile(side, side) for side in sides(workload, max(problem.M, problem.N)))
         return
@@ -135,6 +140,8 @@ def _neighbours(workload: Workload, chosen: Tile, timing: Timing) -> Iterator[Ca
     if workload.is_symmetric:
         around = [(rows // 2, cols // 2), (rows * 2, cols * 2)]
     most = Tile(_whole(problem.M), _whole(problem.N))
+    if workload.has_whole_rows:
+        around, most = around[:2], Tile(most.rows, cols)
     for sizes in around:
         tile = Tile(min(_whole(sizes[0]), most.rows), min(_whole(sizes[1]), most.cols))
         if tile == chosen or 0 in sizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cl_compiler.codegen.triton.row_panels import obstacle_of_panels
 from cl_compiler.lang.program import Program
 from cl_compiler.plan.types import Problem
 
@@ -10,8 +11,8 @@ def obstacle(problem: Problem, program: Program) -> str:
     """Why this plan cannot run as Triton kernels; "" where it can."""
     if problem.dtype == "float64":
         return "float64 has no tensor cores; the torch template runs it on any device"
-    if program.schedule not in ("spill", "recompute"):
-        return f"schedule {program.schedule!r} has no Triton template; use 'spill' or 'recompute'"
+    if program.schedule not in ("spill", "recompute", "panel"):
+        return f"schedule {program.schedule!r} has no Triton template; use 'spill'"
     if any(p.is_slots for p in program.passes):
         return "slots (a row's own candidates) have no Triton template yet"
-    return ""
+    return obstacle_of_panels(program) if program.schedule == "panel" else ""

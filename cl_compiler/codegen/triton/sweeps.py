@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import LENGTH, operand_scale, shift_owner
@@ -16,7 +15,16 @@ from cl_compiler.codegen.triton.owner import (
     own_dim,
     owned_operands,
 )
-from cl_compiler.codegen.triton.text import KernelText, Partial, low_of
+from cl_compiler.codegen.triton.panel_sweeps import panel_sweep
+from cl_compiler.codegen.triton.row_panels import lse_of
+from cl_compiler.codegen.triton.sweep_text import (
+    OwnerSweepText,
+    ProductText,
+    StageText,
+    SweepCall,
+    SweepText,
+)
+from cl_compiler.codegen.triton.text import KernelText, identifiers, low_of
 from cl_compiler.codegen.triton.vectors import DeviceStages
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.lower import shift_of
@@ -26,125 +34,6 @@ from cl_compiler.lang.tile_ir import GradientTile, Mode
 from cl_compiler.plan.precision import SPLIT
 
 TilesOf = Callable[[Pass, Sequence[Mode]], Mapping[Mode, CoreTile]]
-
-
-@dataclass
-class ProductText:
-    """``_add_product(total, left, right)``: a gradient tile into an operand's gradient."""
-
-    total: str
-    left: str
-    right: str
-    scale: str
-    mirrored: bool
-
-
-@dataclass
-class SweepText:
-    """The host function that launches the kernels of one pass, panel by panel."""
-
-    name: str
-    kernels: list[KernelText]
-    params: list[str]
-    accumulators: list[tuple[str, str, str]]
-    """(identifier, axis length, initial value)."""
-    folds: list[str]
-    """Statements after a launch."""
-    row_length: str
-    col_length: str
-    symmetric: bool
-
-    @property
-    def doc(self) -> str:
-        which = "a kernel, by ``unsafe``," if len(self.kernels) > 1 else "the kernel"
-        half = "the upper panels" if self.symmetric else "panels"
-        return f"Launch {which} on {half} of at most TILE_M by TILE_N."
-
-    @property
-    def tile_name(self) -> str:
-        """The constant whose blocks all kernels of the launcher share."""
-        return self.kernels[0].tile_name
-
-    @property
-    def in_strips(self) -> bool:
-        return any(k.in_strips for k in self.kernels)
-
-    @property
-    def guarded(self) -> bool:
-        return any(k.guarded for k in self.kernels)
-
-    @property
-    def pointers(self) -> list[tuple[str, str]]:
-        return list(dict.fromkeys(p for k in self.kernels for p in k.pointers))
-
-    @property
-    def descriptors(self) -> list[tuple[str, str, str]]:
-        return list(dict.fromkeys(d for k in self.kernels for d in k.descriptors))
-
-    def scalars_of(self, kernel: KernelText) -> str:
-        """The name of a kernel's vector of scalars."""
-        return "scalars" if len(self.kernels) == 1 else f"scalars_{kernel.mode}"
-
-    @property
-    def results(self) -> list[str]:
-        return [a[0] for a in self.accumulators]
-
-    @property
-    def partials(self) -> list[Partial]:
-        return self.kernels[0].partials
-
-    @property
-    def gradients(self) -> list[str]:
-        return [g.workspace for g in self.kernels[0].gradients]
-
-
-@dataclass
-class OwnerSweepText(SweepText):
-    """The same of a pass whose programs own blocks of gradients: one launch, where statistics of
-    the axis that they share do not ask for panels."""
-
-    own_length: str = ""
-    """Rows or columns of a launch, and of a block."""
-    width: str = ""
-    """Of the widest gradient."""
-    workspaces: list[tuple[str, str]] = field(default_factory=list)
-    """(name, elements) of partial statistics."""
-    owned: list[str] = field(default_factory=list)
-
-    @property
-    def doc(self) -> str:
-        what = " and ".join(self.owned)
-        which = "a kernel, by ``unsafe``," if len(self.kernels) > 1 else "the kernel"
-        how = "panel by panel" if self.in_panels else "once"
-        return f"Launch {which} {how}; each program owns a block of {what}."
-
-    @property
-    def first(self) -> OwnerText:
-        kernel = self.kernels[0]
-        assert isinstance(kernel, OwnerText)
-        return kernel
-
-    @property
-    def in_panels(self) -> bool:
-        return self.first.in_panels
-
-    @property
-    def part_descriptors(self) -> list[tuple[str, str, str]]:
-        return list(dict.fromkeys(self.first.part_descriptors))
-
-
-@dataclass
-class SweepCall:
-    """Statements that run a pass: what comes before, the call or two, what comes after."""
-
-    lines: list[str] = field(default_factory=list)
-    sweeps: list[SweepText] = field(default_factory=list)
-
-
-@dataclass
-class StageText:
-    calls: list[SweepCall]
-    vectors: list[str]
 
 
 class SweepPrinter:
@@ -162,6 +51,8 @@ class SweepPrinter:
         columns: Columns,
     ) -> None:
         self.dtype = dtype
+        self.positives: dict[str, str] = {}
+        """Similarity → vector of what a sweep found of its gradient at positives."""
         self.program, self.plan, self.names = program, program.plan, names
         self.tiles_of, self.widths, self.precision = tiles_of, widths, precision
         self.descriptors, self.columns = descriptors, columns
@@ -180,6 +71,8 @@ class SweepPrinter:
     # -- one pass --------------------------------------------------------------------------------
 
     def call(self, pass_: Pass, name: str) -> SweepCall:
+        if pass_.has_barrier:
+            return self._panels(pass_, name)
         modes = self.program.modes
         apart = [(m,) for m in modes] if not pass_.gradients else [modes]  # launchers of their own
         tiles = {m: t for group in apart for m, t in self.tiles_of(pass_, group).items()}
@@ -219,14 +112,42 @@ class SweepPrinter:
         adds = id(pass_) in adding_passes(self.program)
         return OwnerPrinter(*common, own=own, dtype=self.dtype, adds=adds)
 
+    def _panels(self, pass_: Pass, name: str) -> SweepCall:
+        """Panels of whole rows, in one launcher with the products that use them."""
+        owner = lse_of(pass_).name
+        shift, terms = self.names(shift_of(owner).name), self._terms(pass_)
+        bound = next(e for e, o in bounded_logits(self.plan).items() if o == owner)
+        sweep, hoisted = panel_sweep(
+            self.program,
+            pass_,
+            self.host,
+            name,
+            self.tiles_of(pass_, self.program.modes),
+            self.widths,
+            self.precision,
+            self.descriptors,
+            terms,
+        )
+        if sweep.positive:
+            self.positives[pass_.gradients[0]] = sweep.positive
+        lines = [f"{shift} = _shift({self.host.bound(bound)}, {terms})"]
+        for printer in hoisted:
+            lines += self._hoisted(printer)
+        lines.append(f"{', '.join(sweep.results)} = {name}({', '.join(sweep.params)})")
+        return SweepCall(lines, [sweep])
+
+    @staticmethod
+    def _terms(pass_: Pass) -> str:
+        first, second = pass_.grid
+        return f"max({LENGTH[first]}, {LENGTH[second]})"
+
     def _guarded(
         self, call: SweepCall, pass_: Pass, printers: list[KernelPrinter], kernels: list[KernelText]
     ) -> None:
         """The bounded sweep, its guard, and the sweep that runs where the guard tripped."""
         owners = bounded_logits(self.plan)
         here = [r for r in self.program.logsumexps if r in pass_.reductions]
-        first, second = pass_.grid
-        terms = f"max({LENGTH[first]}, {LENGTH[second]})"
+        terms = self._terms(pass_)
         for expr, owner in owners.items():
             if owner in {r.name for r in here}:
                 shift = self.names(shift_of(owner).name)
@@ -285,7 +206,7 @@ class SweepPrinter:
         params.update(dict.fromkeys(["half"] if any(k.halves for k in kernels) else []))
         for k in kernels:
             for _, host in [*k.scalars, *k.numbers, *k.pointers]:
-                params.update(dict.fromkeys(_identifiers(host)))
+                params.update(dict.fromkeys(identifiers(host)))
         params.update(dict.fromkeys(p.scale for p in products if p.scale))
         params.update({"unsafe": None} if kernels[0].guarded else {})
         common = (
@@ -393,10 +314,3 @@ def _code(pass_: Pass):  # type: ignore[no-untyped-def]
 
 def _part(matrix: str, rows: str, view: View) -> str:
     return f"{matrix}[{rows}]" if view.prefix is None else f"{matrix}[{rows}, :{view.prefix}]"
-
-
-def _identifiers(text: str) -> list[str]:
-    import re
-
-    found = re.findall(r"(?<![\w.])[A-Za-z_]\w*", text)
-    return [f for f in found if f not in ("LOG2_E", "torch", "math", "DTYPE", "TIE_TOLERANCE")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from cl_compiler.codegen.triton.core import CoreTile
@@ -25,6 +26,12 @@ class Partial:
 def low_of(workspace: str) -> str:
     """Where the second number of a split gradient tile goes."""
     return f"{workspace}_low"
+
+
+def identifiers(text: str) -> list[str]:
+    """The names of the caller that a host text reads."""
+    found = re.findall(r"(?<![\w.])[A-Za-z_]\w*", text)
+    return [f for f in found if f not in ("LOG2_E", "torch", "math", "DTYPE", "TIE_TOLERANCE")]
 
 
 @dataclass(frozen=True)

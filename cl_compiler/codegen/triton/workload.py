@@ -141,6 +141,16 @@ class Workload:
         return any(p.symmetric for p in self.program.passes)
 
     @property
+    def has_whole_rows(self) -> bool:
+        """Whether a panel is multiplied out in the sweep that makes it."""
+        return any(p.whole_rows and p.has_barrier for p in self.program.passes)
+
+    @property
+    def longest_row(self) -> int:
+        """Columns of the widest grid."""
+        return max(round(tape_of([p.cols]).bind(self.sizes)({})[0]) for p in self.facts.passes)
+
+    @property
     def operand_bytes(self) -> int:
         """Of one element of an operand, as the kernels read it."""
         problem = self.request.problem
@@ -192,6 +202,10 @@ class Workload:
         element = gradient_bytes(self.request.problem, self.request.precision)
         items = [("a panel of gradients", len(pass_.gradients) * rows * cols * element)]
         items.append(("partial statistics", _partial_bytes(pass_, cores, rows, cols)))
+        if pass_.has_barrier:  # a block of products; the rows' operand times a factor, and rounded
+            items.append(("a block of products", round((4 + element) * rows * max(found.widths))))
+        if self.request.problem.dtype == "float16" and pass_.has_barrier:
+            items.append(("an operand in bf16", round(2 * found.cols * max(found.widths))))
         if pass_.gradients and self.request.precision == SPLIT:
             longest = max(found.rows, found.cols)  # two bf16 numbers and an fp32 rest
             items.append(("an operand split in bf16", round(8 * longest * max(found.widths))))

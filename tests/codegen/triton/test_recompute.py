@@ -29,7 +29,7 @@ __all__ = ["own_cache"]
 Ask = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[3]
 CASES = {case.name: case for case in zoo.cases() if is_served(case, "recompute")}
-QUICK = {"clip", "clip_ids", "nt_xent", "siglip", "gist_relative", "matryoshka", "col_prior"}
+QUICK = {"clip", "nt_xent", "siglip", "gist_relative", "matryoshka"}
 """Each way to own gradients: both sides, one set twice, statistics, several operands, prefixes."""
 
 
@@ -72,7 +72,7 @@ def test_zoo_in_16_bits(interpret: Ask, name: str):
     assert_right(answer, bound=12.0, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["clip", "nt_xent", "siglip"])
 def test_operands_that_stay_on_the_chip(interpret: Ask, name: str, dtype: str):
     """One block as deep as the operands are wide, through descriptors and through pointers."""
@@ -150,7 +150,7 @@ def test_programs_own_all_rows_and_all_columns_of_gradients():
 
 def test_emitted_text_of_the_zoo_has_no_dead_names_and_no_long_lines(tmp_path: Path):
     for name, case in CASES.items():
-        if name not in QUICK:
+        if name not in ("clip", "nt_xent", "matryoshka"):
             continue
         for arch in ("sm_90", "sm_80"):
             text = emit(
@@ -223,7 +223,9 @@ needs_disassembler = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("name", "arch", "width"),
     [
-        pytest.param(n, a, w, marks=[] if (n, a, w) == ("clip", "sm_90", 256) else pytest.mark.full)
+        pytest.param(
+            n, a, w, marks=[] if (n, a, w) == ("infonce", "sm_90", 256) else pytest.mark.full
+        )
         for n in ("clip", "infonce", "nt_xent", "siglip")
         for a in SHARED_BYTES
         for w in (128, 256, 768)
@@ -250,6 +252,7 @@ def test_nothing_spills_in_other_precisions(dtype: str, precision: str, arch: st
 
 
 @needs_disassembler
+@pytest.mark.full
 def test_hopper_multiplies_gradients_from_registers():
     """A gradient tile goes into its product as it lies: one exponential, no store of it."""
     for binary in binaries("infonce", "sm_90", 128):

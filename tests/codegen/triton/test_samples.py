@@ -27,6 +27,7 @@ SAMPLES: dict[str, tuple[LossIR, str, str]] = {
     "nt_xent-sm_90": (find("nt_xent"), "h100x1", "auto"),
     "weighted_margin-sm_90": (weighted_margin, "h100x1", "auto"),
     "clip-recompute-sm_90": (find("clip"), "h100x1", "recompute"),
+    "infonce-panel-sm_90": (find("infonce"), "h100x1", "panel"),
 }
 
 

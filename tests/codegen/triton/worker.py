@@ -88,6 +88,9 @@ def draw(request: dict[str, Any]) -> Sample:
             spread = 1 + (stretch - 1) * torch.linspace(0, 1, len(value), dtype=value.dtype)
             value = (value * spread[:, None]).to(dtype).double()
         tensors[name] = value.requires_grad_(tensor.requires_grad)
+    if request.get("aligned"):  # each row all but equals its positive
+        with torch.no_grad():
+            tensors["x"].copy_((tensors["y"] + 0.05 * tensors["x"]).to(dtype))
     if request.get("opposed"):  # a row that is far from every column
         with torch.no_grad():
             tensors["x"][0] = -tensors["y"].mean(0) / tensors["y"].mean(0).norm()
