@@ -38,7 +38,11 @@ class Whole:
 
 @dataclass(frozen=True)
 class Rows:
-    """A list with one entry per sample, whatever the entries are; the encoder sees a list."""
+    """A list with one entry per sample, whatever the entries are; the encoder sees a list.
+
+    Any sequence will do: each chunk takes a slice of it, in both passes, so that one that reads its
+    samples from disk never holds more than a chunk.
+    """
 
     value: Sequence[Any]
 

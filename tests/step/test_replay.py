@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cl_compiler import GradientCache
+from cl_compiler.step import Rows
 from tests.step.encoders import (
     WatchesBackward,
     assert_same,
@@ -292,3 +294,36 @@ def test_progress_counts_samples_of_both_passes():
         ("backpropagate", 12, 12),
     ]
     GradientCache([a, b], contrast, chunk_sizes=6, progress=True)(batch(2, 12), batch(3, 12))
+
+
+class OnDisk(Sequence):
+    """Samples that are read when a slice is taken; counts what it hands out at once, and in all."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values, self.most, self.read = values, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, key):
+        found = list(self.values[key].clone())
+        self.most, self.read = max(self.most, len(found)), self.read + len(found)
+        return found
+
+
+def test_a_batch_that_is_read_chunk_by_chunk():
+    """Twice where it trains, and never more than a chunk at once."""
+    a, b, x, y = tower(0, nn.Dropout(0.3)), tower(1), batch(2), batch(3)
+
+    def call(encoder, chunk):
+        return encoder(torch.stack(chunk))
+
+    def run(first, second, **options):
+        torch.manual_seed(1)
+        GradientCache([a, b], contrast, chunk_sizes=4, **options)(first, second)
+        return gradients(a, b)
+
+    want = run(x, y)
+    disks = OnDisk(x), OnDisk(y)
+    assert_same(run(*map(Rows, disks), call=call), want)
+    assert [(disk.most, disk.read) for disk in disks] == [(4, 2 * len(x))] * 2
