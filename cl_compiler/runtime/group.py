@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from cl_compiler.errors import ArgumentError, GroupError
 from cl_compiler.runtime.guard import RECORD_BYTES, Record, listed, ranks_in_words
-from cl_compiler.runtime.watch import Watch, break_up
+from cl_compiler.runtime.watch import STORE_GONE, Watch, break_up
 
 GradConvention = Literal["mean", "sum", "global"]
 CONVENTIONS: tuple[GradConvention, ...] = ("mean", "sum", "global")
@@ -188,11 +188,15 @@ class RankGroup:
             return GroupError(self._failed)
         heard = self._watch.heard()
         if heard is None:
-            silent, beats = self._watch.others()
+            seen = self._watch.others()
             heard = self._watch.heard()
+            if heard is None and seen is None:
+                heard = 0, STORE_GONE
         if heard is not None:
             text = _quote(*heard)
         else:
+            assert seen is not None
+            silent, beats = seen
             mine = self._watch.beat
             where = f"in the {mine.phase} of call {mine.sequence}"
             late = "imed out" in str(error) or "imeout" in str(error)

@@ -28,6 +28,7 @@ INTERVAL_S = 0.1
 """Between two looks at the store; longer where there are more than 50 ranks."""
 DIAGNOSIS_S = 0.7
 """For how long beats are compared: several intervals of a small group."""
+STORE_GONE = "rank 0 gave no sign of life any more, or what kept the store of the ranks did not"
 _POISON = "poison"
 _LOST_AFTER = 5
 """Looks at a store that fails until it counts as gone."""
@@ -99,11 +100,13 @@ class Watch:
                         self.reason = rank, text
         return self.reason
 
-    def others(self) -> tuple[list[int], dict[int, Beat]]:
-        """(ranks that do not count any more, every rank's last beat)."""
+    def others(self) -> tuple[list[int], dict[int, Beat]] | None:
+        """(ranks that do not count any more, every rank's last beat); None: the store is gone."""
         before = self._beats()
         time.sleep(max(DIAGNOSIS_S, 4 * self._interval_s))
         after = self._beats()
+        if self.rank not in after:
+            return None
         silent = [
             rank
             for rank in range(self.world_size)
@@ -113,10 +116,13 @@ class Watch:
         return silent, after
 
     def _beats(self) -> dict[int, Beat]:
-        beats = {}
-        for rank in range(self.world_size):
-            with contextlib.suppress(Exception):
+        beats: dict[int, Beat] = {}
+        for rank in [self.rank, *range(self.world_size)]:
+            try:
                 beats[rank] = Beat(*json.loads(self.store.get(f"beat/{rank}")))
+            except Exception:
+                if not beats:  # not even this rank's own
+                    return beats
         return beats
 
     def _say(self) -> None:
@@ -135,7 +141,7 @@ class Watch:
             except Exception:
                 failures += 1
                 if failures >= _LOST_AFTER:
-                    self.reason = 0, "the store that the ranks met in is gone, with its process"
+                    self.reason = 0, STORE_GONE
                     break
         if self.reason is not None and not self._stop.is_set():
             self.break_up()
@@ -179,4 +185,4 @@ def _hear_exceptions() -> None:
     sys.excepthook = hook
 
 
-__all__ = ["Beat", "Watch", "break_up"]
+__all__ = ["STORE_GONE", "Beat", "Watch", "break_up"]

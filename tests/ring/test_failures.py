@@ -99,6 +99,10 @@ def test_a_killed_rank(tmp_path):
     survive(2.0, 1, GONE.format(1), 3, ranks.die, 5, "SIGKILL", tmp_path / "at")
 
 
+def test_the_rank_that_keeps_the_store_is_killed(tmp_path):
+    survive(2.0, 0, GONE.format(0), 3, ranks.die, 1, "SIGKILL", tmp_path / "at", store="tcp")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize("step", range(7))
