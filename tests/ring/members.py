@@ -17,9 +17,10 @@ from tests.ring.ranks import shards
 SCALE = 10.0
 
 
-def dense(members: list[int]) -> tuple[float, dict[int, list[Tensor]]]:
+def dense(members: list[int], rows: tuple[int, ...]) -> tuple[float, dict[int, list[Tensor]]]:
     """The symmetric loss of these ranks' shards in float64: value, and gradients of each."""
-    parts = {m: [t.detach().double().requires_grad_() for t in shards(m)] for m in members}
+    drawn = {m: shards(m, n) for m, n in zip(members, rows, strict=True)}
+    parts = {m: [t.detach().double().requires_grad_() for t in drawn[m]] for m in members}
     x, y = (torch.cat([parts[m][k] for m in members]) for k in (0, 1))
     logits, labels = SCALE * x @ y.T, torch.arange(len(x))
     loss = nn.functional.cross_entropy(logits, labels)
@@ -28,10 +29,11 @@ def dense(members: list[int]) -> tuple[float, dict[int, list[Tensor]]]:
     return float(loss.detach()), {m: [t.grad for t in ts] for m, ts in parts.items()}
 
 
-def error(loss_fn: Any, rank: int, members: list[int]) -> float:
+def error(loss_fn: Any, rank: int, members: list[int], rows: tuple[int, ...] = ()) -> float:
     """The largest relative error of value and gradients."""
-    want, grads = dense(members)
-    x, y = shards(rank)
+    rows = rows or (20,) * len(members)
+    want, grads = dense(members, rows)
+    x, y = shards(rank, rows[members.index(rank)])
     value = loss_fn(x, y, logit_scale=SCALE)
     value.backward()
     found = [abs(float(value.detach()) - want) / want]
@@ -76,6 +78,7 @@ def copies(rank: int) -> dict[str, Any]:
     """Copies, pickles, values without gradients, repetition, and the whole step."""
     loss_fn = compiled(group=dist.group.WORLD)
     found: dict[str, Any] = {"plain": error(loss_fn, rank, [0, 1])}
+    found["several chunks"] = error(loss_fn, rank, [0, 1], (1300, 700))
     found["deepcopy"] = error(copy.deepcopy(loss_fn), rank, [0, 1])
     loaded = pickle.loads(pickle.dumps(loss_fn))
     try:

@@ -34,7 +34,7 @@ def test_a_loss_on_a_group_is_like_any_other():
         assert "with_group" in found["without a group"]
         assert found["values"] == 1 and found["bitwise"]
         assert "ring_owner" in found["explained"] or "all_gather" in found["explained"]
-        for name in ("plain", "deepcopy", "pickled", "whole step"):
+        for name in ("plain", "several chunks", "deepcopy", "pickled", "whole step"):
             assert found[name] < 2e-6, (name, found[name])
 
 
