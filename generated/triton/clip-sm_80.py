@@ -253,6 +253,18 @@ def _inner(operand, gradient):
     return _row_products(operand, gradient).sum(dtype=torch.float64)
 
 
+def _add_at_positives(coefficient, left, right, d_left, d_right):
+    """Add a gradient with respect to the inner products of rows and their positives."""
+    coefficient = coefficient.expand(left.shape[0]).float().unsqueeze(1)
+    for i in range(0, left.shape[0], TILE_M):
+        rows = slice(i, min(i + TILE_M, left.shape[0]))
+        cols = rows
+        if d_left is not None:
+            d_left[rows] += coefficient[rows] * right[cols]
+        if d_right is not None:
+            d_right[cols] += coefficient[rows] * left[rows]
+
+
 @triton.jit
 def _forward_sweep_bounded_kernel(
     x,
@@ -515,6 +527,7 @@ def _backward_sweep_bounded_kernel(
     scalars,
     unsafe,
     g_logits,
+    residual_logits,
     row_start,
     row_stop,
     col_start,
@@ -555,6 +568,10 @@ def _backward_sweep_bounded_kernel(
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None]
         g = tl.where(on_positive, g + s3, g)
+        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost -= lost.to(tl.bfloat16).to(tl.float32)
+        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+        tl.store(residual_logits + offs_m, lost, mask=here)
     tl.store(g_logits + g_slot, g.to(g_logits.dtype.element_ty))
 
 
@@ -570,6 +587,7 @@ def _backward_sweep_running_kernel(
     scalars,
     unsafe,
     g_logits,
+    residual_logits,
     row_start,
     row_stop,
     col_start,
@@ -611,6 +629,10 @@ def _backward_sweep_running_kernel(
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None]
         g = tl.where(on_positive, g + s2_2, g)
+        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost -= lost.to(tl.bfloat16).to(tl.float32)
+        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+        tl.store(residual_logits + offs_m, lost, mask=here)
     tl.store(g_logits + g_slot, g.to(g_logits.dtype.element_ty))
 
 
@@ -652,6 +674,7 @@ def _backward_sweep(
     unsafe,
 ):
     """Launch a kernel, by ``unsafe``, on panels of at most TILE_M by TILE_N."""
+    residual_logits = torch.full((rows,), 0.0, dtype=DTYPE, device=x.device)
     b0 = b0.contiguous().float()
     a1 = a1.contiguous().float()
     a0_log2 = (a0 * LOG2_E).contiguous().float()
@@ -681,6 +704,7 @@ def _backward_sweep(
                 scalars_bounded,
                 unsafe,
                 g_logits,
+                residual_logits,
                 i,
                 i1,
                 j,
@@ -701,6 +725,7 @@ def _backward_sweep(
                 scalars_running,
                 unsafe,
                 g_logits,
+                residual_logits,
                 i,
                 i1,
                 j,
@@ -712,6 +737,8 @@ def _backward_sweep(
             )
             _add_product(d_x[i:i1], g_logits[:m, :n], y[j:j1])
             _add_product(d_y[j:j1], g_logits[:m, :n].T, x[i:i1])
+
+    return residual_logits
 
 
 @_on_its_device
@@ -785,7 +812,7 @@ def backward(grad_output, saved, x, y, logit_scale):
     a0 = -_present(row_lse)
     b1 = -_present(col_lse)
     s2_2 = d_col_positive - d_row_total
-    _backward_sweep(
+    residual_logits = _backward_sweep(
         x,
         y,
         d_x,
@@ -804,6 +831,7 @@ def backward(grad_output, saved, x, y, logit_scale):
         b1,
         unsafe,
     )
+    _add_at_positives(residual_logits, x, y, d_x, d_y)
     d_logit_scale = _inner(x, d_x)
     d_x.mul_(logit_scale * grad_output)
     d_y.mul_(logit_scale * grad_output)

@@ -544,8 +544,7 @@ def forward(x, y, logit_scale):
     row_total = (row_lse - logits_pos).sum(dtype=torch.float64)
     value = row_total / rows
     outputs = ()
-    _add_at_positives(d_positive - d_row_total, x, y, d_x, None)
-    _add_at_positives(d_positive - d_row_total, x, y, None, d_y)
+    _add_at_positives(d_positive - d_row_total, x, y, d_x, d_y)
     d_logit_scale = _inner(x, d_x)
     d_x.mul_(logit_scale)
     d_y.mul_(logit_scale)

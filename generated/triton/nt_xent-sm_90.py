@@ -253,6 +253,20 @@ def _inner(operand, gradient):
     return _row_products(operand, gradient).sum(dtype=torch.float64)
 
 
+def _add_at_positives(coefficient, left, right, d_left, d_right):
+    """Add a gradient with respect to the inner products of rows and their positives."""
+    coefficient = coefficient.expand(left.shape[0]).float().unsqueeze(1)
+    half = left.shape[0] // 2
+    for i in range(0, left.shape[0], TILE_M):
+        rows = slice(i, min(i + TILE_M, left.shape[0]))
+        cols = torch.arange(rows.start, rows.stop, device=left.device).add_(half)
+        cols = cols.remainder_(left.shape[0])
+        if d_left is not None:
+            d_left[rows] += coefficient[rows] * right[cols]
+        if d_right is not None:
+            d_right[cols] += coefficient[rows] * left[rows]
+
+
 @triton.jit
 def _forward_sweep_bounded_kernel(
     z_rows,
@@ -511,6 +525,7 @@ def _backward_sweep_bounded_kernel(
     scalars,
     unsafe,
     g_logits,
+    residual_logits,
     row_start,
     row_stop,
     col_start,
@@ -552,6 +567,26 @@ def _backward_sweep_bounded_kernel(
             offs_n[None, :] == offs_m[:, None] - half
         )
         g = tl.where(on_positive, g + s2, g)
+    if _crosses(i, j, half, BLOCK_M, BLOCK_N):
+        on_positive = offs_n[None, :] == (offs_m + half)[:, None]
+        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost -= lost.to(tl.bfloat16).to(tl.float32)
+        here = ((offs_m + half) >= j) & ((offs_m + half) < min(j + BLOCK_N, col_stop)) & (
+            offs_m < row_stop
+        )
+        tl.store(residual_logits + offs_m, lost, mask=here)
+        if row_start != col_start:
+            tl.store(residual_logits + (offs_m + half), lost, mask=here)
+    if _crosses(i, j, -half, BLOCK_M, BLOCK_N):
+        on_positive = offs_n[None, :] == (offs_m - half)[:, None]
+        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost -= lost.to(tl.bfloat16).to(tl.float32)
+        here = ((offs_m - half) >= j) & ((offs_m - half) < min(j + BLOCK_N, col_stop)) & (
+            offs_m < row_stop
+        )
+        tl.store(residual_logits + offs_m, lost, mask=here)
+        if row_start != col_start:
+            tl.store(residual_logits + (offs_m - half), lost, mask=here)
     g_logits.store([i - row_start, j - col_start], g.to(g_logits.dtype))
 
 
@@ -565,6 +600,7 @@ def _backward_sweep_running_kernel(
     scalars,
     unsafe,
     g_logits,
+    residual_logits,
     row_start,
     row_stop,
     col_start,
@@ -609,6 +645,26 @@ def _backward_sweep_running_kernel(
             offs_n[None, :] == offs_m[:, None] - half
         )
         g = tl.where(on_positive, g + s1_2, g)
+    if _crosses(i, j, half, BLOCK_M, BLOCK_N):
+        on_positive = offs_n[None, :] == (offs_m + half)[:, None]
+        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost -= lost.to(tl.bfloat16).to(tl.float32)
+        here = ((offs_m + half) >= j) & ((offs_m + half) < min(j + BLOCK_N, col_stop)) & (
+            offs_m < row_stop
+        )
+        tl.store(residual_logits + offs_m, lost, mask=here)
+        if row_start != col_start:
+            tl.store(residual_logits + (offs_m + half), lost, mask=here)
+    if _crosses(i, j, -half, BLOCK_M, BLOCK_N):
+        on_positive = offs_n[None, :] == (offs_m - half)[:, None]
+        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost -= lost.to(tl.bfloat16).to(tl.float32)
+        here = ((offs_m - half) >= j) & ((offs_m - half) < min(j + BLOCK_N, col_stop)) & (
+            offs_m < row_stop
+        )
+        tl.store(residual_logits + offs_m, lost, mask=here)
+        if row_start != col_start:
+            tl.store(residual_logits + (offs_m - half), lost, mask=here)
     g_logits.store([i - row_start, j - col_start], g.to(g_logits.dtype))
 
 
@@ -634,6 +690,7 @@ def _backward_sweep(
     z, d_z, rows, cols, half, logit_scale, s1, s2, a0, d_row_total, s1_2, a0_2, unsafe
 ):
     """Launch a kernel, by ``unsafe``, on the upper panels of at most TILE_M by TILE_N."""
+    residual_logits = torch.full((rows,), 0.0, dtype=DTYPE, device=z.device)
     a0 = a0.contiguous().float()
     a0_2_log2 = (a0_2 * LOG2_E).contiguous().float()
     scalars_bounded = torch.stack([logit_scale * LOG2_E, s1 * LOG2_E]).float()
@@ -663,6 +720,7 @@ def _backward_sweep(
                 scalars_bounded,
                 unsafe,
                 g_logits_tiles,
+                residual_logits,
                 i,
                 i1,
                 j,
@@ -680,6 +738,7 @@ def _backward_sweep(
                 scalars_running,
                 unsafe,
                 g_logits_tiles,
+                residual_logits,
                 i,
                 i1,
                 j,
@@ -691,6 +750,8 @@ def _backward_sweep(
             _add_product(d_z[i:i1], g_logits[:m, :n], z[j:j1])
             if j != i:
                 _add_product(d_z[j:j1], g_logits[:m, :n].T, z[i:i1])
+
+    return residual_logits
 
 
 @_on_its_device
@@ -744,9 +805,10 @@ def backward(grad_output, saved, z, logit_scale):
     s2 = -2 * d_row_total
     a0_2 = -_present(row_lse)
     s1_2 = -2 * d_row_total
-    _backward_sweep(
+    residual_logits = _backward_sweep(
         z, d_z, rows, cols, half, logit_scale, s1, s2, a0, d_row_total, s1_2, a0_2, unsafe
     )
+    _add_at_positives(residual_logits, z, z, d_z, None)
     d_logit_scale = 0.5 * _inner(z, d_z)
     d_z.mul_(logit_scale * grad_output)
 

@@ -207,6 +207,18 @@ def _inner(operand, gradient):
     return _row_products(operand, gradient).sum(dtype=torch.float64)
 
 
+def _add_at_positives(coefficient, left, right, d_left, d_right):
+    """Add a gradient with respect to the inner products of rows and their positives."""
+    coefficient = coefficient.expand(left.shape[0]).float().unsqueeze(1)
+    for i in range(0, left.shape[0], TILE_M):
+        rows = slice(i, min(i + TILE_M, left.shape[0]))
+        cols = rows
+        if d_left is not None:
+            d_left[rows] += coefficient[rows] * right[cols]
+        if d_right is not None:
+            d_right[cols] += coefficient[rows] * left[rows]
+
+
 @triton.jit
 def _forward_sweep_kernel(
     x,
@@ -216,6 +228,7 @@ def _forward_sweep_kernel(
     row_sum_tiles,
     row_partial_tiles,
     g_logits,
+    residual_logits,
     row_start,
     row_stop,
     col_start,
@@ -271,7 +284,14 @@ def _forward_sweep_kernel(
         g_inside = tl.where(inside, g_inside, 0.0)
     row_partial_part = tl.sum(g_inside, 1)
     tl.store(row_partial_tiles + row_slot, row_partial_part, mask=offs_m < row_stop)
-    tl.store(g_logits + g_slot, (g * d_row_total).to(g_logits.dtype.element_ty))
+    g_logits_tile = g * d_row_total
+    if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
+        on_positive = offs_n[None, :] == offs_m[:, None]
+        lost = tl.sum(tl.where(on_positive, g_logits_tile, 0.0), 1)
+        lost -= lost.to(tl.bfloat16).to(tl.float32)
+        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+        tl.store(residual_logits + offs_m, lost, mask=here)
+    tl.store(g_logits + g_slot, g_logits_tile.to(g_logits.dtype.element_ty))
 
 
 FORWARD_SWEEP_TILE = {
@@ -288,6 +308,7 @@ def _forward_sweep(x, y, d_x, d_y, rows, cols, logit_scale, logit_bias, d_row_to
     """Launch the kernel on panels of at most TILE_M by TILE_N."""
     row_sum = torch.full((rows,), 0.0, dtype=DTYPE, device=x.device)
     row_partial = torch.full((rows,), 0.0, dtype=DTYPE, device=x.device)
+    residual_logits = torch.full((rows,), 0.0, dtype=DTYPE, device=x.device)
     scalars = torch.stack([logit_scale, logit_bias]).float()
     block_m = FORWARD_SWEEP_TILE["BLOCK_M"]
     block_n = FORWARD_SWEEP_TILE["BLOCK_N"]
@@ -312,6 +333,7 @@ def _forward_sweep(x, y, d_x, d_y, rows, cols, logit_scale, logit_bias, d_row_to
                 row_sum_tiles,
                 row_partial_tiles,
                 g_logits,
+                residual_logits,
                 i,
                 i1,
                 j,
@@ -326,7 +348,7 @@ def _forward_sweep(x, y, d_x, d_y, rows, cols, logit_scale, logit_bias, d_row_to
             _add_product(d_x[i:i1], g_logits[:m, :n], y[j:j1])
             _add_product(d_y[j:j1], g_logits[:m, :n].T, x[i:i1])
 
-    return row_sum, row_partial
+    return row_sum, row_partial, residual_logits
 
 
 @_on_its_device
@@ -345,13 +367,14 @@ def forward(x, y, logit_scale, logit_bias):
     d_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     d_y = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
     d_row_total = 1 / rows
-    row_sum, row_partial = _forward_sweep(
+    row_sum, row_partial, residual_logits = _forward_sweep(
         x, y, d_x, d_y, rows, cols, logit_scale, logit_bias, d_row_total
     )
     row_total = row_sum.sum(dtype=torch.float64)
     row_total_2 = row_partial.sum(dtype=torch.float64)
     value = row_total / rows
     outputs = ()
+    _add_at_positives(residual_logits, x, y, d_x, d_y)
     d_logit_scale = _inner(x, d_x)
     d_logit_bias = d_row_total * row_total_2
     d_x.mul_(logit_scale)

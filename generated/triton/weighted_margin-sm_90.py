@@ -200,6 +200,18 @@ def _row_products(left, right, shift=0):
     return out
 
 
+def _add_at_positives(coefficient, left, right, d_left, d_right):
+    """Add a gradient with respect to the inner products of rows and their positives."""
+    coefficient = coefficient.expand(left.shape[0]).float().unsqueeze(1)
+    for i in range(0, left.shape[0], TILE_M):
+        rows = slice(i, min(i + TILE_M, left.shape[0]))
+        cols = rows
+        if d_left is not None:
+            d_left[rows] += coefficient[rows] * right[cols]
+        if d_right is not None:
+            d_right[cols] += coefficient[rows] * left[rows]
+
+
 @triton.jit
 def _forward_sweep_kernel(
     x_rows,
@@ -314,6 +326,7 @@ def _backward_sweep_kernel(
     row_partial_tiles,
     row_partial_2_tiles,
     g_sim,
+    residual_sim,
     row_start,
     row_stop,
     col_start,
@@ -373,6 +386,10 @@ def _backward_sweep_kernel(
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None]
         g = tl.where(on_positive, g + a3_i[:, None], g)
+        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost -= lost.to(tl.bfloat16).to(tl.float32)
+        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+        tl.store(residual_sim + offs_m, lost, mask=here)
     g_sim.store([i - row_start, j - col_start], g.to(g_sim.dtype))
 
 
@@ -390,6 +407,7 @@ def _backward_sweep(x, y, d_x, d_y, rows, cols, margin, logit_scale, s2, a1, a0,
     """Launch the kernel on panels of at most TILE_M by TILE_N."""
     row_partial = torch.full((rows,), 0.0, dtype=DTYPE, device=x.device)
     row_partial_2 = torch.full((rows,), 0.0, dtype=DTYPE, device=x.device)
+    residual_sim = torch.full((rows,), 0.0, dtype=DTYPE, device=x.device)
     a1_log2 = (a1 * LOG2_E).contiguous().float()
     a1 = a1.contiguous().float()
     a0 = a0.contiguous().float()
@@ -424,6 +442,7 @@ def _backward_sweep(x, y, d_x, d_y, rows, cols, margin, logit_scale, s2, a1, a0,
                 row_partial_tiles,
                 row_partial_2_tiles,
                 g_sim_tiles,
+                residual_sim,
                 i,
                 i1,
                 j,
@@ -436,7 +455,7 @@ def _backward_sweep(x, y, d_x, d_y, rows, cols, margin, logit_scale, s2, a1, a0,
             _add_product(d_x[i:i1], g_sim[:m, :n], y[j:j1])
             _add_product(d_y[j:j1], g_sim[:m, :n].T, x[i:i1])
 
-    return row_partial, row_partial_2
+    return row_partial, row_partial_2, residual_sim
 
 
 @_on_its_device
@@ -487,11 +506,12 @@ def backward(grad_output, saved, x, y, weight, logit_scale, margin):
     a1 = -_present(row_lse)
     s2 = -margin
     a3 = -d_row_total * logit_scale * weight
-    row_partial, row_partial_2 = _backward_sweep(
+    row_partial, row_partial_2, residual_sim = _backward_sweep(
         x, y, d_x, d_y, rows, cols, margin, logit_scale, s2, a1, a0, a3
     )
     row_total_4 = (d_row_lse * row_partial).sum(dtype=torch.float64)
     row_total_5 = (d_row_lse * row_partial_2).sum(dtype=torch.float64)
+    _add_at_positives(residual_sim, x, y, d_x, d_y)
     d_logit_scale = d_row_total * row_total_3 + row_total_4
     d_margin = d_row_total * logit_scale * row_total_2 - logit_scale * row_total_5
     d_x.mul_(grad_output)

@@ -15,6 +15,7 @@ from cl_compiler.codegen.triton.core import CoreTile, column_sums, has_descripto
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
 from cl_compiler.codegen.triton.sweep_text import PanelSweepText, StageText
 from cl_compiler.codegen.triton.sweeps import SweepPrinter
+from cl_compiler.codegen.triton.text import residual_of
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.sweeps import SweepPlan
@@ -210,22 +211,35 @@ def _as_tensor(text: str, expr: sp.Expr, name: str, plan: SweepPlan, printer: Sw
 
 
 def _late(plan: SweepPlan, printer: SweepPrinter) -> list[LateText]:
+    """What is added at positives after the sweeps: gradients that were not known before, and what
+    rounding took off the others."""
+    known = (*plan.late_positives, *printer.positives, *printer.residuals)
+    assert plan.gradient is not None or not known
     result = []
     for sim in (*plan.late_positives, *printer.positives):
-        leaf = plan.leaves[sim]
-        assert plan.gradient is not None and leaf.left is not None and leaf.right is not None
-        text = printer.host.vectors().text(plan.gradient.positives[sim])
+        text = printer.host.vectors().text(plan.gradient.positives[sim])  # type: ignore[union-attr]
         if sim in printer.positives:
             text = f"{printer.positives[sim]} + {text}".replace("+ -", "- ")
-        for side, view in (("left", leaf.left), ("right", leaf.right)):
-            if view.operand not in plan.needs or view.stop:
-                continue
-            own = leaf.scale and operand_scale(plan, view.operand) == "mixed"
-            scaled = f"({text}) * {printer.names(leaf.scale or '')}" if own else text
-            targets = ["None", "None"]
-            targets[side == "right"] = f"d_{_whole(view)}"
-            result.append(LateText(scaled, _whole(leaf.left), _whole(leaf.right), *targets))
+        result += _late_of(plan, printer, sim, text, ("left", "right"))
+    for sim, symmetric in printer.residuals.items():
+        sides = ("left",) if symmetric else ("left", "right")
+        result += _late_of(plan, printer, sim, residual_of(sim), sides)
     return result
+
+
+def _late_of(
+    plan: SweepPlan, printer: SweepPrinter, sim: str, text: str, sides: tuple[str, ...]
+) -> list[LateText]:
+    leaf = plan.leaves[sim]
+    assert leaf.left is not None and leaf.right is not None
+    texts: dict[str, list[str]] = {}
+    for index, (side, view) in enumerate((("left", leaf.left), ("right", leaf.right))):
+        if side not in sides or view.operand not in plan.needs or view.stop:
+            continue
+        own = leaf.scale and operand_scale(plan, view.operand) == "mixed"
+        scaled = f"({text}) * {printer.names(leaf.scale or '')}" if own else text
+        texts.setdefault(scaled, ["None", "None"])[index] = f"d_{_whole(view)}"
+    return [LateText(t, _whole(leaf.left), _whole(leaf.right), *to) for t, to in texts.items()]
 
 
 def _whole(view: View) -> str:

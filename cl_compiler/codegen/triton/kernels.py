@@ -19,7 +19,7 @@ from cl_compiler.codegen.triton.expressions import (
 )
 from cl_compiler.codegen.triton.expressions import Names as KernelNames
 from cl_compiler.codegen.triton.orientation import Orientation
-from cl_compiler.codegen.triton.text import GradientText, KernelText, Partial, low_of
+from cl_compiler.codegen.triton.text import GradientText, KernelText, Partial, low_of, residual_of
 from cl_compiler.codegen.triton.vectors import DeviceNumbers
 from cl_compiler.lang.ir import Leaf, View
 from cl_compiler.lang.program import Pass, Program
@@ -431,7 +431,42 @@ class KernelPrinter:
             self._store(k, similarity, workspace, f"{tile}_high")
             self._store(k, similarity, low_of(workspace), f"({tile} - {tile}_high.to(tl.float32))")
         else:
+            if not self.precision and self._has_positives():
+                text = self._residual(k, text, similarity)
             self._store(k, similarity, workspace, f"({text})" if " " in text else text)
+
+    def _has_positives(self) -> bool:
+        """Whether elements of the tile are known to be positives by their place, and are in it."""
+        diagonals = [i for i in self.code.instructions if isinstance(i, Diagonal)]
+        return any(d.where == "positive" and d.how != "take" for d in diagonals)
+
+    def _residual(self, k: KernelText, text: str, similarity: str) -> str:
+        """Store what rounding takes off the positives: most of a row's gradient is theirs."""
+        name = residual_of(similarity)
+        k.residuals.append(name)
+        if " " in text:
+            k.body.append(f"g_{similarity}_tile = {text}")
+            text = f"g_{similarity}_tile"
+        offsets = ["half", "-half"] if self.plan.positives == "views" else ["0"]
+        k.halves |= len(offsets) > 1
+        for offset in offsets:
+            at = "offs_m" if offset == "0" else f"(offs_m + {offset})".replace("+ -", "- ")
+            stop = "min(j + BLOCK_N, col_stop)"
+            touched = f"if _crosses(i, j, {offset}, BLOCK_M, BLOCK_N):"
+            if not _is_last_block(k.body, touched):
+                k.body += [touched, f"    on_positive = offs_n[None, :] == {at}[:, None]"]
+            k.body += [
+                f"    lost = tl.sum(tl.where(on_positive, {text}, 0.0), 1)",
+                "    lost -= lost.to(tl.bfloat16).to(tl.float32)",
+                f"    here = ({at} >= j) & ({at} < {stop}) & (offs_m < row_stop)",
+                f"    tl.store({name} + offs_m, lost, mask=here)",
+            ]
+            if self.pass_.symmetric:  # the tile stands for its transpose, too
+                k.body += [
+                    "    if row_start != col_start:",
+                    f"        tl.store({name} + {at}, lost, mask=here)",
+                ]
+        return text
 
     def _store(self, k: KernelText, similarity: str, workspace: str, text: str) -> None:
         k.gradients.append(GradientText(similarity, workspace))
@@ -442,6 +477,12 @@ class KernelPrinter:
             k.body.append(
                 f"tl.store({workspace} + g_slot, {text}.to({workspace}.dtype.element_ty))"
             )
+
+
+def _is_last_block(body: list[str], condition: str) -> bool:
+    """Whether what comes next can go on with the body of a condition that was just tested."""
+    last = [n for n, line in enumerate(body) if not line.startswith(" ")]
+    return bool(last) and body[last[-1]] == condition
 
 
 def _unique(items: Iterable[str]) -> list[str]:

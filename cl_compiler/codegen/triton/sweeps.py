@@ -57,6 +57,8 @@ class SweepPrinter:
         self.tiles_of, self.widths, self.precision = tiles_of, widths, precision
         self.descriptors, self.columns = descriptors, columns
         self.host = DeviceStages(program, names)
+        self.residuals: dict[str, bool] = {}
+        """Similarities whose gradients leave residuals → whether their tiles are symmetric."""
 
     def stage(self, stage: Stage, name: str, forward: bool) -> StageText:
         stages = self.program.forward if forward else self.program.backward
@@ -239,9 +241,13 @@ class SweepPrinter:
                 largest = partial.kind == "max" or (partial.kind != "sum" and position == 0)
                 axis = LENGTH[pass_.grid[1 - partial.dim]]
                 result[target] = (target, axis, "-math.inf" if largest else "0.0")
+        for name in kernels[0].residuals:
+            result[name] = (name, LENGTH[pass_.grid[0]], "0.0")
+        if kernels[0].residuals:
+            self.residuals |= dict.fromkeys(pass_.gradients, pass_.symmetric)
         same = all(
-            [(p.kind, p.targets) for p in k.partials]
-            == [(p.kind, p.targets) for p in kernels[0].partials]
+            [(p.kind, p.targets) for p in k.partials] + k.residuals
+            == [(p.kind, p.targets) for p in kernels[0].partials] + kernels[0].residuals
             for k in kernels
         )
         assert same, f"{self.plan.ir.name}: kernels of one launcher must have the same statistics"

@@ -34,6 +34,11 @@ def identifiers(text: str) -> list[str]:
     return [f for f in found if f not in ("LOG2_E", "torch", "math", "DTYPE", "TIE_TOLERANCE")]
 
 
+def residual_of(similarity: str) -> str:
+    """What a row's gradient at its positive loses when it is rounded."""
+    return f"residual_{similarity}"
+
+
 @dataclass(frozen=True)
 class GradientText:
     """A tile of dL/dsimilarity that the kernel writes to a workspace."""
@@ -77,6 +82,8 @@ class KernelText:
     """Statements after it."""
     partials: list[Partial] = field(default_factory=list)
     gradients: list[GradientText] = field(default_factory=list)
+    residuals: list[str] = field(default_factory=list)
+    """Vectors of what rounding takes off the gradient at each row's positive."""
     halves: bool = False
     guarded: bool = False
 
@@ -101,4 +108,8 @@ class KernelText:
 
     @property
     def workspaces(self) -> list[str]:
-        return [n for p in self.partials for n in p.names] + [g.workspace for g in self.gradients]
+        return [
+            *(n for p in self.partials for n in p.names),
+            *(g.workspace for g in self.gradients),
+            *self.residuals,
+        ]

@@ -112,19 +112,20 @@ def test_forward_has_one_exponential_for_both_directions():
 
 
 def test_gradient_tile_has_one_exponential():
-    """Of the additions, one belongs to the branch that only tiles with positives take."""
+    """Two of the additions belong to the branch that only tiles with positives take."""
     binary = compiled("clip", "sm_90", 512)["_backward_sweep_bounded_kernel"]
     assert binary.tile == Tile(128, 128)
     assert binary.per_logit("MUFU") <= 1.05
-    assert binary.per_logit("FADD", "FMUL", "FFMA") <= 3.1 + 1
-    assert binary.per_logit("SHFL") == 0
+    assert binary.per_logit("FADD", "FMUL", "FFMA") <= 3.1 + 2
+    assert binary.per_logit("SHFL") <= 0.07  # in that branch: a row's sum
 
 
 def test_value_and_gradient_of_a_pairwise_loss_share_an_exponential():
     binary = compiled("siglip", "sm_90", 768)["_forward_sweep_kernel"]
     assert binary.per_logit("MUFU") <= 2.05  # the exponential, and the reciprocal of the sigmoid
-    # 9 for log(1 + u), and Triton 3.6 takes the exponential's argument twice
-    assert binary.per_logit("FFMA", "FMUL", "FADD") <= 20
+    # 9 for log(1 + u), and Triton 3.6 takes the exponential's argument twice; one belongs to the
+    # branch that only tiles with positives take
+    assert binary.per_logit("FFMA", "FMUL", "FADD") <= 20 + 1
     assert binary.registers <= 255
 
 
