@@ -71,7 +71,8 @@ def plan_of(request: Request, sweeps: SweepPlan) -> Plan:
         chosen = min(found, key=lambda s: found[s].seconds)
         plan = found[chosen]
         return replace(plan, rejected=(*_others(chosen, found, reasons), *plan.rejected))
-    reason = next(reasons[s] for s in (*SCHEDULES[1:], *SCHEDULES) if s in reasons)
+    order = (request.schedule, *SCHEDULES[1:], *SCHEDULES)
+    reason = next(reasons[s] for s in order if s in reasons)
     plan = choose_plan(_widened(request), sweeps)
     return replace(plan, notes=(f"PyTorch's tiles are emitted: {reason}", *plan.notes))
 

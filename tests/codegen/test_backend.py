@@ -61,6 +61,12 @@ def test_what_triton_does_not_serve_is_printed_in_pytorch():
         assert "torch.backends.cuda.matmul" in source and "mkldnn" not in source
 
 
+def test_the_note_speaks_of_the_schedule_that_was_asked_for():
+    plan, _ = built(request(find("clip"), schedule="retain"))
+    assert (plan.template, plan.schedule) == ("torch", "retain")
+    assert any("schedule 'retain' has no Triton template" in note for note in plan.notes)
+
+
 def test_several_gpus_say_whose_share_is_printed():
     plan, source = built(request(find("clip"), hardware=load_hardware("h100x8")))
     assert plan.template == "torch" and "@triton.jit" not in source
