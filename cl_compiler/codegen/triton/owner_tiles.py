@@ -22,6 +22,8 @@ MOST_REGISTERS = 250
 """To aim for, of 255, by an estimate that is off by up to 40."""
 MOST_ON_HOPPER = 275
 """There factors in bf16 come from shared memory as they lie, and fewer registers hold them."""
+REGISTERS_FOR_MORE = 20
+"""For the addresses of each further matrix."""
 AMPERE, HOPPER = range(1, 90), range(90, 100)
 WIDEST_PART = 256
 """Columns of a gradient that 128 rows of it leave registers for, with eight warps."""
@@ -69,8 +71,13 @@ def owner_tile(
         if tile.part <= (WIDEST_SUM if adds else WIDEST_PART)
         and (not tile.resident or _is_one_product(problem, sweeps, pass_))
     ]
-    as_it_lies = problem.dtype == "bfloat16" and capability(arch) in HOPPER
-    limit = MOST_ON_HOPPER if as_it_lies else MOST_REGISTERS
+    made = sum(isinstance(i, Gemm) for i in pass_.programs[modes[0]].instructions)
+    if made > 1:  # each has blocks of its own in shared memory
+        tiles = [replace(t, stages=2) for t in tiles]
+    if len(pass_.gradients) > 1:
+        tiles = [t for t in tiles if t.part <= WIDEST_SUM]
+    as_it_lies = problem.dtype == "bfloat16" and capability(arch) in HOPPER and made == 1
+    limit = MOST_ON_HOPPER if as_it_lies else MOST_REGISTERS - REGISTERS_FOR_MORE * (made - 1)
     for tile in tiles:
         programs = [pass_.programs[mode] for mode in modes]
         blocks = tile.part * (tile.rows, tile.cols)[own] // (32 * tile.warps) * len(operands)

@@ -59,19 +59,22 @@ class PanelKernelPrinter(KernelPrinter):
             return super()._diagonal(k, d)
         assert isinstance(k, PanelText)
         k.takes = True
-        *lines, variable = super()._diagonal(k, replace(d, how="fill", expr=sp.Integer(0)))
-        tile = variable.split("=")[0].strip()
-        offsets = ["half", "-half"] if k.halves else ["0"]
-        at = [f"offs_m + {o}".replace("+ -", "- ").removesuffix(" + 0") for o in offsets]
-        here = [f"({a} >= j) & ({a} < min(j + BLOCK_N, col_stop))" for a in at]
-        return [
-            *lines,
-            "    taken = on_positive & (offs_n < col_stop)[None, :]",
-            f"    taken = tl.sum(tl.where(taken, {tile}, 0.0), 1)",
-            f"    is_here = {' | '.join(f'({h})' for h in here) if len(here) > 1 else here[0]}",
-            f"    tl.store({AT_POSITIVE} + offs_m, taken, mask=is_here & (offs_m < row_stop))",
-            variable,
-        ]
+        filled = super()._diagonal(k, replace(d, how="fill", expr=sp.Integer(0)))
+        tile = filled[-1].split("=")[0].strip()
+        lines = filled[:-3]  # a copy of the tile, if it is read elsewhere
+        partners = {"half": "offs_m + half", "-half": "offs_m - half"}
+        for offset, at in partners.items() if k.halves else [("0", "offs_m")]:
+            # one diagonal at a time: with two, Triton 3.7's LLVM fails for sm_100
+            lines += [
+                f"if _crosses(i, j, {offset}, BLOCK_M, BLOCK_N):",
+                f"    partner = {at}",
+                "    on_positive = offs_n[None, :] == partner[:, None]",
+                "    is_here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))",
+                f"    taken = tl.sum(tl.where(on_positive, {tile}, 0.0), 1)",
+                f"    tl.store({AT_POSITIVE} + offs_m, taken, mask=is_here & (offs_m < row_stop))",
+                f"    {tile} = tl.where(on_positive, 0.0, {tile})",
+            ]
+        return lines
 
 
 def obstacle_of_panels(program: Program) -> str:

@@ -238,6 +238,16 @@ def test_nothing_spills(name: str, arch: str, width: int):
 
 @needs_disassembler
 @pytest.mark.full
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("name", ["matryoshka", "mnrl_hard", "gist_relative"])
+def test_several_matrices_fit_beside_each_other(name: str, arch: str):
+    """Three similarities, several gradients, prefixes: registers, and shared memory for all."""
+    for binary in binaries(name, arch, 256):
+        assert_sound(binary, arch)
+
+
+@needs_disassembler
+@pytest.mark.full
 @pytest.mark.parametrize("arch", SHARED_BYTES)
 @pytest.mark.parametrize(
     ("dtype", "precision"),
