@@ -86,7 +86,7 @@ def test_ranking_in_every_structure(directions, partition, mode, extra):
 @pytest.mark.parametrize("positives", [False, True])
 @pytest.mark.parametrize("extra", [0, EXTRA])
 def test_guided_negatives_in_every_structure(strategy, anchors, positives, extra):
-    """Some positives have a negative similarity to the guide (peers.md, pain 6)."""
+    """Some positives have a negative similarity to the guide (pain 6)."""
     loss = losses.gist(strategy, anchors, positives, hard_negatives=extra > 0)
     given = {"x": unit(M, 1).requires_grad_(), "y": unit(M * (1 + extra), 2).requires_grad_()}
     given |= {"guide_x": unit(M, 3), "guide_y": unit(M * (1 + extra), 4)}
