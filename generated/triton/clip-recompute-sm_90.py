@@ -234,6 +234,18 @@ def _inner(operand, gradient):
     return _row_products(operand, gradient).sum(dtype=torch.float64)
 
 
+def _add_at_positives(coefficient, left, right, d_left, d_right):
+    """Add a gradient with respect to the inner products of rows and their positives."""
+    coefficient = coefficient.expand(left.shape[0]).float().unsqueeze(1)
+    for i in range(0, left.shape[0], TILE_M):
+        rows = slice(i, min(i + TILE_M, left.shape[0]))
+        cols = rows
+        if d_left is not None:
+            d_left[rows] += coefficient[rows] * right[cols]
+        if d_right is not None:
+            d_right[cols] += coefficient[rows] * left[rows]
+
+
 @triton.jit
 def _forward_sweep_bounded_kernel(
     x_rows,
@@ -491,6 +503,7 @@ def _backward_sweep_a_bounded_kernel(
     scalars,
     unsafe,
     d_x,
+    residual_logits,
     row_start,
     row_stop,
     col_start,
@@ -532,6 +545,10 @@ def _backward_sweep_a_bounded_kernel(
         if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
             on_positive = offs_n[None, :] == offs_m[:, None]
             g = tl.where(on_positive, g + s3, g)
+            lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+            lost -= lost.to(tl.bfloat16).to(tl.float32)
+            here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+            tl.store(residual_logits + offs_m, lost, mask=here)
         if RAGGED and at_edge:
             g = tl.where(inside, g, 0.0)
         y_part = y_cols_part.load([j, first_d])
@@ -555,6 +572,7 @@ def _backward_sweep_a_running_kernel(
     scalars,
     unsafe,
     d_x,
+    residual_logits,
     row_start,
     row_stop,
     col_start,
@@ -597,6 +615,10 @@ def _backward_sweep_a_running_kernel(
         if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
             on_positive = offs_n[None, :] == offs_m[:, None]
             g = tl.where(on_positive, g + s2_2, g)
+            lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+            lost -= lost.to(tl.bfloat16).to(tl.float32)
+            here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+            tl.store(residual_logits + offs_m, lost, mask=here)
         if RAGGED and at_edge:
             g = tl.where(inside, g, 0.0)
         y_part = y_cols_part.load([j, first_d])
@@ -646,6 +668,7 @@ def _backward_sweep_a(
     unsafe,
 ):
     """Launch a kernel, by ``unsafe``, once; each program owns a block of d_x."""
+    residual_logits = torch.full((rows,), 0.0, dtype=DTYPE, device=x.device)
     b0 = b0.contiguous().float()
     a1 = a1.contiguous().float()
     a0_log2 = (a0 * LOG2_E).contiguous().float()
@@ -676,6 +699,7 @@ def _backward_sweep_a(
         scalars_bounded,
         unsafe,
         d_x,
+        residual_logits,
         i,
         i1,
         j,
@@ -696,6 +720,7 @@ def _backward_sweep_a(
         scalars_running,
         unsafe,
         d_x,
+        residual_logits,
         i,
         i1,
         j,
@@ -704,6 +729,8 @@ def _backward_sweep_a(
         RAGGED=ragged,
         **BACKWARD_SWEEP_A_RUNNING_TILE,
     )
+
+    return residual_logits
 
 
 @triton.jit
@@ -1003,7 +1030,7 @@ def backward(grad_output, saved, x, y, logit_scale):
     a0 = -_present(row_lse)
     b1 = -_present(col_lse)
     s2_2 = d_col_positive - d_row_total
-    _backward_sweep_a(
+    residual_logits = _backward_sweep_a(
         x,
         y,
         d_x,
@@ -1046,6 +1073,7 @@ def backward(grad_output, saved, x, y, logit_scale):
         b1_2,
         unsafe,
     )
+    _add_at_positives(residual_logits, x, y, d_x, d_y)
     d_logit_scale = _inner(x, d_x)
     d_x.mul_(logit_scale * grad_output)
     d_y.mul_(logit_scale * grad_output)

@@ -196,6 +196,9 @@ class OwnerPrinter(KernelPrinter):
             scaled = f" * {self.scalar(factors)}" if factors else ""
             k.body.append(f"g_{similarity} = {variable}{scaled}")
             variable = f"g_{similarity}"
+        whole = not (leaf.scale and operand_scale(self.plan, view.operand) == "mixed")
+        if self.own == 0 and whole and not self.precision and self._has_positives():
+            variable = self._residual(k, variable, similarity)
         if (variable, "0.0") not in self.masked:
             k.body.append("if RAGGED and at_edge:")
             k.body.append(f"    {variable} = tl.where(inside, {variable}, 0.0)")

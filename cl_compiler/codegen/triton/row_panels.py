@@ -76,6 +76,10 @@ class PanelKernelPrinter(KernelPrinter):
             ]
         return lines
 
+    def _has_positives(self) -> bool:
+        """They are taken out before anything is rounded, or excluded."""
+        return False
+
 
 def obstacle_of_panels(program: Program) -> str:
     """Why a program with the schedule ``panel`` has no such kernels; "" where it has."""
