@@ -289,9 +289,8 @@ def _forward_sweep_bounded_kernel(
     tl.store(row_lse_sum_tiles + row_slot, row_lse_sum_part, mask=offs_m < row_stop)
     g = t1
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
-        partner = offs_m
-        on_positive = offs_n[None, :] == partner[:, None]
-        is_here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))
+        on_positive = offs_n[None, :] == offs_m[:, None]
+        is_here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
         taken = tl.sum(tl.where(on_positive, g, 0.0), 1)
         tl.store(at_positive + offs_m, taken, mask=is_here & (offs_m < row_stop))
         g = tl.where(on_positive, 0.0, g)
@@ -383,9 +382,8 @@ def _forward_sweep_safe_kernel(
         products = tl.dot(x_tile, y_tile.T, products)
     g = _exp2(_fma(products, logit_scale_log2, a0_log2_i[:, None]))
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
-        partner = offs_m
-        on_positive = offs_n[None, :] == partner[:, None]
-        is_here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))
+        on_positive = offs_n[None, :] == offs_m[:, None]
+        is_here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
         taken = tl.sum(tl.where(on_positive, g, 0.0), 1)
         tl.store(at_positive + offs_m, taken, mask=is_here & (offs_m < row_stop))
         g = tl.where(on_positive, 0.0, g)

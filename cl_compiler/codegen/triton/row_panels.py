@@ -62,19 +62,15 @@ class PanelKernelPrinter(KernelPrinter):
         filled = super()._diagonal(k, replace(d, how="fill", expr=sp.Integer(0)))
         tile = filled[-1].split("=")[0].strip()
         lines = filled[:-3]  # a copy of the tile, if it is read elsewhere
-        partners = {"half": "offs_m + half", "-half": "offs_m - half"}
-        for offset, at in partners.items() if k.halves else [("0", "offs_m")]:
-            # one diagonal at a time: with two, Triton 3.7's LLVM fails for sm_100
-            lines += [
-                f"if _crosses(i, j, {offset}, BLOCK_M, BLOCK_N):",
-                f"    partner = {at}",
-                "    on_positive = offs_n[None, :] == partner[:, None]",
-                "    is_here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))",
-                f"    taken = tl.sum(tl.where(on_positive, {tile}, 0.0), 1)",
-                f"    tl.store({AT_POSITIVE} + offs_m, taken, mask=is_here & (offs_m < row_stop))",
-                f"    {tile} = tl.where(on_positive, 0.0, {tile})",
-            ]
-        return lines
+        return [
+            *lines,
+            "if _crosses(i, j, 0, BLOCK_M, BLOCK_N):",
+            "    on_positive = offs_n[None, :] == offs_m[:, None]",
+            "    is_here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))",
+            f"    taken = tl.sum(tl.where(on_positive, {tile}, 0.0), 1)",
+            f"    tl.store({AT_POSITIVE} + offs_m, taken, mask=is_here & (offs_m < row_stop))",
+            f"    {tile} = tl.where(on_positive, 0.0, {tile})",
+        ]
 
     def _has_positives(self) -> bool:
         """They are taken out before anything is rounded, or excluded."""
@@ -87,6 +83,8 @@ def obstacle_of_panels(program: Program) -> str:
     if len(passes) != 1 or not passes[0].has_barrier or len(passes[0].gradients) != 1:
         return "'panel' has kernels for one matrix whose gradient waits for its row sums"
     (pass_,) = passes
+    if program.plan.positives == "views":  # Triton 3.7's LLVM fails on it for sm_100, too
+        return "'panel' has no kernels for two views of one set: 'spill' makes half of their matrix"
     if program.modes != ("bounded", "running"):
         return "'panel' has kernels for logits that the operands' norms bound"
     if any(r.monoid != "logsumexp" for r in pass_.reductions) or len(pass_.reductions) != 1:
