@@ -570,7 +570,8 @@ def _backward_sweep_bounded_kernel(
         g = tl.where(on_positive, g + s3, g)
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
-        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
+        here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
     tl.store(g_logits + g_slot, g.to(g_logits.dtype.element_ty))
 
@@ -631,7 +632,8 @@ def _backward_sweep_running_kernel(
         g = tl.where(on_positive, g + s2_2, g)
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
-        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
+        here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
     tl.store(g_logits + g_slot, g.to(g_logits.dtype.element_ty))
 

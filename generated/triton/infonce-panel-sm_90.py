@@ -489,7 +489,7 @@ def _forward_sweep(x, y, d_x, d_y, rows, cols, logit_scale, s0, d_row_total, row
         row_lse[i:i1] = torch.where(
             unsafe != 0, _finish_logsumexp(maxima, sums), torch.log(row_lse_sum) + row_lse_shift
         )
-        a0_log2[i:i1] = ((-_present(row_lse[i:i1])) * LOG2_E)
+        a0_log2[i:i1] = (-_present(row_lse[i:i1])) * LOG2_E
         _forward_sweep_safe_kernel[grid](
             x_rows,
             y_cols,

@@ -569,24 +569,24 @@ def _backward_sweep_bounded_kernel(
         g = tl.where(on_positive, g + s2, g)
     if _crosses(i, j, half, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == (offs_m + half)[:, None]
+        partner = offs_m + half
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
-        here = ((offs_m + half) >= j) & ((offs_m + half) < min(j + BLOCK_N, col_stop)) & (
-            offs_m < row_stop
-        )
+        here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))
+        here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
         if row_start != col_start:
-            tl.store(residual_logits + (offs_m + half), lost, mask=here)
+            tl.store(residual_logits + partner, lost, mask=here)
     if _crosses(i, j, -half, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == (offs_m - half)[:, None]
+        partner = offs_m - half
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
-        here = ((offs_m - half) >= j) & ((offs_m - half) < min(j + BLOCK_N, col_stop)) & (
-            offs_m < row_stop
-        )
+        here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))
+        here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
         if row_start != col_start:
-            tl.store(residual_logits + (offs_m - half), lost, mask=here)
+            tl.store(residual_logits + partner, lost, mask=here)
     g_logits.store([i - row_start, j - col_start], g.to(g_logits.dtype))
 
 
@@ -647,24 +647,24 @@ def _backward_sweep_running_kernel(
         g = tl.where(on_positive, g + s1_2, g)
     if _crosses(i, j, half, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == (offs_m + half)[:, None]
+        partner = offs_m + half
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
-        here = ((offs_m + half) >= j) & ((offs_m + half) < min(j + BLOCK_N, col_stop)) & (
-            offs_m < row_stop
-        )
+        here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))
+        here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
         if row_start != col_start:
-            tl.store(residual_logits + (offs_m + half), lost, mask=here)
+            tl.store(residual_logits + partner, lost, mask=here)
     if _crosses(i, j, -half, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == (offs_m - half)[:, None]
+        partner = offs_m - half
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
-        here = ((offs_m - half) >= j) & ((offs_m - half) < min(j + BLOCK_N, col_stop)) & (
-            offs_m < row_stop
-        )
+        here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))
+        here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
         if row_start != col_start:
-            tl.store(residual_logits + (offs_m - half), lost, mask=here)
+            tl.store(residual_logits + partner, lost, mask=here)
     g_logits.store([i - row_start, j - col_start], g.to(g_logits.dtype))
 
 

@@ -289,7 +289,8 @@ def _forward_sweep_kernel(
         on_positive = offs_n[None, :] == offs_m[:, None]
         lost = tl.sum(tl.where(on_positive, g_logits_tile, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
-        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
+        here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
     tl.store(g_logits + g_slot, g_logits_tile.to(g_logits.dtype.element_ty))
 

@@ -388,7 +388,8 @@ def _backward_sweep_kernel(
         g = tl.where(on_positive, g + a3_i[:, None], g)
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
-        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop)) & (offs_m < row_stop)
+        here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
+        here = here & (offs_m < row_stop)
         tl.store(residual_sim + offs_m, lost, mask=here)
     g_sim.store([i - row_start, j - col_start], g.to(g_sim.dtype))
 

@@ -391,15 +391,18 @@ class KernelPrinter(BlockPrinter):
         offsets = ["half", "-half"] if self.plan.positives == "views" else ["0"]
         k.halves |= len(offsets) > 1
         for offset in offsets:
-            at = "offs_m" if offset == "0" else f"(offs_m + {offset})".replace("+ -", "- ")
-            stop = "min(j + BLOCK_N, col_stop)"
+            where = f"offs_m + {offset}".replace("+ -", "- ")
+            at = "offs_m" if offset == "0" else "partner"
             touched = f"if _crosses(i, j, {offset}, BLOCK_M, BLOCK_N):"
             if not _is_last_block(k.body, touched):
-                k.body += [touched, f"    on_positive = offs_n[None, :] == {at}[:, None]"]
+                on = "offs_m[:, None]" if offset == "0" else f"({where})[:, None]"
+                k.body += [touched, f"    on_positive = offs_n[None, :] == {on}"]
+            k.body += [f"    partner = {where}"] if at == "partner" else []
             k.body += [
                 f"    lost = tl.sum(tl.where(on_positive, {text}, 0.0), 1)",
                 "    lost -= lost.to(tl.bfloat16).to(tl.float32)",
-                f"    here = ({at} >= j) & ({at} < {stop}) & (offs_m < row_stop)",
+                f"    here = ({at} >= j) & ({at} < min(j + BLOCK_N, col_stop))",
+                "    here = here & (offs_m < row_stop)",
                 f"    tl.store({name} + offs_m, lost, mask=here)",
             ]
             if self.pass_.symmetric:  # the tile stands for its transpose, too

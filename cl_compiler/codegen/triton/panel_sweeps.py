@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import sympy as sp
 
+from cl_compiler.codegen.printers import bare
 from cl_compiler.codegen.symbols import LENGTH
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.codegen.triton.row_panels import PanelKernelPrinter, lse_of, panel_passes
@@ -59,7 +60,7 @@ def panel_sweep(
     vectors = host.vectors_of(safe.leaves, safe.is_python, on_panel)
     texts = {identifier: vectors.text(expr) for identifier, expr in late}
     safe_vectors = [
-        (pointer, text.replace(i, f"({texts[i]})"))
+        (pointer, bare(text.replace(i, f"({texts[i]})")))
         for pointer, text in kernels[2].pointers
         for i in identifiers(text)
         if i in texts
