@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 __all__ = ["LOSSES", "SECTIONS", "UNITS", "Ceiling", "Contest", "Item", "items_of"]
 
-SECTIONS = ("ceilings", "correctness", "speed", "kernels")
+SECTIONS = ("ceilings", "correctness", "speed", "kernels", "step")
 LOSSES = ("clip", "siglip", "infonce", "nt_xent")
 
 UNITS = {"clip": 4.0, "infonce": 3.0, "siglip": 3.0, "nt_xent": 2.0}
@@ -55,7 +55,8 @@ class Contest:
     """One loss at one size, with providers that take turns.
 
     Attributes:
-        section: "correctness", "speed" or "kernels" (where the time of a step goes).
+        section: "correctness", "speed", "kernels" (where a loss's time goes) or "step" (a whole
+            step of training, encoders included).
         scale: ``logit_scale``.
         providers: names of ``benchmarks.gpu.providers``.
         turns: of each provider, at most.
@@ -83,7 +84,9 @@ class Contest:
 
     @property
     def flops(self) -> float:
-        """Of the least work."""
+        """Of the least work; 0 of a whole step, whose encoders are no part of it."""
+        if self.section == "step":
+            return 0.0
         return UNITS[self.loss] * 2.0 * self.M * self.N * self.D
 
     @property
@@ -127,7 +130,7 @@ def items_of(
             fail on purpose ("broken:…") apply to every loss.
         quick: tiny sizes without torch.compile: shows that it runs, no more.
     """
-    found: list[Item] = [*_ceilings(quick), *_correctness(), *_speed()]
+    found: list[Item] = [*_ceilings(quick), *_correctness(), *_speed(), *_steps()]
     found = [i for i in found if isinstance(i, Ceiling) or i.loss in losses]
     if quick:
         found = [_tiny(item) for item in found]
@@ -195,6 +198,13 @@ def _speed() -> Iterable[Contest]:
         yield case(loss, 65536, 768, *_everybody(loss, compiled=False))
     yield replace(case("siglip", 262144, 768, "ours", "triton", "siglip_kernel"), turns=3)
     yield replace(case("clip", 1 << 20, 256, "ours", "triton", "memeff"), turns=1)
+
+
+def _steps() -> Iterable[Contest]:
+    """Activations of both towers take 9 GiB at 32,768 rows, 36 GiB at 131,072."""
+    names = ("ours", "ours:uncached", "open_clip")
+    yield Contest("step", "clip", 32768, 32768, 1024, names, turns=5)
+    yield Contest("step", "clip", 131072, 131072, 1024, names, turns=2)
 
 
 def _kernels() -> Iterable[Contest]:

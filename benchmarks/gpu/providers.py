@@ -22,6 +22,7 @@ from benchmarks.gpu.cases import Contest
 from benchmarks.gpu.chunked import chunked_loss
 from benchmarks.gpu.devices import Step
 from benchmarks.gpu.peers import PEERS, peer_loss
+from benchmarks.gpu.steps import inputs_of_step, step_forward
 from benchmarks.providers import open_clip
 from cl_compiler import Problem, compile_loss
 from cl_compiler.cli.dense import DENSE
@@ -54,7 +55,12 @@ class Entrant:
 
 
 def inputs_of(contest: Contest, device: torch.device, seed: int) -> dict[str, Tensor]:
-    """Unit-length features with planted positives, and parameters; all require gradients."""
+    """Unit-length features with planted positives, and parameters; all require gradients.
+
+    Of a whole step: features, which require none, and the towers' weights.
+    """
+    if contest.section == "step":
+        return inputs_of_step(contest, device, seed)
     dtype: torch.dtype = getattr(torch, contest.dtype)
     pair = partial(planted_pairs, width=contest.D, dtype=dtype, seed=seed, device=device,
                    cosine=_cosine(contest))  # fmt: skip
@@ -97,6 +103,8 @@ def prepare(name: str, contest: Contest, leaves: Mapping[str, Tensor]) -> Entran
     """
     family, _, variant = name.partition(":")
     everything = tuple(leaves.values())
+    if contest.section == "step" and family != "broken":
+        return Entrant(Step(step_forward(name, contest, dict(leaves)), everything))
     if family == "ours":
         return _ours(variant, contest, leaves)
     if family == "triton":

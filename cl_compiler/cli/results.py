@@ -209,7 +209,8 @@ def _title(case: Entry) -> str:
     size = f"{case['M']:,}" if case["M"] == case["N"] else f"{case['M']:,} x {case['N']:,}"
     threads = f" {case['threads']} threads" if "threads" in case else ""
     budget = f" {case['budget']}" if "budget" in case else ""
-    return f"{case['loss']} {size} D={case['D']} {case['dtype']}{budget}{threads}"
+    step = " whole step" if case.get("group") == "step" else ""
+    return f"{case['loss']}{step} {size} D={case['D']} {case['dtype']}{budget}{threads}"
 
 
 def _square(ceilings: Sequence[Ceiling], dtype: str) -> list[Ceiling]:
