@@ -177,13 +177,12 @@ def qwen3_formula(t, pos, p):
     """In batch only, or with other queries, other documents and each row's own negatives."""
     a, eye, s = p["logit_scale"], _eye(t), _sim(t)
     limit = _at_positive(s, pos)[:, None] + p["margin"]
-    terms = [s.masked_fill((s > limit) & ~pos, NINF)]
+    terms = [(s, (s > limit) & ~pos)]
     if "hard" in t:
         own = torch.einsum("id,ikd->ik", t["x"], t["hard"])
-        others = [(own, own > limit)]
-        others += [(m, (m > limit) | eye) for m in (_sim(t, "x", "x"), _sim(t, "y", "y"))]
-        terms += [m.masked_fill(dropped, NINF) for m, dropped in others]
-    return _ce(a * torch.cat(terms, 1), pos)
+        terms.append((own, own > limit))
+        terms += [(m, (m > limit) | eye) for m in (_sim(t, "x", "x"), _sim(t, "y", "y"))]
+    return _ce(torch.cat([(a * m).masked_fill(dropped, NINF) for m, dropped in terms], 1), pos)
 
 
 def nt_xent_pairs_formula(t, pos, p):
@@ -217,14 +216,14 @@ def mnrl_formula(t, pos, p):
     documents = _sim(t, "positives") if "positives" in t else _sim(t, "y")
     raised = p["hardness_strength"] * s.detach() * ~own if "hardness_strength" in p else 0.0
     back = s.T[: len(s)]
-    queries = _sim(t, "x", "x").masked_fill(eye, NINF)
-    terms = [a * s + raised, a * queries, a * back, a * documents.masked_fill(own, NINF)]
-    return _ce(torch.cat(terms, 1), pos)
+    queries = (a * _sim(t, "x", "x")).masked_fill(eye, NINF)
+    terms = [a * s + raised, queries, a * back, (a * documents).masked_fill(own, NINF)]
+    return (torch.logsumexp(torch.cat(terms, 1), 1) - _at_positive(a * s, pos)).mean()
 
 
 def _guided(t, p, anchors, bar, positives):
     a, eye = p["logit_scale"], _eye(t)
-    terms = [anchors * a]
+    terms = [anchors]
     for one, guide in (("x", "guide_x"), (positives, f"guide_{positives}")):
         dropped = (_sim(t, guide, guide) > bar) | eye
         terms.append((a * _sim(t, one, one)).masked_fill(dropped, NINF))
@@ -234,7 +233,7 @@ def _guided(t, p, anchors, bar, positives):
 def gist_formula(t, pos, p):
     guide = _sim(t, "guide_x", "guide_y")
     bar = _at_positive(guide, pos)[:, None] - p["margin"]
-    anchors = _sim(t).masked_fill((guide > bar) & ~pos, NINF)
+    anchors = (p["logit_scale"] * _sim(t)).masked_fill((guide > bar) & ~pos, NINF)
     return _ce(_guided(t, p, anchors, bar, "y"), pos)
 
 
@@ -243,5 +242,5 @@ def gist_relative_formula(t, pos, p):
     guide = _sim(t, "guide_x", "guide_y")
     own = _at_positive(guide, pos)[:, None]
     bar = own - own.abs() * p["margin"]
-    anchors = _sim(t).masked_fill((guide > bar) & ~pos, NINF)
+    anchors = (p["logit_scale"] * _sim(t)).masked_fill((guide > bar) & ~pos, NINF)
     return _ce(_guided(t, p, anchors, bar, "positives"), pos)

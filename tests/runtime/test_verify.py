@@ -103,7 +103,7 @@ def test_bf16_products_are_for_inputs_and_machines_that_have_them():
     assert products_of("auto", "bfloat16", xeon) == "bf16"
     assert products_of("auto", "bfloat16", epyc) == "ieee"
     assert products_of("bf16", "float32", xeon) == "bf16"
-    with pytest.raises(HardwareError, match="has no bf16 products"):
+    with pytest.raises(HardwareError, match=r"has no such products \(no AMX"):
         products_of("bf16", "float32", epyc)
     for dtype in ("float64", "float16"):
         with pytest.raises(ArgumentError, match=f"with {dtype} inputs"):
