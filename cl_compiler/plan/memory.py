@@ -7,12 +7,12 @@ peak is the phase with the largest sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from cl_compiler.plan.facts import PassFacts, ProgramFacts
+from cl_compiler.plan.facts import Output, PassFacts, ProgramFacts
 from cl_compiler.plan.sizes import (
     COMPUTE_BYTES,
     INPUT_BYTES,
@@ -48,12 +48,18 @@ class Phase:
         return sp.Add(*(bytes_ for _, bytes_ in self.items))
 
 
-def phases_of(facts: ProgramFacts, *, casts: bool) -> tuple[Phase, ...]:
+def phases_of(
+    facts: ProgramFacts, *, casts: bool, leaving: Collection[str] = ()
+) -> tuple[Phase, ...]:
     """The phases of a program in the order in which they run.
 
     ``casts``: inputs are 16-bit, so tiles of operands are widened and gradients narrowed.
+    ``leaving``: operands whose gradients are returned block of rows by block of rows, and have
+    fp32 accumulators for one block only.
     """
     fused = facts.program.fused
+    early = [o for o in facts.outputs if o.operand in leaving]
+    facts = replace(facts, outputs=tuple(o for o in facts.outputs if o not in early))
     always = [("contiguous copies of inputs", COPIES), *_shards(facts)]
     forward = [*always, _vectors(facts.forward_vectors)]
     backward = [*always, _vectors(facts.backward_vectors)]
@@ -61,18 +67,23 @@ def phases_of(facts: ProgramFacts, *, casts: bool) -> tuple[Phase, ...]:
         forward += _accumulators(facts)
     else:
         backward += _accumulators(facts)
+    if early:
+        backward.append((RETURNED, INPUT_BYTES * sp.Add(*(o.own * o.width for o in early))))
+    blocks = _row_gradients(early)
     if facts.kept_tile is not None:
         backward.append(_store(facts.kept_tile))
     phases = []
-    beside = _row_block(facts, casts)
+    rows = _row_block(facts, casts)
     for index, p in enumerate(facts.passes):
         common = forward if p.phase == "forward" else backward
         store = [_store(p)] if p.keep == "write" else []
-        phases.append(_phase(f"{p.phase} sweep {index + 1}", [*common, *store, *_tiles(p, casts)]))
-    phases.append(_phase("rows and their positives, forward", [*forward, *beside]))
+        beside = blocks if p.phase == "backward" else []
+        items = [*common, *store, *beside, *_tiles(p, casts)]
+        phases.append(_phase(f"{p.phase} sweep {index + 1}", items))
+    phases.append(_phase("rows and their positives, forward", [*forward, *rows]))
     if facts.outputs:
         last = forward if fused else backward
-        phases.append(_phase("rows and their positives", [*last, *beside]))
+        phases.append(_phase("rows and their positives", [*last, *rows]))
         phases += _returns(facts, [i for i in last if i[0] != GRADIENTS], casts)
     return tuple(phases)
 
@@ -120,6 +131,15 @@ def _operand_elements(p: PassFacts) -> sp.Expr:
     rows = p.m * sp.Add(*p.row_operands)
     per_col = p.m * p.n if p.is_slots else p.n
     return rows + per_col * sp.Add(*p.col_operands)
+
+
+def _row_gradients(early: Sequence[Output]) -> list[Item]:
+    """A block of rows of gradients in fp32, and of their products at positives."""
+    if not early:
+        return []
+    block = COMPUTE_BYTES * least(TILE_ROWS, M)
+    sums, width = sp.Add(*(o.width for o in early)), largest(o.width for o in early)
+    return [("rows of gradients", block * sums), ("products at positives", block * width)]
 
 
 def _row_block(facts: ProgramFacts, casts: bool) -> list[Item]:

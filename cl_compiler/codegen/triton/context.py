@@ -13,6 +13,7 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
 from cl_compiler.codegen.triton.core import CoreTile, column_sums, has_descriptors
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
+from cl_compiler.codegen.triton.row_gradients import inner_of, leaving_operands
 from cl_compiler.codegen.triton.sweep_text import PanelSweepText, StageText
 from cl_compiler.codegen.triton.sweeps import SweepPrinter
 from cl_compiler.codegen.triton.text import residual_of
@@ -65,6 +66,7 @@ def build_triton_context(
         # A guard is known when the gradients are formed already: the safe kernel alone, then.
         program = replace(program, modes=("running",))
     common = build_context(plan, program)
+    leaving = leaving_operands(program, plan.problem.dtype)
     rounded = rounded_operands(plan.problem.dtype, plan.precision)
     if rounded:
         plan = replace(plan, problem=replace(plan.problem, dtype=rounded))
@@ -86,6 +88,7 @@ def build_triton_context(
         plan.problem.dtype,
         descriptors,
         column_sums(arch),
+        leaving,
     )
     forward = [printer.stage(s, "forward", True) for s in program.forward]
     backward = [printer.stage(s, "backward", False) for s in program.backward]
@@ -113,6 +116,9 @@ def build_triton_context(
         "panel": tile,
         "guarded": len(program.modes) > 1,
         "inverses": _inverses(program, printer),
+        "leaving": leaving,
+        "adds_at_positives": bool(own["late"])
+        or any(r.residual for s in sweeps for r in s.leaving),
         "saved": [names(n) for n in program.plan.saved],
         "helpers": _helpers("\n".join(lines)),
         "kinds": {p.kind for k in kernels for p in k.partials},
@@ -182,7 +188,7 @@ def _texts(program: Program, printer: SweepPrinter) -> dict[str, Any]:
                 explicit[n] = gradient.parameters.get(n, sp.Integer(0))
         for n, expr in explicit.items():
             terms = [
-                f"{'' if w == 1 else f'{float(w)} * '}_inner({op}, d_{op})"
+                f"{'' if w == 1 else f'{float(w)} * '}{_inner(op, printer)}"
                 for op, w in gradient.dots.get(n, ())
             ]
             if expr != 0 or not terms:
@@ -197,6 +203,13 @@ def _texts(program: Program, printer: SweepPrinter) -> dict[str, Any]:
         "late": _late(plan, printer),
         "norm_gradients": norms,
     }
+
+
+def _inner(operand: str, printer: SweepPrinter) -> str:
+    """<operand, its gradient>: what the sweep summed, or of the whole gradient."""
+    if operand in printer.leaving:
+        return inner_of(operand)
+    return f"_inner({operand}, d_{operand})"
 
 
 def _as_tensor(text: str, expr: sp.Expr, name: str, plan: SweepPlan, printer: SweepPrinter) -> str:
@@ -235,6 +248,8 @@ def _late_of(
     texts: dict[str, list[str]] = {}
     for index, (side, view) in enumerate((("left", leaf.left), ("right", leaf.right))):
         if side not in sides or view.operand not in plan.needs or view.stop:
+            continue
+        if view.operand in printer.leaving:
             continue
         own = leaf.scale and operand_scale(plan, view.operand) == "mixed"
         scaled = f"({text}) * {printer.names(leaf.scale or '')}" if own else text

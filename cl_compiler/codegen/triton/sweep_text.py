@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cl_compiler.codegen.triton.owner import OwnerText
+from cl_compiler.codegen.triton.row_gradients import RowGradientText
 from cl_compiler.codegen.triton.text import KernelText, Partial
 
 
@@ -34,6 +35,8 @@ class SweepText:
     row_length: str
     col_length: str
     symmetric: bool
+    leaving: list[RowGradientText] = field(default_factory=list)
+    """Gradients of rows that are complete when a block of rows is."""
     visits: ClassVar[str] = "panels"
     """What the launcher's template is for."""
 
@@ -69,8 +72,13 @@ class SweepText:
         return "scalars" if len(self.kernels) == 1 else f"scalars_{kernel.mode}"
 
     @property
+    def inner(self) -> list[str]:
+        """Inner products of operands and their gradients."""
+        return [r.inner for r in self.leaving if r.inner]
+
+    @property
     def results(self) -> list[str]:
-        return [a[0] for a in self.accumulators]
+        return [*(a[0] for a in self.accumulators), *self.inner]
 
     @property
     def partials(self) -> list[Partial]:

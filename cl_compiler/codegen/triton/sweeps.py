@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import LENGTH, operand_scale, shift_owner
@@ -16,6 +17,7 @@ from cl_compiler.codegen.triton.owner import (
     owned_operands,
 )
 from cl_compiler.codegen.triton.panel_sweeps import panel_sweep
+from cl_compiler.codegen.triton.row_gradients import RowGradientText, inner_of
 from cl_compiler.codegen.triton.row_panels import lse_of
 from cl_compiler.codegen.triton.sweep_text import (
     OwnerSweepText,
@@ -24,7 +26,7 @@ from cl_compiler.codegen.triton.sweep_text import (
     SweepCall,
     SweepText,
 )
-from cl_compiler.codegen.triton.text import KernelText, identifiers, low_of
+from cl_compiler.codegen.triton.text import KernelText, identifiers, low_of, residual_of
 from cl_compiler.codegen.triton.vectors import DeviceStages
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.lower import shift_of
@@ -49,8 +51,9 @@ class SweepPrinter:
         dtype: str,
         descriptors: bool,
         columns: Columns,
+        leaving: Sequence[str] = (),
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.leaving = dtype, leaving
         self.positives: dict[str, str] = {}
         """Similarity → vector of what a sweep found of its gradient at positives."""
         self.program, self.plan, self.names = program, program.plan, names
@@ -197,12 +200,16 @@ class SweepPrinter:
         own = own_dim(self.program, pass_)
         gradients = _code(pass_).gradients if own is None else ()
         products = [p for g in gradients for p in self.products(pass_, g)]
+        leaving = [t for g in gradients for t in self._leaving(g, kernels[0])]
+        blocks = {f"{t.total}[i:i1]": t.rows for t in leaving}
+        products = [replace(p, total=blocks.get(p.total, p.total)) for p in products]
         owned = [] if own is None else owned_operands(self.plan, pass_, own)
         params: dict[str, None] = {}
         for k in kernels:
             params.update(dict.fromkeys(k.operands))
         params = params or {self.host.anchor: None}  # a count of ids makes no products
         totals = {p.total.partition("[")[0] for p in products} | {f"d_{o}" for o in owned}
+        totals = totals - {t.rows for t in leaving} | {t.total for t in leaving}
         params.update(dict.fromkeys(sorted(totals)))
         params.update(dict.fromkeys([LENGTH[pass_.grid[0]], LENGTH[pass_.grid[1]]]))
         params.update(dict.fromkeys(["half"] if any(k.halves for k in kernels) else []))
@@ -210,6 +217,7 @@ class SweepPrinter:
             for _, host in [*k.scalars, *k.numbers, *k.pointers]:
                 params.update(dict.fromkeys(identifiers(host)))
         params.update(dict.fromkeys(p.scale for p in products if p.scale))
+        params.update(dict.fromkeys(n for t in leaving for n in identifiers(t.factor)))
         params.update({"unsafe": None} if kernels[0].guarded else {})
         common = (
             name,
@@ -222,7 +230,7 @@ class SweepPrinter:
             pass_.symmetric,
         )
         if own is None:
-            return SweepText(*common)
+            return SweepText(*common, leaving)
         width = max(self.widths[o] for o in owned)
         return OwnerSweepText(
             *common,
@@ -272,6 +280,25 @@ class SweepPrinter:
         return lines
 
     # -- gradients -------------------------------------------------------------------------------
+
+    def _leaving(self, g: GradientTile, kernel: KernelText) -> list[RowGradientText]:
+        """The left operand's gradient, where it leaves row block by row block."""
+        leaf = self.plan.leaves[g.similarity]
+        assert leaf.left is not None and leaf.right is not None and self.plan.gradient is not None
+        operand, residual = leaf.left.operand, residual_of(g.similarity)
+        if operand not in self.leaving:
+            return []
+        asked = any(op == operand for dots in self.plan.gradient.dots.values() for op, _ in dots)
+        scale = self.host.final_scale(operand)
+        return [
+            RowGradientText(
+                operand,
+                residual if residual in kernel.residuals else "",
+                leaf.right.operand,
+                inner_of(operand) if asked else "",
+                f"{scale} * grad_output" if scale else "grad_output",
+            )
+        ]
 
     def products(self, pass_: Pass, g: GradientTile) -> list[ProductText]:
         """What multiplies a gradient tile into the operands' gradients."""

@@ -13,6 +13,7 @@ from functools import cached_property
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.codegen.triton.owner import own_dim, owned_operands, shares_statistics
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
+from cl_compiler.codegen.triton.row_gradients import leaving_operands
 from cl_compiler.hardware.graph import hardware_graph
 from cl_compiler.lang.ir import COLS
 from cl_compiler.lang.program import Pass, Program
@@ -114,7 +115,11 @@ class Workload:
                     if what not in OF_TILES
                 ),
             )
-            for phase in phases_of(self.facts, casts=problem.input_bytes < problem.compute_bytes)
+            for phase in phases_of(
+                self.facts,
+                casts=problem.input_bytes < problem.compute_bytes,
+                leaving=leaving_operands(self.program, problem.dtype),
+            )
         ]
         return CompiledMemory(tuple(phases), tape_of([p.total for p in phases]).bind(self.sizes))
 

@@ -8,7 +8,7 @@ import pytest
 
 from cl_compiler import compile_loss
 from cl_compiler.codegen.backend import max_batch, plan_of
-from cl_compiler.codegen.triton.panel import STEP, kernel_plan, panels, sides
+from cl_compiler.codegen.triton.panel import STEP, kernel_plan, panels, sides, smallest_bytes
 from cl_compiler.codegen.triton.workload import Workload, gradient_bytes
 from cl_compiler.errors import BudgetError
 from cl_compiler.hardware import load_hardware
@@ -77,11 +77,13 @@ def test_a_plan_with_its_panel_stays_within_the_budget(
 
 
 def test_every_byte_of_clip_is_what_its_file_allocates():
-    """Accumulators in fp32, a panel in bf16, four fp64 vectors, partial sums of 128x128 tiles."""
+    """A panel in bf16, dY in fp32, dX in bf16 and a block of its rows in fp32, four fp64 vectors,
+    partial sums of 128x128 tiles."""
     w = workload(rows=4096)
     tile = Tile(4096, 4096)
     items = dict(w.footprint(tile).items)
-    assert items["gradient accumulators"] == 2 * 4096 * 512 * 4
+    assert items["gradient accumulators"] == items["rows of gradients"] == 4096 * 512 * 4
+    assert items["returned gradients"] == 4096 * 512 * 2
     assert items["a panel of gradients"] == 4096 * 4096 * 2
     vectors = items.pop("statistics (vectors)")
     assert vectors % (4096 * 8) == 0 and vectors > 0
@@ -89,9 +91,9 @@ def test_every_byte_of_clip_is_what_its_file_allocates():
 
 
 def test_a_budget_that_no_panel_fits_goes_to_pytorch_or_says_what_would_do():
-    w = workload(rows=1 << 14, budget="65MiB")
-    assert kernel_plan(w) is None
-    request = replace(w.request, budget=MemoryBudget.parse("63MiB"))
+    w = workload(rows=1 << 14)
+    request = replace(w.request, budget=MemoryBudget(smallest_bytes(w) - 1))
+    assert kernel_plan(replace(w, request=request)) is None
     with pytest.raises(BudgetError, match="Give at least memory_budget="):
         plan_of(request, w.program.plan)
 

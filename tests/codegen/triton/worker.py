@@ -110,6 +110,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         precision=request.get("precision", "ieee"),
         schedule=request.get("schedule", "spill"),
         core=RESIDENT if request.get("resident") else SMALL,
+        needs=frozenset(request["needs"]) if "needs" in request else None,
     )
     module = load_source(source, "interpreted")
     tripped = [False]
