@@ -194,7 +194,9 @@ def show(console: Console, found: dict[str, Any]) -> None:
     )
     table = Table("step", "median, CPU time", "of uncached", box=None)
     for name, seconds in found["medians"].items():
-        table.add_row(name, format_seconds(seconds), f"{seconds / found['medians']['uncached']:.2f}")
+        table.add_row(
+            name, format_seconds(seconds), f"{seconds / found['medians']['uncached']:.2f}"
+        )
     console.print(table)
     holds = "holds" if found["cached"] <= found["bound"] else "EXCEEDED"
     console.print(

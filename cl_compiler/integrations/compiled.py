@@ -13,13 +13,14 @@ from cl_compiler.hardware import HardwareSpec
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.runtime.function import CompiledLoss
 
-__all__ = ["Compiled", "MemoryBudget", "default_budget_bytes"]
+__all__ = ["DOUBLINGS", "Compiled", "MemoryBudget", "default_budget_bytes"]
 
 MemoryBudget = int | str | None
 """Bytes, "64MiB", or None: ``default_budget_bytes``."""
 
 _FLOOR_BYTES = 8 << 20
-_DOUBLINGS = 6
+DOUBLINGS = 6
+"""Of a budget that turns out to be too small, where nobody gave one."""
 
 
 class Compiled:
@@ -49,7 +50,7 @@ class Compiled:
         budget = default_budget_bytes(
             [t for t in matrices if isinstance(t, Tensor) and t.dim() > 1]
         )
-        for _ in range(_DOUBLINGS):
+        for _ in range(DOUBLINGS):
             try:
                 value = self._with(budget)(*operands, **arguments)
                 return value

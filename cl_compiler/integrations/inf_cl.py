@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cl_compiler.integrations.compiled import Compiled
-from cl_compiler.integrations.ranks import gather, shards_of, world_size
+from cl_compiler.integrations.own_rows import infonce_rows
+from cl_compiler.integrations.ranks import OfRanks, shards_of, with_value, world_size
 
 __all__ = ["cal_inf_loss"]
 
-_LOSS = Compiled("infonce")
+_LOSS, _OF_RANKS = Compiled("infonce"), OfRanks(infonce_rows)
 
 
 def cal_inf_loss(
@@ -34,40 +34,30 @@ def cal_inf_loss(
         scale: multiplies the similarities; by default 1.
         head_dim: without effect, the way inf_cl cuts D does not change the sum.
         peer_scale_gradient: sum the gradient of ``scale`` over ranks, as inf_cl does; averaged over
-            ranks afterwards it is world_size times too large.  By default it is this rank's own.
+            ranks afterwards it is world_size times too large.  By default that average is right.
 
     Returns:
-        A scalar; its mean over ranks is the loss of the whole batch.
+        A scalar; its mean over ranks is the loss of the whole batch, where shards are equal.
     """
+    chosen: dict[str, Any] = {}
     if world_size() == 1:
-        chosen: dict[str, Any] = {}
         if labels is not None:
             columns = torch.arange(k.shape[0], device=k.device)
             chosen = {"row_ids": labels, "col_ids": columns}
         return _LOSS(q, k, logit_scale=1.0 if scale is None else scale, **chosen)
-    shards = shards_of(k)
-    columns = torch.arange(shards.total, device=k.device)
-    own = columns[: q.shape[0]] if labels is None else labels.to(k.device)
+    if labels is not None:
+        shards = shards_of(k)
+        columns = torch.arange(k.shape[0], device=k.device) + shards.start
+        chosen = {"row_ids": labels.to(k.device) + shards.start, "col_ids": columns}
     if peer_scale_gradient and isinstance(scale, Tensor):
         scale = _summed(scale)
-    return _LOSS(
-        q,
-        gather(k, shards),
-        logit_scale=1.0 if scale is None else scale,
-        row_ids=own + shards.start,
-        col_ids=columns,
-    )
+    value, own = _OF_RANKS(q, k, logit_scale=1.0 if scale is None else scale, **chosen)
+    return with_value(value, own["rows"].mean()) if len(q) else value
 
 
 def _summed(scale: Tensor) -> Tensor:
-    """The scale, with a gradient that is the sum over ranks."""
+    """The scale, with a gradient that is the sum over ranks: they all have its mean."""
     scale = scale.clone()
     if scale.requires_grad:
-
-        def reduce(gradient: Tensor) -> Tensor:
-            total = gradient.clone()
-            dist.all_reduce(total)
-            return total
-
-        scale.register_hook(reduce)  # type: ignore[no-untyped-call]
+        scale.register_hook(lambda gradient: world_size() * gradient)  # type: ignore[no-untyped-call]
     return scale

@@ -11,18 +11,24 @@ from torch.nn.functional import normalize
 
 from cl_compiler.errors import ArgumentError
 from cl_compiler.integrations.compiled import Compiled, MemoryBudget
-from cl_compiler.integrations.ranks import gather, shards_of, world_size
+from cl_compiler.integrations.ranks import OfRanks, gather, shards_of, world_size
 
 __all__ = ["DCLLoss", "DCLWLoss", "NTXentLoss", "negative_mises_fisher_weights"]
 
 
-def _views(out0: Tensor, out1: Tensor, *, gather_distributed: bool) -> Tensor:
-    """[2b, D], both views of unit length; of all ranks where that is wanted."""
-    views = [normalize(out0, dim=1), normalize(out1, dim=1)]
-    if gather_distributed and world_size() > 1:
-        shards = shards_of(out0)
-        views = [gather(view, shards) for view in views]
-    return torch.cat(views)
+class _Views:
+    """A loss of two views of one set: of this rank's, or of all ranks' together."""
+
+    def __init__(self, loss: str, memory_budget: MemoryBudget, *, gather_distributed: bool) -> None:
+        self.gather_distributed = gather_distributed
+        self._alone = Compiled(loss, memory_budget)
+        self._ranks = OfRanks(loss, memory_budget)
+
+    def __call__(self, views: Tensor, **arguments: Tensor | float) -> Tensor:
+        """The mean over rows of ``views`` [2b, D]."""
+        together = self.gather_distributed and world_size() > 1
+        value: Tensor = (self._ranks if together else self._alone)(views, **arguments)
+        return value
 
 
 class NTXentLoss(nn.Module):
@@ -52,7 +58,7 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         self.memory_bank = _bank(memory_bank_size, gather_distributed=gather_distributed)
-        self._views = Compiled("nt_xent", memory_budget)
+        self._views = _Views("nt_xent", memory_budget, gather_distributed=gather_distributed)
         self._bank = Compiled("moco", memory_budget)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
@@ -63,10 +69,9 @@ class NTXentLoss(nn.Module):
             out1: [b, D], the second; it joins the memory bank where out0 trains.
         """
         scale = 1 / self.temperature
-        if self.memory_bank is None:
-            views = _views(out0, out1, gather_distributed=self.gather_distributed)
-            return self._views(views, logit_scale=scale)
         out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
+        if self.memory_bank is None:
+            return self._views(torch.cat([out0, out1]), logit_scale=scale)
         negatives = self.memory_bank(out1, update=out0.requires_grad).to(out0)
         return self._bank(out0, out1, queue=negatives, logit_scale=scale)
 
@@ -130,8 +135,8 @@ class DCLLoss(nn.Module):
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = gather_distributed
-        self._plain = Compiled("dcl_views", memory_budget)
-        self._weighted = Compiled("dcl_views_weighted", memory_budget)
+        name = "dcl_views" if weight_fn is None else "dcl_views_weighted"
+        self._views = _Views(name, memory_budget, gather_distributed=gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The mean over rows and views.
@@ -140,12 +145,11 @@ class DCLLoss(nn.Module):
             out0: [b, D], the first view of each sample; normalised here.
             out1: [b, D], the second.
         """
-        views = _views(out0, out1, gather_distributed=self.gather_distributed)
-        if self.weight_fn is None:
-            return self._plain(views, logit_scale=1 / self.temperature)
-        a, b = views.chunk(2)
-        weight = torch.cat([self.weight_fn(a, b), self.weight_fn(b, a)])
-        return self._weighted(views, weight=weight, logit_scale=1 / self.temperature)
+        a, b = normalize(out0, dim=1), normalize(out1, dim=1)
+        given = {}
+        if self.weight_fn is not None:
+            given["weight"] = torch.cat([self.weight_fn(a, b), self.weight_fn(b, a)])
+        return self._views(torch.cat([a, b]), logit_scale=1 / self.temperature, **given)
 
 
 class DCLWLoss(DCLLoss):
@@ -154,7 +158,8 @@ class DCLWLoss(DCLLoss):
     Args:
         temperature: similarities are divided by it.
         sigma: the temperature of the weights.
-        gather_distributed: negatives of all ranks; the weights' softmax is then over all samples.
+        gather_distributed: negatives of all ranks; the weights' softmax is over this rank's
+            samples, as lightly's.
         memory_budget: of the loss on this device; by default in proportion to the embeddings.
     """
 

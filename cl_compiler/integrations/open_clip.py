@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from cl_compiler.errors import ArgumentError
 from cl_compiler.integrations.compiled import Compiled, MemoryBudget
-from cl_compiler.integrations.ranks import Shards, gather, shards_of, world_size
+from cl_compiler.integrations.own_rows import clip_rows, siglip_rows
+from cl_compiler.integrations.ranks import (
+    OfRanks,
+    Shards,
+    gather,
+    shards_of,
+    with_value,
+    world_size,
+)
 
 __all__ = ["ClipLoss", "SigLipLoss", "patch"]
 
@@ -25,8 +33,8 @@ class ClipLoss(nn.Module):
     """Symmetric InfoNCE of one process or of many.
 
     Args:
-        local_loss: with several ranks, each takes its own rows against all; otherwise every rank
-            computes the whole batch's loss.
+        local_loss: with several ranks, return the mean over this rank's rows and columns; otherwise
+            the whole batch's loss on every rank.  The work is shared among ranks in both cases.
         gather_with_grad: see ``peer_gradients``.
         cache_labels: without effect, there are no labels.
         rank: of this process; its position comes from ``torch.distributed``.
@@ -64,6 +72,7 @@ class ClipLoss(nn.Module):
         self.peer_gradients = peer_gradients
         self._both = Compiled("clip", memory_budget)
         self._rows = Compiled("infonce", memory_budget)
+        self._ranks = OfRanks(clip_rows, memory_budget)
 
     def forward(
         self,
@@ -92,14 +101,21 @@ class ClipLoss(nn.Module):
 
     def _of_ranks(self, images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
         _check_group(self.world_size)
-        shards = shards_of(images)
-        all_images, all_texts = gather(images, shards), gather(texts, shards)
         if self.peer_gradients and not self.gather_with_grad:
-            all_images, all_texts = all_images.detach(), all_texts.detach()
-            if not self.local_loss:
-                all_images = _with_own(all_images, images, shards)
-                all_texts = _with_own(all_texts, texts, shards)
+            return self._as_open_clip(images, texts, scale)
+        value: Tensor
+        value, own = self._ranks(images, texts, logit_scale=scale)
+        if self.local_loss and len(images):
+            value = with_value(value, (own["rows"].mean() + own["cols"].mean()) / 2)
+        return value
+
+    def _as_open_clip(self, images: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
+        """With the gradients that open_clip computes where it gathers without them."""
+        shards = shards_of(images)
+        all_images, all_texts = (gather(side.detach(), shards) for side in (images, texts))
         if not self.local_loss:
+            all_images = _with_own(all_images, images, shards)
+            all_texts = _with_own(all_texts, texts, shards)
             return self._both(all_images, all_texts, logit_scale=scale)
         ids = _ids(shards, images.device)
         rows = self._rows(images, all_texts, logit_scale=scale, **ids)
@@ -113,7 +129,8 @@ class SigLipLoss(nn.Module):
         cache_labels: without effect, there are no labels.
         rank: of this process; its position comes from ``torch.distributed``.
         world_size: of all ranks; more than 1 needs an initialised default group.
-        dist_impl: open_clip's name of an exchange; all give the same numbers, and here all gather.
+        dist_impl: open_clip's name of an exchange; all give the same numbers, and here texts always
+            travel around a ring.
         chunk_size: without effect: memory does not grow with the matrix anyway.
         memory_budget: of the loss on this device; by default in proportion to the embeddings.
 
@@ -142,6 +159,7 @@ class SigLipLoss(nn.Module):
                 f"dist_impl={dist_impl!r} is no exchange; use bidir, shift, reduce or gather."
             )
         self._pairs = Compiled("siglip", memory_budget)
+        self._ranks = OfRanks(siglip_rows, memory_budget)
 
     def forward(
         self,
@@ -154,15 +172,12 @@ class SigLipLoss(nn.Module):
         """The loss, or ``{"contrastive_loss": loss}``; arguments as in ``ClipLoss``."""
         if self.world_size > 1:
             _check_group(self.world_size)
-            shards = shards_of(image_features)
             bias = 0.0 if logit_bias is None else logit_bias
-            value = self._pairs(
-                image_features,
-                gather(text_features, shards),
-                logit_scale=logit_scale,
-                logit_bias=bias,
-                **_ids(shards, image_features.device),
+            value, own = self._ranks(
+                image_features, text_features, logit_scale=logit_scale, logit_bias=bias
             )
+            if len(image_features):
+                value = with_value(value, own["rows"].mean())
         else:
             value = self._loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": value} if output_dict else value

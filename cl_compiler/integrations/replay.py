@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from cl_compiler.step.inputs import Tokens, chunk_ranges, cut
 from cl_compiler.step.modules import modules_of, reducers_of, without_reduction
 from cl_compiler.step.progress import reporter
 
-__all__ = ["encode_columns", "mini_batches", "replayed"]
+__all__ = ["encode_columns", "evaluated", "mini_batches", "replayed"]
 
 
 def mini_batches(
@@ -89,27 +88,36 @@ def encode_columns(
 
 
 def replayed(
-    columns: Sequence[Sequence[Chunk]],
-    model: Any,
-    loss_of: Callable[[list[Tensor]], Tensor],
+    columns: Sequence[Sequence[Chunk]], model: Any, loss_of: Callable[..., Tensor]
 ) -> Tensor:
     """The loss of all chunks, a leaf; its backward is that of every chunk.
 
     Args:
         columns: chunks of each of the loss's inputs.
         model: what the chunks were encoded with.
-        loss_of: embeddings of each column -> loss.
+        loss_of: embeddings of each column's mini-batches, with_backward -> loss; with it, their
+            gradients are there afterwards.
     """
+    embeddings = [[chunk.embedding for chunk in column] for column in columns]
     trains = torch.is_grad_enabled()
-    with nullcontext() if trains else torch.no_grad():
-        value = loss_of([torch.cat([chunk.embedding for chunk in column]) for column in columns])
-    if not trains or not value.requires_grad:
-        return value.detach()
-    torch.autograd.backward(value)
-    result = value.detach().requires_grad_()
+    trains = trains and any(part.requires_grad for column in embeddings for part in column)
+    with torch.set_grad_enabled(trains):
+        value = loss_of(embeddings, with_backward=trains).detach()
+    if not trains:
+        return value
+    result = value.requires_grad_()
     chunks = [chunk for column in columns for chunk in column]
     result.register_hook(partial(_replay, chunks, model))  # type: ignore[no-untyped-call]
     return result
+
+
+def evaluated(value: Tensor, *, with_backward: bool) -> Tensor:
+    """A loss, or after its backward its value."""
+    if not with_backward:
+        return value
+    if value.requires_grad:
+        torch.autograd.backward(value)
+    return value.detach()
 
 
 def _replay(chunks: Sequence[Chunk], model: Any, factor: Tensor) -> None:

@@ -10,7 +10,6 @@ keyword, their order differs between its versions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from torch.nn.functional import normalize
 
 from cl_compiler.errors import ArgumentError
 from cl_compiler.integrations.compiled import Compiled, MemoryBudget
-from cl_compiler.integrations.ranks import gather, shards_of, world_size
-from cl_compiler.integrations.replay import encode_columns, mini_batches, replayed
+from cl_compiler.integrations.ranks import OfRanks, shards_of, world_size
+from cl_compiler.integrations.replay import encode_columns, evaluated, mini_batches, replayed
 from cl_compiler.losses.false_negatives import gist
 from cl_compiler.losses.retrieval import DIRECTIONS, mnrl
 
@@ -48,7 +47,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         model: features -> {"sentence_embedding": [b, D]}.
         scale: multiplies the similarities.
         similarity_fct: cos_sim or dot_score, sentence-transformers' or the ones here.
-        gather_across_devices: documents of all ranks; with "query_to_doc" alone.
+        gather_across_devices: the loss of all ranks' batches together, on every rank.
         directions: see ``cl_compiler.losses.mnrl``.
         partition_mode: "joint" or "per_direction".
         hardness_mode: None, "in_batch_negatives", "hard_negatives" or "all_negatives".
@@ -79,11 +78,6 @@ class MultipleNegativesRankingLoss(nn.Module):
                 f"similarity_fct={similarity_fct!r}: compiled are cos_sim and dot_score; for "
                 "another one use sentence-transformers' loss."
             )
-        if gather_across_devices and tuple(directions) != ("query_to_doc",):
-            raise ArgumentError(
-                f"gather_across_devices with directions={tuple(directions)}: across ranks only "
-                "('query_to_doc',) is compiled so far."
-            )
         self.model = model
         self.scale = scale
         self.similarity_fct = similarity_fct
@@ -93,7 +87,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
         self.memory_budget = memory_budget
-        self._compiled: dict[bool, Compiled] = {}
+        self._compiled: dict[tuple[bool, bool], Compiled | OfRanks] = {}
 
     @property
     def temperature(self) -> float:
@@ -112,24 +106,23 @@ class MultipleNegativesRankingLoss(nn.Module):
             raise ArgumentError(f"{len(embeddings)} columns: anchors and positives are needed.")
         cosine = getattr(self.similarity_fct, "__name__", "") == "cos_sim"
         queries, *documents = (normalize(e, dim=1) if cosine else e for e in embeddings)
-        count, first = queries.shape[0], 0
         arguments: dict[str, Any] = {}
-        if self.gather_across_devices and world_size() > 1:
-            shards = shards_of(queries)
-            first, count = shards.start, shards.total
-            documents = [gather(column, shards) for column in documents]
-            columns = torch.arange(count * len(documents), device=queries.device)
-            arguments = {"row_ids": columns[first : first + len(queries)], "col_ids": columns}
+        together = self.gather_across_devices and world_size() > 1
         hard = len(documents) > 1
-        loss = self._compiled.get(hard)
+        loss = self._compiled.get((hard, together))
         if loss is None:
             mode = self.hardness_mode if self.hardness_strength > 0 else None
             ir = mnrl(self.directions, self.partition_mode, mode, hard)
-            loss = self._compiled[hard] = Compiled(ir, self.memory_budget)
+            loss = (OfRanks if together else Compiled)(ir, self.memory_budget)
+            self._compiled[hard, together] = loss
         needed = {op.name for op in loss.loss.operands} | set(loss.loss.parameters)  # type: ignore[union-attr]
         if "row_code" in needed:
+            first, count = 0, queries.shape[0]
+            if together:
+                shards = shards_of(queries)
+                first, count = shards.start, shards.total
             own = torch.arange(first, first + len(queries), device=queries.device)
-            every = torch.arange(count, device=queries.device).repeat(len(documents))
+            every = own.repeat(len(documents))
             arguments["row_code"] = group_code(own, count, of_rows=True).to(queries)
             arguments["col_code"] = group_code(every, count, of_rows=False).to(queries)
         if "positives" in needed:
@@ -137,7 +130,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         if "hardness_strength" in needed:
             arguments["hardness_strength"] = self.hardness_strength
         documents_in_one = documents[0] if len(documents) == 1 else torch.cat(documents)
-        return loss(queries, documents_in_one, logit_scale=self.scale, **arguments)
+        value: Tensor = loss(queries, documents_in_one, logit_scale=self.scale, **arguments)
+        return value
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of the loss."""
@@ -234,7 +228,7 @@ class CachedMultipleNegativesRankingLoss(_Cached):
         similarity_fct: cos_sim or dot_score.
         mini_batch_size: samples per encoding.
         mini_batch_num_tokens: instead, tokens that are not padding.
-        gather_across_devices: documents of all ranks.
+        gather_across_devices: the loss of all ranks' batches together, on every rank.
         directions: as in the plain loss.
         partition_mode: as in the plain loss.
         show_progress_bar: over the first pass.
@@ -280,7 +274,19 @@ class CachedMultipleNegativesRankingLoss(_Cached):
         """The loss of one batch; labels are not used."""
         batches = self._batches(sentence_features)
         columns = encode_columns(self._embed, batches, progress=self.show_progress_bar)
-        return replayed(columns, self.model, self.loss.compute_loss_from_embeddings)
+        return replayed(columns, self.model, self.calculate_loss)
+
+    def calculate_loss(
+        self, reps: Sequence[Sequence[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of each column's mini-batches; MatryoshkaLoss puts shortened ones in between.
+
+        Args:
+            reps: embeddings [b, D] of the mini-batches of anchors, of positives, of negatives.
+            with_backward: also leave the gradients of ``reps``, and return the value alone.
+        """
+        value = self.loss.compute_loss_from_embeddings([torch.cat(list(parts)) for parts in reps])
+        return evaluated(value, with_backward=with_backward)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What a model card says of the loss."""
@@ -302,11 +308,12 @@ class CachedGISTEmbedLoss(_Cached):
         margin: how much closer than the positive a negative may be to the guide.
         contrast_anchors: also anchors against anchors.
         contrast_positives: also positives against positives.
-        gather_across_devices: refused across ranks so far.
+        gather_across_devices: the loss of all ranks' batches together, on every rank; anchors, too,
+            are contrasted with those of all ranks.
         memory_budget: of the loss on this device; by default in proportion to the embeddings.
 
     Raises:
-        ArgumentError: an unknown strategy, models without tokenizers, or several ranks.
+        ArgumentError: an unknown strategy, or models without tokenizers.
     """
 
     def __init__(
@@ -328,11 +335,6 @@ class CachedGISTEmbedLoss(_Cached):
         super().__init__(model, mini_batch_size, mini_batch_num_tokens, show_progress_bar)
         if margin_strategy not in ("absolute", "relative"):
             raise ArgumentError(f"margin_strategy={margin_strategy!r}: 'absolute' or 'relative'.")
-        if gather_across_devices and world_size() > 1:
-            raise ArgumentError(
-                "gather_across_devices of CachedGISTEmbedLoss is not compiled across ranks so far; "
-                "leave it out, or use sentence-transformers'."
-            )
         self.guide = guide
         self.temperature = temperature
         self.margin_strategy = margin_strategy
@@ -342,27 +344,47 @@ class CachedGISTEmbedLoss(_Cached):
         self.gather_across_devices = gather_across_devices
         self.must_retokenize = _differs(model, guide)
         self._compiled = {
-            hard: Compiled(
+            (hard, kind is OfRanks): kind(
                 gist(margin_strategy, contrast_anchors, contrast_positives, hard), memory_budget
             )
             for hard in (False, True)
+            for kind in (Compiled, OfRanks)
         }
 
     def forward(self, sentence_features: Features, labels: Tensor | None = None) -> Tensor:
         """The loss of one batch; labels are not used."""
         batches = self._batches(sentence_features)
         columns = encode_columns(self._embed, batches, progress=self.show_progress_bar)
-        guides = [torch.cat([self._guide(part) for part in column]) for column in batches]
-        return replayed(columns, self.model, partial(self._value, guides=guides))
+        guides = [[self._guide(part) for part in column] for column in batches]
 
-    def _value(self, embeddings: Sequence[Tensor], *, guides: Sequence[Tensor]) -> Tensor:
-        x, *candidates = (normalize(e, dim=1) for e in embeddings)
-        guide_x, *guide_candidates = (normalize(g, dim=1) for g in guides)
-        hard = len(candidates) > 1
+        def loss_of(reps: Sequence[Sequence[Tensor]], *, with_backward: bool) -> Tensor:
+            return self.calculate_loss(reps, guides, with_backward=with_backward)
+
+        return replayed(columns, self.model, loss_of)
+
+    def calculate_loss(
+        self,
+        reps: Sequence[Sequence[Tensor]],
+        reps_guided: Sequence[Sequence[Tensor]],
+        *,
+        with_backward: bool = False,
+    ) -> Tensor:
+        """The loss of each column's mini-batches; MatryoshkaLoss puts shortened ones in between.
+
+        Args:
+            reps: embeddings [b, D] of the mini-batches of anchors, of positives, of negatives.
+            reps_guided: the guide's, [b, G].
+            with_backward: also leave the gradients of ``reps``, and return the value alone.
+        """
+        x, *candidates = (normalize(torch.cat(list(parts)), dim=1) for parts in reps)
+        guide_x, *guide_candidates = (
+            normalize(torch.cat(list(parts)), dim=1) for parts in reps_guided
+        )
+        hard, together = len(candidates) > 1, self.gather_across_devices and world_size() > 1
         arguments = {}
         if hard and self.contrast_positives:
             arguments = {"positives": candidates[0], "guide_positives": guide_candidates[0]}
-        return self._compiled[hard](
+        value: Tensor = self._compiled[hard, together](
             x,
             torch.cat(candidates) if hard else candidates[0],
             guide_x=guide_x,
@@ -371,6 +393,7 @@ class CachedGISTEmbedLoss(_Cached):
             margin=self.margin,
             **arguments,
         )
+        return evaluated(value, with_backward=with_backward)
 
     @torch.no_grad()
     def _guide(self, features: dict[str, Any]) -> Tensor:

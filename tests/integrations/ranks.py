@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,11 @@ from cl_compiler.integrations.lightly import DCLLoss, NTXentLoss
 from cl_compiler.integrations.open_clip import ClipLoss, SigLipLoss
 from cl_compiler.integrations.ranks import shards_of
 from cl_compiler.integrations.sentence_transformers import (
+    CachedGISTEmbedLoss,
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
+from cl_compiler.losses.retrieval import DIRECTIONS
 from tests.integrations.compare import TextModel, texts
 from tests.step.encoders import assert_same, batch, contrast, gradients, tower
 from tests.step.ranks import counted, local
@@ -80,66 +83,77 @@ def views(x: Tensor, y: Tensor, _: Tensor, *, decoupled: bool) -> Tensor:
     return (torch.logsumexp(s.index_put((rows, target), own.new_tensor(-1e9)), 1) - own).mean()
 
 
-def ranking(x: Tensor, y: Tensor, scale: Tensor, **more: str) -> Tensor:
-    loss = MultipleNegativesRankingLoss(nn.Identity(), scale=7.0, gather_across_devices=True)
+def ranking(x: Tensor, y: Tensor, _: Tensor, *, gathers: bool) -> Tensor:
+    """All directions, with hard negatives of each query."""
+    loss = MultipleNegativesRankingLoss(
+        nn.Identity(),
+        scale=7.0,
+        gather_across_devices=gathers,
+        directions=DIRECTIONS,
+        hardness_mode="hard_negatives",
+        hardness_strength=0.5,
+    )
     return loss.compute_loss_from_embeddings([x, y, y.flip(1)], None)
 
 
-def dense_ranking(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    return cross_entropy(7 * x @ torch.cat([y, y.flip(1)]).T, torch.arange(len(x)))
+def guided(x: Tensor, y: Tensor, _: Tensor, *, gathers: bool) -> Tensor:
+    """The guide's embeddings follow from the embeddings, so that shards are parts of the batch."""
+    model = TextModel(0)
+    model.tokenizer = Words()
+    loss = CachedGISTEmbedLoss(model, model, temperature=0.2, gather_across_devices=gathers)
+    guides = [[side.detach()[:, [1, 0, 3, 2, 5, 4]]] for side in (x, y)]
+    return loss.calculate_loss([[x], [y]], guides)
 
 
-def of_rows(dense: Loss) -> Callable[[list[int]], Loss]:
-    """With shards of unequal length: the mean over ranks of each rank's mean over its rows."""
-
-    def weighted(lengths: list[int]) -> Loss:
-        def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-            s, target = scale * x @ y.T, torch.arange(len(x))
-            rows = cross_entropy(s, target, reduction="none")
-            if dense is clip:
-                rows = (rows + cross_entropy(s.T, target, reduction="none")) / 2
-            return torch.stack([part.mean() for part in rows.split(lengths)]).mean()
-
-        return loss
-
-    return weighted
+class Words:
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
 
-def cases(equal: bool) -> dict[str, tuple[Loss, Loss]]:
-    """name → (drop-in, dense loss of the whole batch)."""
+def cases() -> dict[str, tuple[Loss, Loss, bool]]:
+    """name → (drop-in, dense loss of the whole batch, whether each rank returns its own rows')."""
     flags = [(a, b) for a in (False, True) for b in (False, True)]
-    found = {
-        f"clip {local} {grad}": (ClipLoss(local, grad, world_size=WORLD), clip)
+    clips = {
+        f"clip {local} {grad}": (ClipLoss(local, grad, world_size=WORLD), clip, local)
         for local, grad in flags
-        if equal or not local
     }
-    found["nt_xent"] = (
-        lambda x, y, _: NTXentLoss(0.5, gather_distributed=True)(x, y),
-        lambda *given: views(*given, decoupled=False),
-    )
-    found["dcl"] = (
-        lambda x, y, _: DCLLoss(0.5, gather_distributed=True)(x, y),
-        lambda *given: views(*given, decoupled=True),
-    )
-    if equal:
-        siglip_loss = SigLipLoss(world_size=WORLD, dist_impl="shift")
-        found["siglip"] = (lambda x, y, s: siglip_loss(x, y, s, -2.0), siglip)
-        found["inf_cl"] = (lambda x, y, s: cal_inf_loss(x, y, scale=s), infonce)
-        found["ranking"] = (ranking, dense_ranking)
-    else:
-        lengths = [4, 7]
-        found["clip rows"] = (
-            ClipLoss(local_loss=True, world_size=WORLD),
-            of_rows(clip)(lengths),
-        )
-        found["inf_cl"] = (
-            lambda x, y, s: cal_inf_loss(x, y, scale=s),
-            of_rows(infonce)(lengths),
-        )
-    return found
+    siglip_loss = SigLipLoss(world_size=WORLD, dist_impl="shift")
+
+    def weight(a: Tensor, b: Tensor) -> Tensor:
+        return ((a - b) ** 2).sum(1)
+
+    return clips | {
+        "nt_xent": (
+            lambda x, y, _: NTXentLoss(0.5, gather_distributed=True)(x, y),
+            lambda *given: views(*given, decoupled=False),
+            False,
+        ),
+        "dcl": (
+            lambda x, y, _: DCLLoss(0.5, gather_distributed=True)(x, y),
+            lambda *given: views(*given, decoupled=True),
+            False,
+        ),
+        "weighted dcl": (
+            lambda x, y, _: DCLLoss(0.5, weight, gather_distributed=True)(x, y),
+            lambda x, y, _: DCLLoss(0.5, weight)(x, y),
+            False,
+        ),
+        "siglip": (lambda x, y, s: siglip_loss(x, y, s, -2.0), siglip, True),
+        "inf_cl": (lambda x, y, s: cal_inf_loss(x, y, scale=s), infonce, True),
+        "inf_cl labels": (
+            lambda x, y, s: cal_inf_loss(x, y, torch.arange(len(x)), s),
+            infonce,
+            True,
+        ),
+        # With one rank these are tested against formulas and the peer.
+        "ranking": (partial(ranking, gathers=True), partial(ranking, gathers=False), False),
+        "guided": (partial(guided, gathers=True), partial(guided, gathers=False), False),
+    }
 
 
-def check(name: str, ours: Loss, dense: Loss, lengths: list[int], rank: int) -> None:
+def check(name: str, ours: Loss, dense: Loss, own: bool, lengths: list[int], rank: int) -> None:
+    """Gradients averaged over ranks are the whole batch's; so is the value, if each rank's counts
+    by its rows."""
     model = Both()
     generator = torch.Generator().manual_seed(1)
     x, y = (
@@ -147,7 +161,11 @@ def check(name: str, ours: Loss, dense: Loss, lengths: list[int], rank: int) -> 
     )
     want_value, want = model.gradients(dense, x, y)
     value, found = model.gradients(ours, x.split(lengths)[rank], y.split(lengths)[rank])
-    (value,), found = mean_over_ranks([value]), mean_over_ranks(found)
+    found = mean_over_ranks(found)
+    if own:
+        (mean,) = mean_over_ranks([value * lengths[rank] * WORLD / sum(lengths)])
+        assert (value - mean).abs() > 1e-6, name
+        value = mean
     torch.testing.assert_close(value, want_value, rtol=1e-12, atol=0, msg=name)
     for one, other in zip(found, want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, msg=name)
@@ -155,16 +173,44 @@ def check(name: str, ours: Loss, dense: Loss, lengths: list[int], rank: int) -> 
 
 
 def peers_gradients(rank: int) -> None:
-    """open_clip's default loses a factor of the world size in the encoders; the flag keeps that."""
+    """What the flags keep: open_clip's default loses a factor of the world size in the encoders,
+    Inf-CL's scale gains one."""
     model, lengths = Both(), [5, 5]
     x, y = (torch.randn(10, DIM, dtype=torch.float64) for _ in range(2))
-    _, want = model.gradients(clip, x, y)
-    loss = ClipLoss(world_size=WORLD, peer_gradients=True)
-    _, found = model.gradients(loss, x.split(lengths)[rank], y.split(lengths)[rank])
     names = [name for name, _ in model.named_parameters()]
-    for name, one, other in zip(names, mean_over_ranks(found), want, strict=True):
-        factor = 1 if name == "scale" else WORLD
-        torch.testing.assert_close(factor * one, other, rtol=1e-10, atol=1e-12, msg=name)
+    clip_loss = ClipLoss(world_size=WORLD, peer_gradients=True)
+    for ours, dense, factors in (
+        (clip_loss, clip, {"scale": 1.0, "other": 1 / WORLD}),
+        (
+            lambda x, y, s: cal_inf_loss(x, y, scale=s, peer_scale_gradient=True),
+            infonce,
+            {"scale": WORLD, "other": 1.0},
+        ),
+    ):
+        _, want = model.gradients(dense, x, y)
+        _, found = model.gradients(ours, x.split(lengths)[rank], y.split(lengths)[rank])
+        for name, one, other in zip(names, mean_over_ranks(found), want, strict=True):
+            factor = factors.get(name, factors["other"])
+            torch.testing.assert_close(one, factor * other, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def peers_local_gradients(rank: int) -> None:
+    """With local_loss and without gather_with_grad: gradients of other ranks' terms are missing."""
+    model, lengths = Both(), [5, 5]
+    x, y = (torch.randn(10, DIM, dtype=torch.float64) for _ in range(2))
+    mine = slice(5 * rank, 5 * rank + 5)
+
+    def dense(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        target = torch.arange(10)[mine]
+        rows = cross_entropy(scale * x[mine] @ y.detach().T, target)
+        return (rows + cross_entropy(scale * y[mine] @ x.detach().T, target)) / 2
+
+    want_value, want = model.gradients(dense, x, y)
+    loss = ClipLoss(local_loss=True, world_size=WORLD, peer_gradients=True)
+    value, found = model.gradients(loss, x.split(lengths)[rank], y.split(lengths)[rank])
+    torch.testing.assert_close(value, want_value, rtol=1e-12, atol=0)
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def cached_steps_reduce_once(rank: int) -> None:
@@ -195,11 +241,13 @@ def main(rank: int, rendezvous: str) -> None:
         timeout=timedelta(seconds=60),
     )
     assert shards_of(torch.ones(3 + rank)).rows == (3, 4)
+    compiled = cases()  # once: what is compiled serves both splits
     for lengths in ([5, 5], [4, 7]):
-        for name, (ours, dense) in cases(equal=len(set(lengths)) == 1).items():
-            check(name, ours, dense, lengths, rank)
+        for name, (ours, dense, own) in compiled.items():
+            check(name, ours, dense, own, lengths, rank)
     torch.manual_seed(3)
     peers_gradients(rank)
+    peers_local_gradients(rank)
     cached_steps_reduce_once(rank)
     print("done")
     dist.destroy_process_group()

@@ -173,7 +173,6 @@ def test_a_frozen_model_has_a_loss():
         ({"hardness_mode": "most"}, "hardness_mode='most'"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"similarity_fct": torch.cdist}, "similarity_fct="),
-        ({"gather_across_devices": True, "directions": ALL}, "across ranks only"),
     ],
 )
 def test_arguments_that_do_not_fit(options, message):
@@ -262,4 +261,46 @@ def test_gist_is_that_of_sentence_transformers(peer, tokenizer, contrast, strate
         kind(model, guide, **options) for kind in (CachedGISTEmbedLoss, peer.CachedGISTEmbedLoss)
     ]
     runs = [lambda f=f: f([dict(features) for features in given], None) for f in losses]
+    assert_same(*runs, list(model.parameters()))
+
+
+class _Sized(TextModel):
+    """With the one method more that MatryoshkaLoss asks of a model."""
+
+    def get_embedding_dimension(self):
+        return 6
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.3]])
+def test_matryoshka_loss_goes_around_cached_losses(peer, tokenizer, guided, weights):
+    """It shortens the embeddings between the two passes, in ``calculate_loss``."""
+    model, guide, given = _Sized(0, dropout=0.3), TextModel(1, dim=4), texts(8, seed=1)
+    model.tokenizer = guide.tokenizer = tokenizer
+    kinds = [CachedMultipleNegativesRankingLoss, peer.CachedMultipleNegativesRankingLoss]
+    options = {"mini_batch_size": 3}
+    if guided:
+        kinds = [CachedGISTEmbedLoss, peer.CachedGISTEmbedLoss]
+        options |= {"guide": guide, "temperature": 0.1, "margin": 0.1}
+    losses = [peer.MatryoshkaLoss(model, kind(model, **options), [6, 2], weights) for kind in kinds]
+    columns = [given, texts(8, seed=2)]
+
+    def seeded(loss):
+        def run():
+            torch.manual_seed(2)
+            return loss([dict(features) for features in columns], None)
+
+        return run
+
+    assert_same(*map(seeded, losses), list(model.parameters()))
+
+
+def test_matryoshka_loss_goes_around_the_plain_loss(peer):
+    """There it shortens what the model returns."""
+    model = _Sized(0)
+    columns = [texts(8, seed=n) for n in range(3)]
+    runs = []
+    for kind in (MultipleNegativesRankingLoss, peer.MultipleNegativesRankingLoss):
+        loss = peer.MatryoshkaLoss(model, kind(model), [6, 4, 2])
+        runs.append(lambda f=loss: f([dict(features) for features in columns], None))
     assert_same(*runs, list(model.parameters()))
