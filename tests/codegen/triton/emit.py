@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.support import obstacle
 from cl_compiler.lang.program import Program, Schedule, build_program, valid_schedules
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
+from tests import losses_zoo as zoo
 from tests.zoo_case import Case
 
 SMALL = CoreTile(16, 16, 16, 1, 1)
@@ -70,10 +73,13 @@ def emit(
     return render_triton(plan, program, "test", arch, core)
 
 
-def is_served(case: Case, schedule: Schedule = "spill") -> bool:
-    """Whether the back end claims a case."""
-    sweeps = plan_sweeps(case.loss, case.positives, case.needs)
-    if valid_schedules(sweeps)[schedule]:
-        return False
-    plan, program = plan_of(case, "float32", 20, PANEL, schedule=schedule)
-    return not obstacle(plan.problem, program)
+@cache
+def served(schedule: Schedule = "spill") -> dict[str, Program]:
+    """The zoo's cases that the back end claims, by name, as programs."""
+    found = {}
+    for case in zoo.cases():
+        if not valid_schedules(plan_sweeps(case.loss, case.positives, case.needs))[schedule]:
+            plan, program = plan_of(case, "float32", 20, PANEL, schedule=schedule)
+            if not obstacle(plan.problem, program):
+                found[case.name] = program
+    return found

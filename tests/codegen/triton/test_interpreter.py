@@ -12,12 +12,12 @@ import pytest
 
 from cl_compiler.errors import ScheduleError
 from tests import losses_zoo as zoo
-from tests.codegen.triton.emit import emit, is_served
+from tests.codegen.triton.emit import emit, served
 
 Ask = Callable[..., dict[str, Any]]
 
 CASES = {case.name: case for case in zoo.cases()}
-SERVED = [name for name, case in CASES.items() if is_served(case)]
+SERVED = list(served())
 QUICK = {"clip", "clip_ids", "nt_xent", "siglip", "gist", "entropy", "sinkhorn", "batch_hard"}
 
 
@@ -65,7 +65,7 @@ def test_zoo_in_16_bits(interpret: Ask, name: str):
     assert_right(answer, bound=12.0, dtype=dtype)
 
 
-GUARDED = [n for n in SERVED if "_out_of_range" in emit(CASES[n])]
+GUARDED = [n for n, p in served().items() if "bounded" in p.modes and not p.fused]
 
 
 @pytest.mark.parametrize("name", quick_or_full(GUARDED))

@@ -15,7 +15,7 @@ from cl_compiler import compile_loss
 from cl_compiler.plan.types import Problem
 from cl_compiler.runtime.loader import load_source
 from tests import losses_zoo as zoo
-from tests.codegen.triton.emit import REAL, emit, is_served
+from tests.codegen.triton.emit import REAL, emit, served
 
 pytest.importorskip("triton")
 
@@ -28,7 +28,7 @@ __all__ = ["own_cache"]
 
 Ask = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[3]
-CASES = {case.name: case for case in zoo.cases() if is_served(case, "recompute")}
+CASES = {case.name: case for case in zoo.cases() if case.name in served("recompute")}
 QUICK = {"clip", "nt_xent", "siglip", "gist_relative", "matryoshka"}
 """Each way to own gradients: both sides, one set twice, statistics, several operands, prefixes."""
 

@@ -16,7 +16,7 @@ from cl_compiler import compile_loss
 from cl_compiler.plan.types import Problem
 from cl_compiler.runtime.loader import load_source
 from tests import losses_zoo as zoo
-from tests.codegen.triton.emit import REAL, emit, is_served
+from tests.codegen.triton.emit import REAL, emit, served
 
 pytest.importorskip("triton")
 
@@ -35,7 +35,7 @@ __all__ = ["own_cache"]
 
 Ask = Callable[..., dict[str, Any]]
 ROOT = Path(__file__).parents[3]
-CASES = {case.name: case for case in zoo.cases() if is_served(case, "panel")}
+CASES = {case.name: case for case in zoo.cases() if case.name in served("panel")}
 
 
 def test_losses_whose_gradient_waits_for_row_sums_only_are_served():
