@@ -20,8 +20,10 @@ from cl_compiler.plan.types import Plan, Tile
 from cl_compiler.runtime.measure import planted_pairs
 from cl_compiler.units import format_bytes
 
-__all__ = ["Prepared", "Skipped", "inputs_of", "prepare"]
+__all__ = ["OPEN_CLIP", "Prepared", "Skipped", "inputs_of", "prepare"]
 
+OPEN_CLIP = "open_clip 4.2.0.dev0"
+"""Whose formula ``open_clip`` is: checked at commit 2e25cb1a0897ae598319d7f8626d60eef4af8531."""
 CHUNK_ROWS = 1024
 """Rows of the chunked PyTorch formula at a time."""
 DENSE_MATRICES = {"dense": 4.5, "open_clip": 7.0, "torch_compile": 4.5}
@@ -131,8 +133,7 @@ def open_clip(x: Tensor, y: Tensor, *, logit_scale: Tensor) -> Tensor:
 
     ``dense`` is faster: it transposes the first one, which open_clip does only across ranks.
     """
-    # Checked against github.com/mlfoundations/open_clip, src/open_clip/loss.py as of commit
-    # 2e25cb1a0897ae598319d7f8626d60eef4af8531 (4.2.0.dev0): ``ClipLoss.get_logits``, its branch
+    # github.com/mlfoundations/open_clip, src/open_clip/loss.py: ``ClipLoss.get_logits``, its branch
     # for world_size 1 without logit_bias, and ``ClipLoss.forward``.
     logits_per_image = logit_scale * x @ y.T
     logits_per_text = logit_scale * y @ x.T

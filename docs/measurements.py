@@ -1,9 +1,10 @@
-"""Paste measured times and memory into the README, from a results file of ``benchmarks/``.
+"""Put measured times and memory into the README: a table and figures, from one results file.
 
-    python docs/measurements.py                                          # print the newest
-    python docs/measurements.py --write [benchmarks/results/FILE.json]   # put it into README.md
+    python docs/measurements.py                                          # print the newest of a CPU
+    python docs/measurements.py --write [benchmarks/results/FILE.json]   # README.md, docs/images
 
-A CPU's results and a GPU's have a place of their own in the README.
+A CPU's results and a GPU's have a place of their own in the README.  Only what is committed in
+``benchmarks/results`` is written, and nothing of a dry run: every figure has its file.
 
 A test compares the README with the file that it names.
 """
@@ -11,17 +12,20 @@ A test compares the README with the file that it names.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cl_compiler.cli.compare import ours_of, rivals_of
-from cl_compiler.cli.results import Results, read_results
+from cl_compiler.cli.compare_plots import draw
+from cl_compiler.cli.results import Line, read_results
 from cl_compiler.units import format_bytes, format_seconds, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu measurements: begin -->", "<!-- gpu measurements: end -->"
 GROUPS = ("headline", "losses", "bf16")
@@ -48,6 +52,8 @@ def measurements(path: Path) -> str:
             "| memory: dense | compiled | schedule |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
             *lines,
+            "",
+            "![Time and providers](docs/images/cpu-time.png)",
         ]
     )
 
@@ -83,12 +89,15 @@ def rows_of(case: Mapping[str, Any]) -> Iterator[str]:
 
 def gpu_measurements(path: Path) -> str:
     """A GPU's results file as markdown: one line for each size, beside the fastest other."""
-    results = read_results(path)
-    keys = dict.fromkeys(line.key for line in results.lines)
-    lines = [row for key in keys if (row := gpu_row(results, key))]
+    runs = read_results(path)
+    all_lines = [line for results in runs for line in results.lines]
+    lines = [
+        row for key in dict.fromkeys(n.key for n in all_lines) if (row := gpu_row(all_lines, key))
+    ]
+    where = "; ".join(f"{results.device} ({results.about})" for results in runs)
     return "\n".join(
         [
-            f"bf16 inputs, gradients of both sides, on {results.device} ({results.about}); medians "
+            f"bf16 inputs, gradients of both sides, on {where}; medians "
             "of CUDA events. The fraction is of the library's 8192³ product in the same run, on "
             "the least work that a loss allows. Memory is the allocator's peak beyond the inputs. "
             "Every repetition and every error is in "
@@ -98,13 +107,15 @@ def gpu_measurements(path: Path) -> str:
             "| fastest other | other / compiled | its memory |",
             "|---|---|---|---|---|---|---|---|---|---|",
             *lines,
+            "",
+            "![Time and providers](docs/images/gpu-time.png)",
         ]
     )
 
 
-def gpu_row(results: Results, key: str) -> str:
+def gpu_row(lines: Sequence[Line], key: str) -> str:
     """One size as a line; "" where the compiled loss did not run."""
-    ours, rivals = ours_of(results.lines, key), rivals_of(results, key)
+    ours, rivals = ours_of(lines, key), rivals_of(lines, key)
     if ours is None or ours.seconds is None:
         return ""
     beside = ["none ran", "", ""]
@@ -113,10 +124,13 @@ def gpu_row(results: Results, key: str) -> str:
         beside = [f"`{rival.provider}`, {format_seconds(seconds)}",
                   f"{seconds / ours.seconds:.2f}", size_of(rival.live_bytes)]  # fmt: skip
     fraction = "" if ours.ceiling is None else f"{ours.ceiling:.2f}"
+    forward, backward = (
+        "" if part is None else format_seconds(part) for part in (ours.forward_s, ours.backward_s)
+    )
     cells = [
         ours.loss, ours.size.removeprefix(f"{ours.loss} ").removesuffix(" bfloat16"),
-        format_seconds(ours.forward_s or 0.0), format_seconds(ours.backward_s or 0.0),
-        format_seconds(ours.seconds), fraction, size_of(ours.live_bytes), *beside,
+        forward, backward, format_seconds(ours.seconds), fraction, size_of(ours.live_bytes),
+        *beside,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -134,20 +148,35 @@ def readme_with(text: str, begin: str = BEGIN, end: str = END) -> str:
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
+def check_committed(path: Path, content: Mapping[str, Any]) -> None:
+    """End with a message unless the figures to be written have a file that everybody can read."""
+    tracked = ["git", "-C", str(RESULTS), "ls-files", "--error-unmatch", str(path)]
+    if (
+        path.parent != RESULTS
+        or subprocess.run(tracked, capture_output=True, timeout=30).returncode
+    ):
+        sys.exit(f"{path} is not committed in {RESULTS}: README.md shows nothing else; commit it")
+    if any(run["is_quick"] for run in content.get("runs", {}).values()):
+        sys.exit(f"{path} is of a dry run, whose figures mean nothing: name another")
+
+
 def main(arguments: list[str]) -> None:
     """Print or write."""
-    write = "--write" in arguments
     named = [Path(a).resolve() for a in arguments if not a.startswith("-")]
-    found = named or sorted(RESULTS.glob("cpu-*.json"), key=lambda path: path.stat().st_mtime)
+    found = named or sorted(RESULTS.glob("cpu-*.json"))
     if not found:
         sys.exit(f"no results in {RESULTS.relative_to(ROOT)}: run `python -m benchmarks.cpu`")
-    of_gpu = "runs" in json.loads(found[-1].read_text(encoding="utf-8"))
-    text = gpu_measurements(found[-1]) if of_gpu else measurements(found[-1])
-    if write:
-        markers = (GPU_BEGIN, GPU_END) if of_gpu else (BEGIN, END)
-        README.write_text(readme_with(text, *markers), encoding="utf-8")
-    else:
+    path = found[-1]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    of_gpu = "runs" in content
+    text = gpu_measurements(path) if of_gpu else measurements(path)
+    if "--write" not in arguments:
         print(text)
+        return
+    check_committed(path, content)
+    markers = (GPU_BEGIN, GPU_END) if of_gpu else (BEGIN, END)
+    README.write_text(readme_with(text, *markers), encoding="utf-8")
+    draw(read_results(path), IMAGES, "gpu" if of_gpu else "cpu", ["time"])
 
 
 if __name__ == "__main__":

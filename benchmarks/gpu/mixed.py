@@ -1,14 +1,15 @@
-"""Products of 16-bit operands in fp32, as far as a device and this PyTorch have them."""
+"""Products of 16-bit operands: in fp32 as far as a device has them, and as autocast makes them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_product", "product"]
+__all__ = ["add_product", "product", "under_autocast"]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -51,3 +52,15 @@ def _writes_in_place(device: torch.device, dtype: torch.dtype) -> bool:
         return bool(torch.equal(sums, torch.ones(16, 16, device=device) + left.float()))
     except (TypeError, NotImplementedError, RuntimeError):
         return False
+
+
+def under_autocast(formula: Callable[..., Tensor], dtype: str) -> Callable[..., Tensor]:
+    """A formula as training code runs it: products in a 16-bit ``dtype``; in fp32 as it stands."""
+
+    def call(**leaves: Tensor) -> Tensor:
+        device = leaves["logit_scale"].device.type
+        half = torch.float16 if dtype == "float16" else torch.bfloat16
+        with torch.autocast(device, dtype=half, enabled=dtype != "float32"):
+            return formula(**leaves)
+
+    return call

@@ -1,8 +1,9 @@
 """The contestants: each turns a contest and its inputs into a step to be measured.
 
 ``ours`` is ``compile_loss``; ``ours:<schedule>`` asks for one.  ``open_clip`` and ``dense`` are
-formulas as training code writes them, under bf16 autocast; ``chunked`` is ``chunked.py``.  A name
-with ``:compiled`` goes through ``torch.compile``.  Packages are in ``peers.py``.
+formulas as training code writes them, under autocast to the contest's dtype; ``chunked`` is
+``chunked.py``.  A name with ``:compiled`` goes through ``torch.compile``.  Packages are in
+``peers.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch import Tensor
 from benchmarks.gpu.cases import Contest
 from benchmarks.gpu.chunked import chunked_loss
 from benchmarks.gpu.devices import Step
+from benchmarks.gpu.mixed import under_autocast
 from benchmarks.gpu.peers import PEERS, peer_loss
 from benchmarks.gpu.steps import inputs_of_step, step_forward
-from benchmarks.providers import open_clip
+from benchmarks.providers import OPEN_CLIP, open_clip
 from cl_compiler import Problem, compile_loss
 from cl_compiler.cli.dense import DENSE
 from cl_compiler.plan.types import Plan
@@ -40,8 +41,8 @@ DESCRIPTIONS = {
     "ours": "compile_loss, schedule chosen by the planner or named",
     "triton": "the Triton back end's spill schedule without the planner, panels of the named size",
     "chunked": "torch.mm over panels of rows; elementwise PyTorch, or torch.compile, between",
-    "open_clip": "open_clip 3.3's formula, one rank, bf16 autocast: the matrix exists",
-    "dense": "the textbook formula, bf16 autocast: the matrix exists",
+    "open_clip": f"{OPEN_CLIP}'s formula, one rank, autocast: the matrix exists",
+    "dense": "the textbook formula, autocast: the matrix exists",
     **{name: peer.description for name, peer in PEERS.items()},
 }
 
@@ -145,19 +146,13 @@ def _formula(
             formula = DENSE[contest.loss]
             if family == "open_clip" and contest.loss == "clip":
                 formula = open_clip
-            call = partial(_under_autocast, formula)
+            call = under_autocast(formula, contest.dtype)
             if variant == "compiled":
                 call = torch.compile(call, dynamic=False)
             return lambda: call(**leaves)
         case "broken":
             return partial(_break, variant)
     raise ValueError(f"no provider {family!r}")
-
-
-def _under_autocast(formula: Callable[..., Tensor], **leaves: Any) -> Tensor:
-    device = leaves["logit_scale"].device.type
-    with torch.autocast(device, dtype=torch.bfloat16):
-        return formula(**leaves)
 
 
 def _break(how: str) -> Tensor:

@@ -2,49 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cl_compiler.cli.output import Table, bytes_or_dash, write, write_table
 from cl_compiler.cli.results import Ceiling, Judged, Line, Results, read_results
 from cl_compiler.units import format_flops, format_rate, format_seconds
 
-__all__ = ["ours_of", "rivals_of", "show", "tables_of"]
+__all__ = ["names_of", "ours_of", "rivals_of", "show", "tables_of"]
 
 WORST_ERROR = 0.05
 """Relative error of a gradient above which a provider's time is not comparable; bf16 inputs give
 0.2 to 2 %."""
 SHOWN_KERNELS = 6
-GRADIENTS = ("d_x", "d_y", "d_z")
 
 
 def show(paths: Sequence[Path], folder: Path | None = None) -> None:
-    """Print every file's tables, what changed between files, and draw figures.
+    """Print every run's tables, what changed between files, and draw figures.
 
     Args:
         paths: results files.
         folder: for the figures; None draws none.
 
     Raises:
-        ArgumentError: a file cannot be read or is no results file.
+        ArgumentError: a file cannot be read or is no results file, or the folder cannot be written.
     """
-    found = [read_results(path) for path in paths]
-    for results in found:
-        write(f"{results.device or results.path.name}: {results.about}")
-        for table in tables_of(results):
-            write_table(table)
-        if results.early:
-            write(f"{results.path.name} ended early: {results.early}; go on with --resume")
+    names = names_of(paths)
+    found = dict(zip(names, map(read_results, paths), strict=True))
+    for name, runs in found.items():
+        for results in runs:
+            write(f"{results.device or name}: {results.about}")
+            for table in tables_of(results):
+                write_table(table)
+            if results.early:
+                write(f"{results.path.name} ended early: {results.early}; go on with --resume")
     if len(found) > 1 and (changed := _between(found)).rows:
         write_table(changed)
     if folder is not None:
         from cl_compiler.cli.compare_plots import draw
 
-        for results in found:
-            for picture in draw(results, folder):
+        for name, runs in found.items():
+            for picture in draw(runs, folder, name):
                 write(str(picture))
-    for results in found:
-        write(str(results.path))
+    for path in paths:
+        write(str(path))
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """A name for each file, with as many of its folders as tell it from the others."""
+    parts = [path.resolve().with_suffix("").parts[1:] for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(own[-count:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{own[-1]}-{index}" for index, own in enumerate(parts, 1)]  # one of them twice
 
 
 def tables_of(results: Results) -> Iterator[Table]:
@@ -123,7 +134,7 @@ def _speed(results: Results) -> Table:
             format_flops(line.flops / line.seconds) if line.flops else "",
             _share(line.ceiling), _share(line.same_width),
             bytes_or_dash(line.live_bytes),
-            _caution(results, line),
+            _caution(line),
         ))  # fmt: skip
     heads = ("speed", "provider", "forward", "backward", "both", "it/ours", "least work",
              "of best", "of K=D", "memory", "")  # fmt: skip
@@ -146,32 +157,24 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _caution(results: Results, line: Line) -> str:
+def _caution(line: Line) -> str:
     """What keeps a time from being taken at its face value."""
     said = []
-    worst = _worst_error(results.judged, line)
-    if worst is not None and worst > WORST_ERROR:
-        said.append(f"gradients wrong by {worst:.0%}")
+    if line.worst_error is not None and line.worst_error > WORST_ERROR:
+        said.append(f"gradients wrong by {line.worst_error:.0%}")
     if line.spread is not None and line.spread > 0.1:
         said.append(f"spread {line.spread:.0%}")
     return ", ".join(said)
 
 
-def _worst_error(judged: Sequence[Judged], line: Line) -> float | None:
-    found = [
-        value
-        for j in judged
-        if (j.loss, j.scale, j.provider) == (line.loss, line.scale, line.provider)
-        for name, value in j.errors.items()
-        if name in GRADIENTS and value is not None
-    ]
-    # NaN compares false with everything, and is the worst of all.
-    return max((float("inf") if v != v else v for v in found), default=None)
-
-
 def ours_of(lines: Sequence[Line], key: str) -> Line | None:
-    """The compiled loss whose schedule the planner chose, else the fastest one."""
+    """The compiled loss whose schedule the planner chose, else the fastest one.
+
+    Of whole steps the one that keeps activations as the others do: caching buys memory with time.
+    """
     found = [line for line in lines if line.key == key and line.is_ours and line.seconds]
+    if any(line.is_step for line in found):
+        return next((line for line in found if line.provider == "ours:uncached"), None)
     chosen = next((line for line in found if line.provider in ("ours", "compiled")), None)
     return chosen or min(found, key=lambda line: line.seconds or 0.0, default=None)
 
@@ -191,13 +194,13 @@ def _kernels(results: Results) -> Table:
     return Table("Where the time goes", heads, tuple(rows), frozenset({2, 3, 4}))
 
 
-def rivals_of(results: Results, key: str) -> list[Line]:
+def rivals_of(lines: Sequence[Line], key: str) -> list[Line]:
     """Everybody else who computed the same thing: fastest first."""
     found = [
         line
-        for line in results.lines
+        for line in lines
         if line.key == key and line.seconds and not line.is_ours and line.provider != "gemm"
-        and (_worst_error(results.judged, line) or 0.0) <= WORST_ERROR
+        and (line.worst_error or 0.0) <= WORST_ERROR
     ]  # fmt: skip
     return sorted(found, key=lambda line: line.seconds or 0.0)
 
@@ -207,7 +210,7 @@ def _verdict(results: Results) -> Table:
     rows = []
     for key in dict.fromkeys(line.key for line in results.lines):
         ours = ours_of(results.lines, key)
-        others = rivals_of(results, key)
+        others = rivals_of(results.lines, key)
         if not others:
             continue
         if ours is None or ours.seconds is None:
@@ -219,13 +222,20 @@ def _verdict(results: Results) -> Table:
         lean = min(others, key=lambda line: line.live_bytes or float("inf"))
         rows.append((
             ours.size, format_seconds(ours.seconds), rival.provider, f"{ratio:.2f}",
-            "ahead" if ratio >= 1 else "BEHIND", bytes_or_dash(ours.live_bytes),
+            "ahead" if ratio >= 1 else "BEHIND", _memory(results.lines, ours),
             f"{bytes_or_dash(lean.live_bytes)} {lean.provider}",
             _promise(ours),
         ))  # fmt: skip
     heads = ("verdict", "ours", "fastest other", "it/ours", "", "memory", "leanest other",
              "promise")  # fmt: skip
     return Table("Verdict", heads, tuple(rows), frozenset({1, 3, 5}))
+
+
+def _memory(lines: Sequence[Line], ours: Line) -> str:
+    """Of ours; of a whole step also what it takes where nothing but chunks of activations stay."""
+    cached = next((o for o in lines if (o.key, o.provider) == (ours.key, "ours")), None)
+    beside = f", cached {bytes_or_dash(cached.live_bytes)}" if ours.is_step and cached else ""
+    return bytes_or_dash(ours.live_bytes) + beside
 
 
 def _promise(line: Line) -> str:
@@ -235,21 +245,22 @@ def _promise(line: Line) -> str:
     return f">= {line.target:.2f} of the best product: {line.ceiling:.2f}, {verdict}"
 
 
-def _between(found: Sequence[Results]) -> Table:
+def _between(found: Mapping[str, Sequence[Results]]) -> Table:
     """The same measurements in several files: the first file's time, and others' over it."""
-    first, *rest = found
+    names = list(found)
+    ceilings = [[c for results in runs for c in results.ceilings] for runs in found.values()]
+    lines = [[line for results in runs for line in results.lines] for runs in found.values()]
     rows = []
-    for c in first.ceilings:
-        others = [next((o.rate for o in r.ceilings if o.key == c.key), 0.0) for r in rest]
+    for c in ceilings[0]:
+        others = [next((o.rate for o in own if o.key == c.key), 0.0) for own in ceilings[1:]]
         if c.rate and any(others):
             ratios = [f"{c.rate / o:.3f}" if o else "-" for o in others]
             rows.append((c.key.removeprefix("ceilings: "), "library", "", *ratios))
-    for line in first.lines:
-        same = [next((o for o in r.lines if (o.key, o.provider) == (line.key, line.provider)), None)
-                for r in rest]  # fmt: skip
+    for line in lines[0]:
+        same = [next((o for o in own if (o.key, o.provider) == (line.key, line.provider)), None)
+                for own in lines[1:]]  # fmt: skip
         if line.seconds and any(o and o.seconds for o in same):
             ratios = [f"{o.seconds / line.seconds:.3f}" if o and o.seconds else "-" for o in same]
             rows.append((line.size, line.provider, format_seconds(line.seconds), *ratios))
-    names = [f"{r.path.stem} / it" for r in rest]
-    heads = ("between files, in time", "provider", first.path.stem, *names)
-    return Table("Between files", heads, tuple(rows), frozenset(range(2, 3 + len(rest))))
+    heads = ("between files, in time", "provider", names[0], *(f"{n} / it" for n in names[1:]))
+    return Table("Between files", heads, tuple(rows), frozenset(range(2, 2 + len(names))))

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from cl_compiler.cli.results import OURS, Line, Results
+from cl_compiler.errors import ArgumentError
 from cl_compiler.units import format_bytes, format_seconds
 
-__all__ = ["draw"]
+__all__ = ["FIGURES", "draw"]
 
+FIGURES = ("time", "memory", "ceiling")
 _INK = "#7d838c"  # legible on white and on near-black
 _STYLE: dict[Any, Any] = {
     "text.color": _INK,
@@ -45,24 +47,35 @@ class _Kind:
     base: int = 10
 
 
-def draw(results: Results, folder: Path) -> list[Path]:
-    """Write the figures that the file has data for; returns their paths."""
-    shown = [line for line in results.lines if line.seconds and line.provider != "gemm"]
-    shown = [line for line in shown if not line.provider.startswith(("ours:", "triton:"))]
-    if not shown:
-        return []
+def draw(
+    runs: Sequence[Results], folder: Path, name: str, wanted: Sequence[str] = FIGURES
+) -> list[Path]:
+    """Write the figures that a file's runs have data for; returns their paths.
+
+    Raises:
+        ArgumentError: the folder cannot be written.
+    """
+    lines = [line for results in runs for line in results.lines]
+    shown = [line for line in lines if line.seconds and line.provider != "gemm"]
+    shown = [n for n in shown if n.is_step or not n.provider.startswith(("ours:", "triton:"))]
     kinds: tuple[_Kind, ...] = (
         _Kind("time", "forward and backward", lambda line: line.seconds, format_seconds, 10),
         _Kind("memory", "peak beyond the inputs", lambda line: line.live_bytes, _size, 2),
         _Kind("ceiling", "fraction of the best matrix product", lambda line: line.ceiling),
     )
+    about = "\n".join(f"{r.device}: {r.about}" for r in runs if r.lines)
     found = []
-    folder.mkdir(parents=True, exist_ok=True)
     for kind in kinds:
-        lines = [line for line in shown if kind.value(line)]
-        if lines:
-            path = folder / f"{results.path.stem}-{kind.name}.png"
-            _figure(results, lines, kind, path)
+        own = [line for line in shown if kind.value(line)]
+        if own and kind.name in wanted:
+            path = folder / f"{name}-{kind.name}.png"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _figure(own, kind, about, path)
+            except OSError as error:
+                raise ArgumentError(
+                    f"cannot write {path}: {error.strerror}; name another folder with --out"
+                ) from error
             found.append(path)
     return found
 
@@ -71,7 +84,7 @@ def _size(count: float) -> str:
     return format_bytes(int(count))
 
 
-def _figure(results: Results, lines: Sequence[Line], kind: _Kind, path: Path) -> None:
+def _figure(lines: Sequence[Line], kind: _Kind, about: str, path: Path) -> None:
     """One group of points for each size, sizes of one loss beside each other."""
     losses = list(dict.fromkeys(line.loss for line in lines))
     ordered = sorted(lines, key=lambda line: losses.index(line.loss))
@@ -93,7 +106,7 @@ def _figure(results: Results, lines: Sequence[Line], kind: _Kind, path: Path) ->
         _scale(axes, kind)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center",
                       ncols=min(6, len(colours)))  # fmt: skip
-        figure.supxlabel(f"{results.device}: {results.about}", fontsize=7)
+        figure.supxlabel(about, fontsize=7)
         figure.savefig(path, dpi=150, transparent=True)
 
 

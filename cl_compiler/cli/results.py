@@ -15,6 +15,7 @@ __all__ = ["OURS", "Ceiling", "Judged", "Line", "Profile", "Results", "read_resu
 OURS = ("ours", "compiled", "triton")
 """A compiled loss in results of a GPU and of a CPU; the GPU's kernels without a planner."""
 
+GRADIENTS = ("d_x", "d_y", "d_z")
 Entry = Mapping[str, Any]
 
 
@@ -57,9 +58,11 @@ class Line:
         live_bytes: peak beyond the inputs.
         scale: ``logit_scale``; 0 where the file does not say.
         flops: of the least work; 0 where the file does not say.
-        ceiling: fraction of the library's best product, of the device or of the file's own limit.
+        ceiling: fraction of the library's best product in the same run, or of the file's own limit.
         same_width: fraction of the library's square product with K = D.
         target: the promised ``ceiling``.
+        worst_error: of its gradients at the same scale, in any run of the file; None if not judged.
+        is_step: a whole step of training, encoders included.
         note: schedule of a compiled loss, and its templates where the file says.
     """
 
@@ -77,6 +80,8 @@ class Line:
     ceiling: float | None
     same_width: float | None
     target: float | None
+    worst_error: float | None
+    is_step: bool
     note: str
     error: str
 
@@ -97,7 +102,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Results:
-    """One file."""
+    """What one run left in a file; a file that was resumed has several."""
 
     path: Path
     device: str
@@ -109,15 +114,14 @@ class Results:
     early: str
 
 
-def read_results(path: Path) -> Results:
-    """Read a results file of ``python -m benchmarks.gpu`` or ``benchmarks.cpu``.
+def read_results(path: Path) -> tuple[Results, ...]:
+    """Read a results file of ``python -m benchmarks.gpu`` or ``benchmarks.cpu``, run by run.
 
     Raises:
         ArgumentError: it is not one.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return _results(path, content)
+        return tuple(_results(path, json.loads(path.read_text(encoding="utf-8"))))
     except OSError as error:
         raise ArgumentError(f"cannot read {path}: {error.strerror}; name a results file") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -127,21 +131,27 @@ def read_results(path: Path) -> Results:
         ) from error
 
 
-def _results(path: Path, content: Entry) -> Results:
+def _results(path: Path, content: Entry) -> Iterator[Results]:
+    """Each run with its own device, versions and limits; errors count wherever they were found."""
     cases, runs = content["cases"], content.get("runs", {})
-    ceilings = tuple(_ceiling(c) for c in cases if c["case"]["group"] == "ceilings")
-    judged = tuple(j for c in cases if c["case"]["group"] == "correctness" for j in _judged(c))
-    profiles = tuple(p for c in cases if c["case"]["group"] == "kernels" for p in _profiles(c))
-    other = ("ceilings", "correctness", "kernels")
-    timed = [c for c in cases if c["case"]["group"] not in other]
-    lines = tuple(line for c in timed for line in _lines(c, ceilings))
-    latest: Entry = next(reversed(runs.values()), {})
-    about = latest or (cases[-1]["environment"] if cases else {})
-    device = latest["device"]["name"] if latest else about.get("machine", {}).get("cpu", "")
-    return Results(
-        path, device, _about(about), ceilings, judged, lines, profiles,
-        str(latest.get("ended_early", "")),
-    )  # fmt: skip
+    by_run: dict[str, list[Entry]] = {run: [] for run in runs}
+    for case in cases:
+        by_run.setdefault(case["run"] if runs else case["environment"]["commit"], []).append(case)
+    everybody = [j for case in cases for j in _judged(case)]
+    for run, own in by_run.items():
+        about = runs[run] if runs else own[-1]["environment"]
+        early = str(about.get("ended_early", "")) if run == next(reversed(by_run)) else ""
+        if not own and not early:
+            continue
+        device = about["device"]["name"] if runs else about.get("machine", {}).get("cpu", "")
+        ceilings = tuple(_ceiling(c) for c in own if c["case"]["group"] == "ceilings")
+        yield Results(
+            path, device, _about(about), ceilings,
+            tuple(j for c in own for j in _judged(c)),
+            tuple(line for c in own for line in _lines(c, ceilings, everybody)),
+            tuple(p for c in own if c["case"]["group"] == "kernels" for p in _profiles(c)),
+            early,
+        )  # fmt: skip
 
 
 def _about(run: Entry) -> str:
@@ -163,6 +173,8 @@ def _ceiling(entry: Entry) -> Ceiling:
 
 def _judged(entry: Entry) -> Iterator[Judged]:
     case = entry["case"]
+    if case["group"] != "correctness":
+        return
     title = f"{_title(case)} scale={case['scale']:.3g}"
     for name, row in entry["rows"].items():
         yield Judged(
@@ -177,24 +189,40 @@ def _profiles(entry: Entry) -> Iterator[Profile]:
         yield Profile(_title(entry["case"]), name, kernels, row.get("error", ""))
 
 
-def _lines(entry: Entry, ceilings: Sequence[Ceiling]) -> Iterator[Line]:
+def _lines(entry: Entry, ceilings: Sequence[Ceiling], judged: Sequence[Judged]) -> Iterator[Line]:
     case = entry["case"]
+    if case["group"] in ("ceilings", "correctness", "kernels"):
+        return
     best, width = best_product(ceilings, case["dtype"]), case["D"]
     same = next((c.rate for c in _square(ceilings, case["dtype"]) if width == c.K), None)
-    flops = float(case.get("flops", 0.0))
+    flops, scale = float(case.get("flops", 0.0)), float(case.get("scale", 0.0))
+    is_step = case["group"] == "step"  # cached, its forward makes the gradients: no parts to show
     for name, row in entry["rows"].items():
         seconds = row.get("median_s")
         rate = flops / seconds if seconds else 0.0
         plan = row.get("plan")
         yield Line(
-            key=entry["key"], loss=case["loss"], size=_title(case),
-            scale=float(case.get("scale", 0.0)), provider=name, seconds=seconds,
-            forward_s=row.get("forward_s"), backward_s=row.get("backward_s"),
+            key=entry["key"], loss=case["loss"], size=_title(case), scale=scale, provider=name,
+            seconds=seconds, forward_s=None if is_step else row.get("forward_s"),
+            backward_s=None if is_step else row.get("backward_s"),
             spread=_spread(row.get("seconds", ())), live_bytes=row.get("live_bytes"), flops=flops,
             ceiling=row.get("gemm_fraction") or (rate / best if rate and best else None),
             same_width=rate / same if rate and same else None, target=case.get("target"),
+            worst_error=_worst_error(judged, case["loss"], scale, name), is_step=is_step,
             note=_note(plan), error=row.get("error", ""),
         )  # fmt: skip
+
+
+def _worst_error(judged: Sequence[Judged], loss: str, scale: float, provider: str) -> float | None:
+    found = [
+        value
+        for j in judged
+        if (j.loss, j.scale, j.provider) == (loss, scale, provider)
+        for name, value in j.errors.items()
+        if name in GRADIENTS and value is not None
+    ]
+    # NaN compares false with everything, and is the worst of all.
+    return max((float("inf") if v != v else v for v in found), default=None)
 
 
 def _note(plan: Entry | None) -> str:

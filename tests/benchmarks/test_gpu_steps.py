@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.cases import Contest, items_of
 from benchmarks.gpu.devices import Step, memory_of
@@ -39,6 +42,21 @@ def test_every_provider_leaves_the_same_gradients():
         for got, want in zip(found[name], found["ours"], strict=True):
             assert (got - want).norm() <= 1e-4 * want.norm()
             assert want.norm() > 0
+
+
+def test_the_formula_beside_ours_multiplies_in_the_contest_s_dtype():
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if "mm" in func.overloadpacket.__name__:
+                seen.append(found.dtype)
+            return found
+
+    case, seen = replace(contest(48, 32), dtype="bfloat16"), []
+    step = prepare("open_clip", case, inputs_of(case, CPU, seed=4)).step
+    with Products():
+        step.forward()
+    assert len(seen) > 2 * 16 and set(seen) == {torch.bfloat16}
 
 
 def test_the_cached_step_keeps_no_activations():

@@ -95,7 +95,7 @@ def test_a_plan_s_row_says_whose_templates_ran(bench, journal):
     bench.run(replace(CLIP, providers=("ours:spill",)))
     plan = rows(journal, CLIP.key)["ours:spill"]["plan"]
     assert (plan["schedule"], plan["template"]) == ("spill", "torch")
-    (line,) = read_results(journal.path).lines
+    ((line,),) = (results.lines for results in read_results(journal.path))
     assert line.note == "spill, torch"
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cl_compiler.cli.compare import tables_of
+from cl_compiler.cli.compare import names_of, tables_of
 from cl_compiler.cli.main import app
 from cl_compiler.cli.output import Table
 from cl_compiler.cli.results import read_results
 
 ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
 FLOPS = 4 * 2.0 * 65536**2 * 512
 
 
@@ -22,7 +23,7 @@ def ceiling(rate: float, inner: int) -> dict[str, Any]:
     case = {"group": "ceilings", "kind": "gemm", "dtype": "bfloat16", "shape": "square", "K": inner}
     row = {"error": "", "rate": rate, "unit": "FLOP/s", "seconds": [1.0, 1.0, 1.02]}
     key = f"ceilings: gemm bfloat16 square {inner}"
-    return {"key": key, "section": "ceilings", "case": case, "rows": {"library": row}}
+    return {"key": key, "run": "r", "case": case, "rows": {"library": row}}
 
 
 def timed(seconds: float, live: int = 1 << 30, **more: Any) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def timed(seconds: float, live: int = 1 << 30, **more: Any) -> dict[str, Any]:
 def contest(group: str, rows: dict[str, Any], scale: float = 14.3, n: int = 65536) -> dict:
     case = {"group": group, "loss": "clip", "M": n, "N": n, "D": 512, "dtype": "bfloat16",
             "scale": scale, "flops": FLOPS, "target": 0.74 if n == 65536 else None}  # fmt: skip
-    return {"key": f"{group} {n} {scale}", "section": group, "case": case, "rows": rows}
+    return {"key": f"{group} {n} {scale}", "run": "r", "case": case, "rows": rows}
 
 
 def errors(size: float) -> dict[str, Any]:
@@ -50,11 +51,12 @@ ROWS = {
 }
 
 
-def write_file(folder: Path, name: str, cases: list[dict], early: str = "") -> Path:
+def write_file(folder: Path, name: str, cases: list[dict], early: str = "", **more: Any) -> Path:
     run = {"device": {"name": "NVIDIA H100", "driver": "580"}, "versions": {"torch": "2.11"},
            "commit": "c" * 40, "is_quick": False, "ended_early": early}  # fmt: skip
     path = folder / name
-    path.write_text(json.dumps({"format": 1, "runs": {"r": run}, "cases": cases}))
+    folder.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"format": 1, "runs": {"r": run, **more}, "cases": cases}))
     return path
 
 
@@ -68,7 +70,8 @@ def results(tmp_path: Path) -> Path:
 
 
 def table(path: Path, title: str) -> Table:
-    return next(t for t in tables_of(read_results(path)) if t.title.startswith(title))
+    tables = [t for results in read_results(path) for t in tables_of(results)]
+    return next(t for t in tables if t.title.startswith(title))
 
 
 def row_of(found: Table, name: str) -> dict[str, str]:
@@ -120,6 +123,49 @@ def test_what_did_not_run_has_no_verdict_to_hide_behind(tmp_path: Path):
     assert verdict[4] == "DID NOT RUN"
 
 
+def test_of_whole_steps_those_that_keep_activations_are_compared(tmp_path: Path):
+    rows = {"ours": timed(3.0, 1 << 20), "ours:uncached": timed(1.0, 1 << 30),
+            "open_clip": timed(2.0, 1 << 31)}  # fmt: skip
+    path = write_file(tmp_path, "s.json", [contest("step", rows)])
+    (verdict,) = table(path, "Verdict").rows
+    assert verdict[1:6] == ("1.0 s", "open_clip", "2.00", "ahead", "1.0 GiB, cached 1.0 MiB")
+    speed = table(path, "Speed")
+    assert row_of(speed, "ours")["it/ours"] == "3.00" and "forward" not in speed.columns
+    rows["ours:uncached"] = {"error": "OutOfMemoryError"}
+    (verdict,) = table(write_file(tmp_path, "s.json", [contest("step", rows)]), "Verdict").rows
+    assert verdict[4] == "DID NOT RUN"  # the cached step does other work
+
+
+def test_each_run_of_a_file_has_its_own_heading_and_limits(results: Path, tmp_path: Path):
+    """A resumed run on another driver: its fractions are of its own products."""
+    content = json.loads(results.read_text())
+    later = [ceiling(395e12, 8192), contest("speed", {**ROWS, "ours": timed(FLOPS / 300e12)}, n=9)]
+    again = {**content["runs"]["r"], "device": {"name": "NVIDIA H100", "driver": "590"},
+             "ended_early": "interrupted"}  # fmt: skip
+    cases = [*content["cases"], *({**case, "run": "later"} for case in later)]
+    path = write_file(tmp_path, "two.json", cases, early="the time budget is spent", later=again)
+    first, second = read_results(path)
+    assert "driver 580" in first.about and "driver 590" in second.about
+    assert (first.early, second.early) == ("", "interrupted")
+    assert [(c.rate, c.K) for c in second.ceilings] == [(395e12, 8192)]
+    fractions = [next(n.ceiling for n in r.lines if n.provider == "ours") for r in (first, second)]
+    assert fractions == pytest.approx([600 / 790, 300 / 395])
+    assert max(n.worst_error or 0.0 for n in second.lines) == 0.4  # found in the first run
+    shown = CliRunner().invoke(app, ["bench", "--compare", str(path)]).output
+    assert shown.index("driver 580") < shown.index("driver 590")
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path):
+    paths = [write_file(tmp_path / d, "x.json", [ceiling(7e12, 8192), contest("speed", ROWS)])
+             for d in ("d1", "d2")]  # fmt: skip
+    out = tmp_path / "figures"
+    found = CliRunner().invoke(app, ["bench", "--compare", *map(str, paths), "--out", str(out)])
+    assert found.exit_code == 0, found.output
+    assert "d1-x  d2-x / it" in found.output
+    assert {p.name for p in out.glob("*-time.png")} == {"d1-x-time.png", "d2-x-time.png"}
+    assert len(set(names_of([paths[0], paths[0]]))) == 2
+
+
 def test_spread_is_the_middle_half(tmp_path: Path):
     rows = {"ours": timed(1.0) | {"seconds": [0.9, 0.9, 1.0, 1.2, 1.2, 9.0]}}
     speed = table(write_file(tmp_path, "s.json", [contest("speed", rows)]), "Speed")
@@ -145,7 +191,7 @@ def test_files_are_compared_and_drawn(results: Path, tmp_path: Path):
 
 
 def test_results_of_the_cpu_benchmark_are_shown_too(tmp_path: Path):
-    (path,) = (ROOT / "benchmarks" / "results").glob("cpu-*.json")
+    (path,) = RESULTS
     found = CliRunner().invoke(app, ["bench", "--compare", str(path), "--out", str(tmp_path)])
     assert found.exit_code == 0, found.output
     assert "compiled (retain)" in found.output and "1 threads" in found.output
@@ -160,6 +206,7 @@ def test_results_of_the_cpu_benchmark_are_shown_too(tmp_path: Path):
         (["pyproject.toml"], 2, "results files"),
         (["--compare", "pyproject.toml"], 1, "is no results file"),
         (["--compare", "nowhere.json"], 1, "cannot read nowhere.json"),
+        (["--compare", *map(str, RESULTS), "--out", "pyproject.toml"], 1, "cannot write"),
     ],
 )
 def test_other_files_are_refused(arguments, code, words, monkeypatch):

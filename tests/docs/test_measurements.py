@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def script(tmp_path):
     found = runpy.run_path(str(ROOT / "docs" / "measurements.py"))
-    found["gpu_measurements"].__globals__["ROOT"] = tmp_path
+    names = found["gpu_measurements"].__globals__
+    names |= {"ROOT": tmp_path, "README": tmp_path / "README.md", "RESULTS": tmp_path,
+              "IMAGES": tmp_path}  # fmt: skip
     return found
 
 
@@ -33,15 +36,18 @@ def test_each_size_is_a_line_beside_the_fastest_other(script, tmp_path):
         "| 256.0 MiB |"
     )
     assert lines[5].endswith("| none ran |  |  |") and "16,384" in lines[5]
-    assert len(lines) == 6  # where the compiled loss did not run there is no line
+    assert lines[6] == "" and len(lines) == 8  # where the compiled loss did not run is no line
     assert "NVIDIA H100" in lines[0] and "[gpu.json](gpu.json)" in lines[0]
 
 
 def test_the_readme_says_nothing_of_a_gpu_until_it_has_a_place_for_it(script, tmp_path):
     readme = tmp_path / "README.md"
-    names = script["readme_with"].__globals__
-    names["README"] = readme
     path = write_file(tmp_path, "gpu.json", [ceiling(790e12, 8192), contest("speed", ROWS)])
+    with pytest.raises(SystemExit, match=r"gpu.json is not committed"):
+        script["main"](["--write", str(path)])
+    git = ["git", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True, timeout=60)
+    subprocess.run([*git, "add", str(path)], check=True, timeout=60)
     readme.write_text("text\n")
     with pytest.raises(SystemExit, match="has no <!-- gpu measurements: begin -->"):
         script["main"](["--write", str(path)])
@@ -51,4 +57,9 @@ def test_the_readme_says_nothing_of_a_gpu_until_it_has_a_place_for_it(script, tm
     after = readme.read_text()
     assert "old" not in after and "| clip | 65,536 D=512 |" in after
     assert after.startswith("text\n") and after.endswith("end -->\nmore\n")
-    assert json.loads(path.read_text())["cases"]
+    assert (tmp_path / "gpu-time.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads(path.read_text())
+    content["runs"]["r"]["is_quick"] = True
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="dry run"):
+        script["main"](["--write", str(path)])
