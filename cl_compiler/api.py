@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,14 +19,14 @@ from cl_compiler.errors import (
     ArgumentError,
     HardwareError,
     LossDefinitionError,
-    ScheduleError,
 )
 from cl_compiler.hardware import HardwareSpec, load_hardware
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import SCHEDULES
-from cl_compiler.lang.ring import CLUSTER_SCHEDULES
-from cl_compiler.plan.precision import PRECISIONS, products_of
+from cl_compiler.lang.ring import CANONICAL, CANONICAL_CHUNK, CLUSTER_SCHEDULES
+from cl_compiler.options import canonical_schedule, check_options
+from cl_compiler.plan.precision import products_of
 from cl_compiler.plan.problems import check_problem
 from cl_compiler.plan.requests import loss_to_json, request_to_json
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Request
@@ -49,7 +49,7 @@ def compile_loss(
     problem: Problem | str | None = None,
     precision: str = "auto",
     schedule: str = "auto",
-    deterministic: bool = False,
+    deterministic: bool | Literal["canonical"] = False,
     nonfinite: Literal["propagate", "error"] = "propagate",
     verify: bool = False,
     tune: bool = False,
@@ -74,9 +74,11 @@ def compile_loss(
             inputs as two bf16 numbers each, three products.  "auto": 16-bit inputs in their own
             type where the machine multiplies in it; fp32 inputs in bf16x3 on a GPU, else in ieee.
         schedule: "auto", or one of recompute, spill, panel, retain, dense; with a group, one of
-            ring_owner, ring_travel, all_gather.
+            ring_owner, ring_travel, all_gather, two_level.
         deterministic: bitwise repeatable on the same machine with the same number of threads (the
-            emitted CPU code always is).
+            emitted CPU code always is).  "canonical", with a group: bitwise the same value and
+            gradients for any number of ranks, where every shard is a multiple of 256 rows and
+            columns; every tile of the forward is made twice.
         nonfinite: propagate NaN and infinities as the reference does, or raise.
         verify: check the first call on a small sample against the dense float64 reference.
         tune: measure the planner's best candidates where the loss runs, once, and keep the fastest
@@ -102,8 +104,10 @@ def compile_loss(
         GroupError: a rank of the group is gone or late.
     """
     on_group = group is not None or mesh is not None
-    schedules = CLUSTER_SCHEDULES if on_group else SCHEDULES
-    _check_options(precision, schedule, schedules, nonfinite, deterministic, verify, tune)
+    if deterministic == CANONICAL:
+        schedule = canonical_schedule(schedule, on_group)
+    schedules = (*CLUSTER_SCHEDULES, CANONICAL) if on_group else SCHEDULES
+    check_options(precision, schedule, schedules, nonfinite, deterministic, verify, tune)
     if on_group:
         from cl_compiler.runtime.group import RankGroup, process_group
 
@@ -137,31 +141,6 @@ def compile_loss(
         device_type="cpu" if hardware.kind == "cpu" else "cuda",
         refusal=refusal_of(hardware),
     )
-
-
-def _check_options(
-    precision: str,
-    schedule: str,
-    schedules: Sequence[str],
-    nonfinite: str,
-    deterministic: bool,
-    verify: bool,
-    tune: bool,
-) -> None:
-    """Refuse what is none of the known words.
-
-    Raises:
-        ArgumentError, ScheduleError: the message names those that are.
-    """
-    if precision not in PRECISIONS:
-        raise ArgumentError(f"precision={precision!r}: use one of {', '.join(PRECISIONS)}.")
-    if schedule not in ("auto", *schedules):
-        raise ScheduleError(f"schedule={schedule!r}: use auto or one of {', '.join(schedules)}.")
-    if nonfinite not in ("propagate", "error"):
-        raise ArgumentError(f"nonfinite={nonfinite!r}: use 'propagate' or 'error'.")
-    for name, switch in (("deterministic", deterministic), ("verify", verify), ("tune", tune)):
-        if not isinstance(switch, bool):
-            raise ArgumentError(f"{name}={switch!r}: use True or False.")
 
 
 def _on_group(
@@ -199,6 +178,7 @@ def _on_group(
         planned=planned,
         nonfinite=nonfinite,
         device_type="cpu" if hardware.kind == "cpu" else "cuda",
+        chunk=CANONICAL_CHUNK if schedule == CANONICAL else 0,
     )
 
 

@@ -42,7 +42,9 @@ ALLOWED = {
         "runtime",
         "verify",
         "tune",
+        "options",
     },
+    "options": {*BASE, "lang", "plan"},
     "verify": {*BASE, "lang", "runtime"},
     "tune": {*BASE, "lang", "hardware", "plan", "codegen", "runtime"},
 }

@@ -167,7 +167,7 @@ def _table(found: dict[str, tuple[Plan, Run]]) -> Table:
 
 
 def _others(request: Request) -> list[tuple[str, int]]:
-    from cl_compiler.plan.simulate import dense_bytes, inf_cl_bytes, local_rows_bytes
+    from cl_compiler.plan.other_losses import dense_bytes, inf_cl_bytes, local_rows_bytes
 
     p, ranks = request.problem, request.group_size
     sizes = (p.M * ranks, p.D, ranks, 4)

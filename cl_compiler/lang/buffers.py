@@ -89,7 +89,8 @@ def assign_buffers(
             if isinstance(instruction, Diagonal):
                 reusable = [v for v in reusable if v == instruction.base]
             if isinstance(instruction, Accumulate):  # its exponentials replace the logits only
-                reusable = [v for v in reusable if v == instruction.args[0]]
+                logits, *values = instruction.args
+                reusable = [v for v in reusable if v == logits and v not in values]
             if isinstance(instruction, Compute) and instruction.op == "fill_where":
                 first = instruction.args[0]
                 reusable = [v for v in reusable if first == TileRef(v)]

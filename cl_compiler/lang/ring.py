@@ -53,9 +53,18 @@ def ring_obstacle(plan: SweepPlan) -> str:
     return ""
 
 
-CLUSTER_SCHEDULES = ("ring_owner", "ring_travel", "all_gather")
+CLUSTER_SCHEDULES = ("ring_owner", "ring_travel", "all_gather", "two_level")
 """ring_owner: operands travel, every gradient is made at its owner; ring_travel: an operand travels
-with its gradient; all_gather: shards are gathered, and gradients sent home, a chunk at a time."""
+with its gradient; all_gather: shards are gathered, and gradients sent home, a chunk at a time;
+two_level: as ring_owner, in a ring of nodes and a ring inside each."""
+CANONICAL = "canonical"
+"""Every rank meets all chunks in global order, so that results do not depend on the number of
+ranks; what is reduced over a side is made where that side streams past.  Only taken when asked
+for."""
+CANONICAL_CHUNK = 256
+"""Rows of a chunk; every shard is a whole number of them."""
+OWNER_COMPUTES = frozenset({"ring_owner", "two_level", CANONICAL})
+"""Schedules in which no gradient travels."""
 
 
 def ring_schedules(plan: SweepPlan) -> dict[str, str]:
@@ -63,21 +72,44 @@ def ring_schedules(plan: SweepPlan) -> dict[str, str]:
     reasons = dict.fromkeys(CLUSTER_SCHEDULES, ring_obstacle(plan))
     maxima = [n.name for n in plan.nodes if isinstance(n, Reduction) and n.monoid == "max"]
     full = [n for n in maxima if plan.is_full(n)]
-    if full and plan.gradient is not None and not reasons["ring_owner"]:
-        reasons["ring_owner"] = (
-            f"{full[0]} is a maximum, whose elements must be found again bit for bit, and the "
-            "sweep at the other operand's owner cuts other tiles"
-        )
+    if full and plan.gradient is not None:
+        for name in OWNER_COMPUTES.intersection(CLUSTER_SCHEDULES):
+            reasons[name] = reasons[name] or (
+                f"{full[0]} is a maximum, whose elements must be found again bit for bit, and the "
+                "sweep at the other operand's owner cuts other tiles"
+            )
     return reasons
 
 
-def build_ring_program(plan: SweepPlan, *, owner_computes: bool) -> Program:
+def canonical_obstacle(plan: SweepPlan) -> str:
+    """Why the bits of a loss depend on how it is cut into shards; "" where they need not."""
+    if plan.positives == "views":
+        return (
+            "without ids, rows i and i + b of a shard are two views, so the order of all rows "
+            "depends on the number of ranks; pass ids"
+        )
+    for name, leaf in plan.leaves.items():
+        local = LOCAL_AXES.intersection(leaf.axes)
+        if local:
+            return f"{name} runs over {', '.join(sorted(local))}, which every rank has to itself"
+    for node in plan.nodes:
+        if not isinstance(node, Reduction) or plan.is_full(node.name):
+            continue
+        if node.monoid in ("logsumexp", "softmean"):
+            return f"{node.name} is a {node.monoid} over the rows of all ranks"
+    return ring_schedules(plan)["ring_owner"]
+
+
+def build_ring_program(
+    plan: SweepPlan, *, owner_computes: bool, canonical: bool = False
+) -> Program:
     """Lower every pass of a loss on many ranks.
 
     ``owner_computes``: an operand's gradient is made where the operand lives, in a sweep of its
     own, so that no gradient travels; otherwise one sweep makes both gradients and the travelling
     operand's goes with it.  A set paired with itself never needs the second: the tile stands for
-    its transpose too.
+    its transpose too.  ``canonical``: statistics likewise, each in a sweep past what it is reduced
+    over.
 
     Raises:
         ScheduleError: the loss cannot run on many ranks; the message says why.
@@ -86,12 +118,17 @@ def build_ring_program(plan: SweepPlan, *, owner_computes: bool) -> Program:
     if reason:
         raise ScheduleError(f"{plan.ir.name} cannot run on a group of ranks: {reason}.")
     modes = modes_of(plan)
+    if canonical:  # one way for any logits: no rank asks how large they are
+        modes = modes[-1:]
     forward: list[tuple[int, tuple[Pass, ...]]] = []
     backward: list[tuple[int, tuple[Pass, ...]]] = []
     for level in range(1, plan.total_levels + 1):
         passes: list[Pass] = []
         for sweep in (s for s in plan.sweeps if s.level == level):
-            passes += _passes(plan, modes, sweep, owner_computes=owner_computes)
+            if canonical:
+                passes += _passes_by_side(plan, modes, sweep)
+            else:
+                passes += _passes(plan, modes, sweep, owner_computes=owner_computes)
         target = forward if level <= plan.forward_levels else backward
         target.append((level, tuple(passes)))
     fused = plan.is_fused
@@ -122,34 +159,53 @@ def _passes(
     ]
 
 
+def _passes_by_side(plan: SweepPlan, modes: tuple[Mode, ...], sweep: Sweep) -> list[Pass]:
+    """A pass for everything that belongs to rows, and one for what belongs to columns."""
+    needed = _needed_sides(plan, sweep.gradients)
+    if sweep.symmetric and needed:
+        needed = ("left",)
+    sides: tuple[tuple[Side, str], ...] = (("left", sweep.grid[1]), ("right", sweep.grid[0]))
+    passes = []
+    for side, over in sides:
+        of_side = tuple(r for r in sweep.reductions if r.over == over)
+        if sweep.grid[0] == sweep.grid[1]:
+            of_side = sweep.reductions if side == "left" else ()
+        if of_side or side in needed:
+            passes.append(_make(plan, modes, sweep, of_side, (side,), made=side in needed))
+    return passes
+
+
 def _make(
     plan: SweepPlan,
     modes: tuple[Mode, ...],
     sweep: Sweep,
     reductions: tuple[Reduction, ...],
     sides: tuple[Side, ...],
+    made: bool = True,
 ) -> Pass:
+    """``made``: the pass makes gradients of its sides; otherwise sides say what stays at home."""
+    gradients = sweep.gradients if made else ()
     programs = {
         mode: lower_pass(
             plan,
             sweep.grid,
             mode,
             reductions=reductions,
-            gradients=sweep.gradients,
-            symmetric=sweep.symmetric and bool(sides),
+            gradients=gradients,
+            symmetric=sweep.symmetric and bool(sides) and made,
             mirrored=False,
         )
         for mode in modes
     }
     exprs = [e for r in reductions for e in r.expressions]
-    exprs += [plan.gradient.similarities[g] for g in sweep.gradients] if plan.gradient else []
+    exprs += [plan.gradient.similarities[g] for g in gradients] if plan.gradient else []
     used = {s.name for e in exprs for s in e.free_symbols}
     return Pass(
         level=sweep.level,
         grid=sweep.grid,
         similarities=tuple(sorted(n for n in used if plan.leaves[n].kind == "similarity")),
         reductions=reductions,
-        gradients=sweep.gradients,
+        gradients=gradients,
         sides=sides,
         symmetric=False,
         whole_rows=False,
@@ -160,9 +216,13 @@ def _make(
 
 
 __all__ = [
+    "CANONICAL",
+    "CANONICAL_CHUNK",
     "CLUSTER_SCHEDULES",
     "LOCAL_AXES",
+    "OWNER_COMPUTES",
     "build_ring_program",
+    "canonical_obstacle",
     "is_local",
     "ring_obstacle",
     "ring_schedules",

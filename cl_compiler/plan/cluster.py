@@ -8,11 +8,12 @@ e bytes each, P ranks):
     ring_owner    forward (P-1)ue   backward 2(P-1)ue      buffers 2ue of a chunk
     ring_travel   forward (P-1)ue   backward (P-1)u(e+4)   buffers 2ue + 12u of a chunk
     all_gather    the same                                 buffers P(2ue + 12u) of a chunk
+    two_level     as ring_owner; of P-1 shards, N-1 travel between N nodes   4ue of a chunk
+    canonical     2(P-1)ue      backward 2(P-1)ue      buffers 2ue of a chunk
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,22 +22,26 @@ from cl_compiler.hardware.graph import hardware_graph
 from cl_compiler.hardware.ranks import one_device
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.ring import (
+    CANONICAL,
+    CANONICAL_CHUNK,
     CLUSTER_SCHEDULES,
+    OWNER_COMPUTES,
     build_ring_program,
+    canonical_obstacle,
     is_local,
     ring_schedules,
 )
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Accumulate, Compute, VectorRef
+from cl_compiler.plan.exchange import exchange_seconds, hiding_rows, hops_of, levels_of
 from cl_compiler.plan.facts import facts_of
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.memory import compile_memory
-from cl_compiler.plan.search import choose_plan
+from cl_compiler.plan.search import choose_plan, plan_with_tile
 from cl_compiler.plan.space import at, sizes_of
 from cl_compiler.plan.types import ClusterPlan, Plan, Problem, Request, Tile
 from cl_compiler.units import format_bytes
 
-PRODUCTS = "matrix products"
 PARTS = 8
 """Chunks of a shard where memory allows: an eighth bounds what is on its way to an eighth."""
 LEAST_CHUNK = 512
@@ -139,8 +144,8 @@ def buffer_bytes(
     gradients = chunk * (travel.gradient_width * problem.compute_bytes + made)
     if schedule == "all_gather":
         return 2 * ranks * shards, 3 * ranks * gradients
-    ahead = min(2, ranks - 1)
-    return ahead * shards, (ahead + 1) * gradients
+    circles = 2 if schedule == "two_level" else 1
+    return circles * min(2, ranks - 1) * shards, circles * 3 * gradients
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,13 @@ def choose_cluster_plan(request: Request, sweeps: SweepPlan) -> tuple[Plan, Prog
         BudgetError: nothing fits; the message says what would.
     """
     reasons = ring_schedules(sweeps)
+    machine = machine_of(hardware_graph(request.hardware))
+    if not reasons["two_level"] and levels_of(machine, request.group_size) is None:
+        reasons["two_level"] = (
+            f"{request.hardware.name} has no nodes of several ranks with links inside and between"
+        )
+    if request.schedule == CANONICAL:
+        reasons[CANONICAL] = canonical_obstacle(sweeps)
     wanted = CLUSTER_SCHEDULES if request.schedule == "auto" else (request.schedule,)
     usable = [name for name in wanted if not reasons[name]]
     if not usable:
@@ -176,7 +188,9 @@ def choose_cluster_plan(request: Request, sweeps: SweepPlan) -> tuple[Plan, Prog
     programs: dict[str, Program] = {}
     obstacles: dict[str, BudgetError] = {}
     for name in usable:
-        programs[name] = build_ring_program(sweeps, owner_computes=name == "ring_owner")
+        programs[name] = build_ring_program(
+            sweeps, owner_computes=name in OWNER_COMPUTES, canonical=name == CANONICAL
+        )
         try:
             found[name] = _candidate(request, sweeps, programs[name], name)
         except BudgetError as error:
@@ -202,7 +216,7 @@ def _candidate(request: Request, sweeps: SweepPlan, program: Program, schedule: 
     problem, ranks = request.problem, request.group_size
     machine = machine_of(hardware_graph(request.hardware))
     last: BudgetError | None = None
-    for chunk in _chunks(problem):
+    for chunk in [CANONICAL_CHUNK] if schedule == CANONICAL else _chunks(problem):
         shards = max(
             sum(buffer_bytes(schedule, t, problem, ranks, chunk))
             for t in travels_of(program, problem) or (Travel("forward", 0, 0),)
@@ -219,7 +233,10 @@ def _candidate(request: Request, sweeps: SweepPlan, program: Program, schedule: 
             group_size=0,
         )
         try:
-            plan = choose_plan(share, sweeps)
+            if schedule == CANONICAL:  # sums are cut the same way whatever fits
+                plan = plan_with_tile(share, Tile(chunk, chunk), sweeps)
+            else:
+                plan = choose_plan(share, sweeps)
         except BudgetError as error:
             last = error
             continue
@@ -299,18 +316,16 @@ def _timed(
 ) -> tuple[ClusterPlan, float]:
     """The cluster's part of a plan, and seconds of a forward with its backward."""
     problem, ranks = request.problem, request.group_size
-    linked = [outer for outer in machine.outer if outer.is_linked]
-    # A ring's slowest hop sets its pace: one rank of every node sends to the next node.
-    bytes_per_s = min((o.link_bytes_per_s for o in linked), default=math.inf)
-    latency_s = max((o.link_latency_s for o in linked), default=0.0)
+    hops = hops_of(schedule, machine, ranks)
     forward, backward = posted_bytes(program, problem, ranks)
-    rows = max(problem.M, problem.N)
-    messages = (ranks - 1) * -(-rows // chunk) * len(program.passes)
-    exchange_s = (forward + backward) / bytes_per_s + messages * latency_s
+    shard_bytes = (forward + backward) / max(1, ranks - 1)
+    messages = -(-max(problem.M, problem.N) // chunk) * len(program.passes)
+    exchange_s = exchange_seconds(hops, shard_bytes, messages)
     compute_s = plan.seconds * ranks
     # the first of P steps meets the own shard, and the last has nothing to wait for
     hidden_s = compute_s * (ranks - 1) / ranks
     exposed_s = max(0.0, exchange_s - hidden_s)
+    levels = levels_of(machine, ranks) if schedule == "two_level" else None
     cluster = ClusterPlan(
         schedule,
         ranks,
@@ -319,38 +334,16 @@ def _timed(
         backward,
         exchange_s,
         exposed_s,
-        hiding_rows(plan, problem, forward + backward, ranks, bytes_per_s, latency_s),
+        hiding_rows(plan, problem, shard_bytes, hops),
+        node=0 if levels is None else levels.node,
     )
     return cluster, compute_s + exposed_s
-
-
-def hiding_rows(
-    plan: Plan,
-    problem: Problem,
-    sent_bytes: int,
-    ranks: int,
-    bytes_per_s: float,
-    latency_s: float,
-) -> int:
-    """Rows per rank from which on products hide the exchange; 0 where there is none.
-
-    A step's matrix products take a·b² seconds, its message latency_s + b·linear: b* is the
-    larger root of their difference.  Whatever else a step does hides more.
-    """
-    if ranks == 1 or not math.isfinite(bytes_per_s):
-        return 0
-    products_s = dict(plan.seconds_by_part).get(PRODUCTS, plan.seconds)
-    a = products_s / (problem.M * problem.N)
-    linear = sent_bytes / (ranks - 1) / max(problem.M, problem.N) / bytes_per_s
-    root = (linear + math.sqrt(linear * linear + 4 * a * latency_s)) / (2 * a)
-    return math.ceil(root)
 
 
 __all__ = [
     "Travel",
     "buffer_bytes",
     "choose_cluster_plan",
-    "hiding_rows",
     "memory_of",
     "posted_bytes",
     "travels_of",

@@ -52,6 +52,17 @@ def choose_plan(
     return _plan(space, chosen, _rejected(space, chosen, best))
 
 
+def plan_with_tile(request: Request, tile: Tile, sweep_plan: SweepPlan) -> Plan:
+    """The plan of the requested schedule with a tile that is given, whether it fits or not.
+
+    Raises:
+        ScheduleError, HardwareError, ArgumentError: as ``choose_plan``.
+    """
+    space = space_of(request, sweep_plan, None)
+    (schedule,) = space.schedules()
+    return _plan(space, space.point(schedule, tile, 1), ())
+
+
 def plan_candidates(
     request: Request,
     sweep_plan: SweepPlan | None = None,
@@ -214,4 +225,11 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
     )
 
 
-__all__ = ["RESOLUTION", "choose_plan", "nearby_plans", "plan_candidates", "select"]
+__all__ = [
+    "RESOLUTION",
+    "choose_plan",
+    "nearby_plans",
+    "plan_candidates",
+    "plan_with_tile",
+    "select",
+]

@@ -1,43 +1,23 @@
-"""A discrete-event run of a cluster plan: when each rank computes, sends and waits.
+"""A discrete-event run of a cluster plan, on the clock of its ranks (``clock``).
 
-An operation takes resources for some seconds: a rank's device, the link that it sends on, the one
-that it receives on.  Each resource serves in the order of issue.  All ranks do the same thing at
-the same step, so one event of the simulation is a vector over ranks, and 1,024 ranks take seconds.
-
-A transfer begins when both ends have posted it and the link is free, and takes its latency plus
-bytes over bandwidth.  A rank posts the next shard, computes this one and waits, as emitted files
-do (``templates/ring/travel.py.jinja``).
+A rank posts the next shard, computes this one and waits, as emitted files do
+(``templates/ring/travel.py.jinja``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from cl_compiler.hardware.graph import hardware_graph
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.tile_ir import Gemm
+from cl_compiler.plan.clock import Clock, Event, Links, Vector, links_of, links_of_levels
 from cl_compiler.plan.cluster import Travel, travels_of
-from cl_compiler.plan.machine import machine_of
 from cl_compiler.plan.types import Plan
-
-Vector = np.ndarray
-EVENTS = 20_000
-"""Events that are kept for drawing, at most."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One rank's use of one resource; ``what``: "compute", "send", "gradient" or "wait"."""
-
-    rank: int
-    what: str
-    start_s: float
-    end_s: float
 
 
 @dataclass(frozen=True)
@@ -58,97 +38,6 @@ class Run:
     def bound_by(self) -> str:
         """What the slowest rank spends most of its time on."""
         return "products" if self.compute_s >= self.waiting_s else "the exchange"
-
-
-@dataclass(frozen=True)
-class Links:
-    """The hop from each rank to the next: seconds per byte and of latency, both per rank."""
-
-    s_per_byte: Vector
-    latency_s: Vector
-
-    @property
-    def ranks(self) -> int:
-        return len(self.latency_s)
-
-
-def links_of(spec: HardwareSpec, ranks: int) -> Links:
-    """Hops of the ring of ranks in order: inside a node, and to the next one."""
-    s_per_byte, latency = np.zeros(ranks), np.zeros(ranks)
-    machine = machine_of(hardware_graph(spec))
-    for outer in machine.outer:  # from the outside in: a hop within an inner level replaces it
-        if not outer.is_linked:
-            continue
-        group = outer.instances * outer.ranks_inside
-        for rank in range(ranks):
-            inside = rank // group == ((rank + 1) % ranks) // group
-            if inside or group >= ranks:
-                s_per_byte[rank] = 1.0 / outer.link_bytes_per_s
-                latency[rank] = outer.link_latency_s
-    return Links(s_per_byte, latency)
-
-
-@dataclass
-class Clock:
-    """Every rank's time, and when its links are free.
-
-    ``speed``: of each rank, 1 as planned.  ``join_s_per_byte``: to start a travelling gradient and
-    join what came from other ranks, four passes over it.
-    """
-
-    links: Links
-    speed: Vector
-    drawn: int = 0
-    join_s_per_byte: float = 0.0
-    now: Vector = field(init=False)
-    compute_s: Vector = field(init=False)
-    waiting_s: Vector = field(init=False)
-    events: list[Event] = field(init=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        ranks = self.links.ranks
-        self.now = np.zeros(ranks)
-        self.compute_s, self.waiting_s = np.zeros(ranks), np.zeros(ranks)
-        self._sends, self._receives = np.zeros(ranks), np.zeros(ranks)
-        self._collective = 0.0
-
-    def compute(self, seconds: Vector | float) -> None:
-        """Every rank's device is busy."""
-        took = seconds / self.speed
-        self._draw("compute", self.now, self.now + took)
-        self.now = self.now + took
-        self.compute_s += took
-
-    def exchange(self, sent_bytes: Vector | float, what: str = "send") -> Vector:
-        """Post to the next rank, and a receive from the one before: when it has both."""
-        size = np.broadcast_to(np.asarray(sent_bytes, dtype=float), self.now.shape)
-        ready = np.maximum(self.now, np.roll(self.now, -1))  # the next rank has posted too
-        start = np.maximum(ready, np.maximum(self._sends, np.roll(self._receives, -1)))
-        end = start + self.links.latency_s + size * self.links.s_per_byte
-        self._sends, self._receives = end, np.roll(end, 1)
-        self._draw(what, start, end)
-        done: Vector = np.maximum(end, np.roll(end, 1))
-        return done
-
-    def wait(self, until: Vector) -> None:
-        """Until what was posted is done."""
-        waited = np.maximum(until - self.now, 0.0)
-        self._draw("wait", self.now, self.now + waited)
-        self.now = self.now + waited
-        self.waiting_s += waited
-
-    def together(self, seconds: float) -> Vector:
-        """A collective: it begins when the last rank has posted it, one after the other."""
-        start = max(float(self.now.max()), self._collective)
-        self._collective = start + seconds
-        ends = np.full_like(self.now, self._collective)
-        self._draw("send", np.full_like(self.now, start), ends)
-        return ends
-
-    def _draw(self, what: str, start: Vector, end: Vector) -> None:
-        for rank in range(min(self.drawn, self.links.ranks)):
-            if end[rank] > start[rank] and len(self.events) < EVENTS:
-                self.events.append(Event(rank, what, float(start[rank]), float(end[rank])))
 
 
 @dataclass(frozen=True)
@@ -194,11 +83,9 @@ def simulate(
     assert cluster is not None
     ranks = cluster.group_size
     bandwidth = spec.device_level.bandwidth_bytes_per_s
+    pass_s = 1.0 / bandwidth if bandwidth else 0.0
     clock = Clock(
-        links_of(spec, ranks),
-        np.asarray(speeds or [1.0] * ranks),
-        drawn_ranks,
-        4.0 / bandwidth if bandwidth else 0.0,
+        links_of(spec, ranks), np.asarray(speeds or [1.0] * ranks), drawn_ranks, pass_s, 3 * pass_s
     )
     return run(
         clock,
@@ -208,6 +95,7 @@ def simulate(
         cluster.chunk,
         plan.problem.input_bytes,
         plan.problem.compute_bytes,
+        links_of_levels(spec, ranks) if cluster.schedule == "two_level" else (),
     )
 
 
@@ -219,8 +107,12 @@ def run(
     chunk: int,
     input_bytes: int,
     compute_bytes: int,
+    levels: Sequence[Links] = (),
 ) -> Run:
-    """Run passes on a clock; shards of ``rows`` rows travel ``chunk`` rows at a time."""
+    """Run passes on a clock; shards of ``rows`` rows travel ``chunk`` rows at a time.
+
+    ``levels``: the circles of a ring of rings, from the outermost to the innermost.
+    """
     forward_s = 0.0
     phase = "forward"
     for item in work:
@@ -236,8 +128,11 @@ def run(
         if schedule == "all_gather":
             _gathered(clock, item.seconds / rows, per_row, back, parts)
             continue
-        for count in parts:
-            _around(clock, item.seconds * count / rows, per_row * count, back * count)
+        _around(
+            clock,
+            levels or (clock.links,),
+            [(item.seconds * n / rows, per_row * n, back * n) for n in parts],
+        )
     _numbers(clock)
     slowest = int(clock.now.argmax())
     return Run(
@@ -249,22 +144,35 @@ def run(
     )
 
 
-def _around(clock: Clock, seconds: float, sent: float, back: float) -> None:
-    ranks = clock.links.ranks
+def _around(
+    clock: Clock, levels: Sequence[Links], parts: Sequence[tuple[float, float, float]]
+) -> None:
+    """Chunks, each (seconds of products, bytes sent, bytes back), go around a circle of ranks.
+
+    What comes back of one chunk is joined while the next one is on its way.
+    """
+    links, *inner = levels
     arriving: Vector | None = None
-    for step in range(ranks):
-        posted = clock.exchange(sent) if step + 1 < ranks else None
-        clock.compute(seconds)
-        if back and step:
-            if arriving is not None:
-                clock.wait(arriving)
-            clock.compute(back * clock.join_s_per_byte)
-            arriving = clock.exchange(back, "gradient")
-        if posted is not None:
-            clock.wait(posted)
+    owed = 0.0
+    for seconds, sent, back in parts:
+        for step in range(links.circle):
+            posted = clock.exchange(sent, links=links) if step + 1 < links.circle else None
+            if back and step:
+                clock.compute(back * clock.start_s_per_byte)
+            if inner:
+                _around(clock, inner, [(seconds, sent, back)])
+            else:
+                clock.compute(seconds)
+            if back and step:
+                if arriving is not None:
+                    clock.wait(arriving)
+                    clock.compute((back if step > 1 else owed) * clock.join_s_per_byte)
+                arriving, owed = clock.exchange(back, "gradient", links), back
+            if posted is not None:
+                clock.wait(posted)
     if arriving is not None:
         clock.wait(arriving)
-        clock.compute(back * clock.join_s_per_byte)
+        clock.compute(owed * clock.join_s_per_byte)
 
 
 def _gathered(
@@ -281,7 +189,7 @@ def _gathered(
         if back:
             if swapped is not None:
                 clock.wait(swapped)
-            clock.compute(back * count * ranks * clock.join_s_per_byte)
+            clock.compute(back * count * ranks * (clock.start_s_per_byte + clock.join_s_per_byte))
             swapped = clock.together(_collective_s(clock, back * count))
     if swapped is not None:
         clock.wait(swapped)
@@ -301,41 +209,4 @@ def _numbers(clock: Clock) -> None:
         clock.wait(clock.together(_collective_s(clock, 8.0)))
 
 
-# ---- what other losses take ---------------------------------------------------------------------
-
-PeerMemory = Callable[[int, int, int, int], float]
-"""(global batch, D, ranks, bytes of an element) → bytes of the loss on one rank."""
-
-
-def dense_bytes(batch: int, width: int, ranks: int, element: int = 4) -> float:
-    """Every rank has the whole matrix: four of them, and three whole operands."""
-    return (4.0 * batch * batch + 3.0 * batch * width) * element
-
-
-def local_rows_bytes(batch: int, width: int, ranks: int, element: int = 4) -> float:
-    """OpenCLIP with ``local_loss`` and ``gather_with_grad``: rows of one rank by all columns."""
-    rows = batch / ranks
-    return (4.0 * rows * batch + (2 * ranks + 2) * rows * width) * element
-
-
-def inf_cl_bytes(
-    batch: int, width: int, ranks: int, element: int = 4, *, offload: bool = False
-) -> float:
-    """Inf-CL: fifteen buffers of a shard, seventeen with its inputs."""
-    return (17.0 if offload else 15.0) * batch / ranks * width * element
-
-
-__all__ = [
-    "Clock",
-    "Event",
-    "Links",
-    "Run",
-    "Work",
-    "dense_bytes",
-    "inf_cl_bytes",
-    "links_of",
-    "local_rows_bytes",
-    "run",
-    "simulate",
-    "work_of",
-]
+__all__ = ["Run", "Work", "run", "simulate", "work_of"]

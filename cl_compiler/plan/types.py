@@ -234,6 +234,8 @@ class ClusterPlan:
     hiding_rows: int
     rejected: tuple[tuple[str, str], ...] = ()
     """(cluster schedule, why it was not taken)."""
+    node: int = 0
+    """Of a ring of rings, the ranks of a node; 0: one ring of all ranks."""
 
 
 @dataclass(frozen=True)

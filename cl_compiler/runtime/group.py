@@ -281,16 +281,16 @@ def _guarded(module: ModuleType) -> type[Any]:
             with self.ranks.watched():
                 super().wait(posted)
 
-    for name in ("exchange", "gather", "swap"):
+    for name in ("exchange", "gather", "swap", "spread"):
         if hasattr(module.Ring, name):
             setattr(Guarded, name, _watching(getattr(module.Ring, name)))
     return Guarded
 
 
 def _watching(method: Callable[..., Any]) -> Callable[..., Any]:
-    def post(self: Any, sent: Any, received: Any) -> Any:
+    def post(self: Any, *tensors_and_peers: Any) -> Any:
         with self.ranks.watched():
-            return method(self, sent, received)
+            return method(self, *tensors_and_peers)
 
     return post
 

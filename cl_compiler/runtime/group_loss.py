@@ -17,6 +17,7 @@ from cl_compiler.runtime.guard import (
     NOT_FINITE,
     Record,
     check_agreement,
+    check_chunks,
     digest,
     joint_positives,
 )
@@ -26,7 +27,8 @@ from cl_compiler.runtime.signatures import CallSignature, LossSignature
 class GroupLoss(CompiledLoss):
     """As ``CompiledLoss``, called with this rank's shards by every rank of a group.
 
-    The value is that of all ranks' rows and columns together, on every rank.
+    The value is that of all ranks' rows and columns together, on every rank.  ``chunk``: rows of
+    which every shard must be a multiple; 0: any shard will do.
 
     Raises, beside what ``CompiledLoss`` raises, and on every rank alike:
         ArgumentError: the ranks' arguments do not fit together; the message names ranks and values.
@@ -44,12 +46,14 @@ class GroupLoss(CompiledLoss):
         planned: CallSignature | None = None,
         nonfinite: Any = "propagate",
         device_type: str = "cpu",
+        chunk: int = 0,
     ) -> None:
         super().__init__(
             signature, specialise, planned=planned, nonfinite=nonfinite, device_type=device_type
         )
         self._ranks: RankGroup | None = ranks
         self._texts = {"loss": loss_text, "request": request_text}
+        self._chunk = chunk
         self._group_options = (ranks.world_size, ranks.timeout_s, ranks.convention)
         self._check = ArgumentChecker(
             signature, device_type, nonfinite=nonfinite == "error", may_be_empty=True
@@ -153,6 +157,8 @@ class GroupLoss(CompiledLoss):
             return self.ranks.tell(f"{field}/{sequence}", own.get(field, ""))
 
         check_agreement(self.signature.name, records, describe)
+        if self._chunk:
+            check_chunks(self.signature.name, records, self._chunk)
 
     def _record(self, call: Call, sequence: int) -> Record:
         signature = call.signature

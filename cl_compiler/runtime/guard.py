@@ -172,6 +172,21 @@ def check_agreement(
         )
 
 
+def check_chunks(name: str, records: Sequence[Record], chunk: int) -> None:
+    """Raise where a shard is no whole number of chunks.
+
+    Raises:
+        ArgumentError: the message names ranks and sizes.
+    """
+    if any(r.rows % chunk or r.cols % chunk for r in records):
+        shown = listed([f"{r.rows} rows and {r.cols} columns" for r in records])
+        raise ArgumentError(
+            f'{name}: deterministic="canonical" adds up chunks of {chunk}, so that it does not '
+            f"depend on where shards end, and every shard is a multiple of {chunk} rows and "
+            f"columns: {shown}. Give ranks such shards, or compile with deterministic=True."
+        )
+
+
 def joint_positives(records: Sequence[Record]) -> str:
     """The kind of positives that covers every rank's shard."""
     kinds = {r.positives for r in records}
@@ -202,6 +217,7 @@ __all__ = [
     "RECORD_BYTES",
     "Record",
     "check_agreement",
+    "check_chunks",
     "digest",
     "joint_positives",
     "listed",

@@ -84,6 +84,7 @@ class LoopbackRing:
         self.lengths = {axis: tuple(n) for axis, n in lengths.items()}
         self.shard_scale, self.scalar_scale = shard_scale, scalar_scale
         self.posted_bytes = 0
+        self._expected: dict[int, list[Sequence[Tensor]]] = {}
 
     def enter(self, phase: str) -> None:
         """Threads need no guard."""
@@ -93,11 +94,12 @@ class LoopbackRing:
         for work in posted:
             work()
 
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[Post]:
-        """Post: tensors to the next rank, others from the one before."""
-        after, before = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
+    def exchange(
+        self, sent: Sequence[Tensor], received: Sequence[Tensor], after: int, before: int
+    ) -> list[Post]:
+        """Post: tensors to rank ``after``, others from rank ``before``."""
         self._send(sent, after)
-        return [lambda: self._receive(before, received)]
+        return [self._expect(before, received)]
 
     def gather(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[Post]:
         """Post: every rank's ``sent`` into the parts of ``received`` [ranks, ...]."""
@@ -106,6 +108,19 @@ class LoopbackRing:
     def swap(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[Post]:
         """Post: part p of ``sent`` [ranks, ...] to rank p, whose part for us is received."""
         return self._all_to_all([[t[p] for t in sent] for p in range(self.world_size)], received)
+
+    def spread(self, owner: int, tensors: Sequence[Tensor]) -> list[Post]:
+        """Post: the owner's tensors to every rank."""
+        if owner != self.rank:
+            return [self._expect(owner, tensors)]
+        for other in range(self.world_size):
+            if other != self.rank:
+                self._send(tensors, other)
+        return []
+
+    def in_order(self, vector: Tensor, axis: str) -> Tensor:
+        """A fp64 number of every chunk of an axis, of all ranks in their order."""
+        return torch.cat(self.hub.all_gather(self.rank, vector.detach().clone()))
 
     def numbers(self, number: float | Tensor) -> Tensor:
         """A number of every rank, in their order: [ranks] fp64."""
@@ -130,6 +145,17 @@ class LoopbackRing:
         if target != self.rank:
             self.posted_bytes += sum(t.numel() * t.element_size() for t in tensors)
 
+    def _expect(self, source: int, into: Sequence[Tensor]) -> Post:
+        """Post a receive.  Messages match receives in the order of posting, not of waiting."""
+        expected = self._expected.setdefault(source, [])
+        expected.append(into)
+
+        def done() -> None:
+            while any(posted is into for posted in expected):
+                self._receive(source, expected.pop(0))
+
+        return done
+
     def _receive(self, source: int, into: Sequence[Tensor]) -> None:
         for tensor, came in zip(into, self.hub.receive(source, self.rank), strict=True):
             if tensor.shape != came.shape or tensor.dtype != came.dtype:
@@ -145,11 +171,7 @@ class LoopbackRing:
         for target, tensors in enumerate(sent):
             self._send(tensors, target)
 
-        def done() -> None:
-            for source in range(self.world_size):
-                self._receive(source, [t[source] for t in received])
-
-        return [done]
+        return [self._expect(s, [t[s] for t in received]) for s in range(self.world_size)]
 
 
 def run_ranks(
@@ -177,8 +199,8 @@ def run_ranks(
         thread.start()
     for thread in threads:
         thread.join(2 * timeout_s + 1)
-    if errors:
-        raise errors[0]
+    if errors:  # those that another rank's error woke come last
+        raise min(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError | TimeoutError))
     if any(thread.is_alive() for thread in threads):
         raise TimeoutError(f"not every rank came back within {2 * timeout_s:g} s")
     return results

@@ -63,12 +63,12 @@ class Ring:
         for work in posted:
             work.wait()
 
-    def exchange(self, sent, received):
-        """Post: tensors to the next rank, others from the one before; all in one group of calls."""
-        after, before = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
+    def exchange(self, sent, received, after, before):
+        """Post: tensors to rank ``after``, others from rank ``before``; one group of calls."""
+        # Receives first: a sender waits for word of them, which would queue behind what is sent.
         operations = [
             dist.P2POp(call, tensor, group=self.group, group_peer=peer)
-            for call, tensors, peer in ((dist.isend, sent, after), (dist.irecv, received, before))
+            for call, tensors, peer in ((dist.irecv, received, before), (dist.isend, sent, after))
             for tensor in tensors
             if tensor.numel()
         ]
@@ -122,7 +122,8 @@ class _Folds:
         return [part.fill_(value) for part, value in zip(parts, values, strict=True)]
 
     def join(self, into, new):
-        """Join what other tiles gave."""
+        """Join what other tiles gave: the first rows of ``new``."""
+        new = [n[: len(t)] for n, t in zip(new, into, strict=True)]
         begin = 0
         for start in self.starts:
             end = begin + len(start)
@@ -134,47 +135,76 @@ class _Folds:
         return [tensor.new_empty(*shape, *tensor.shape[1:]) for tensor in self.home]
 
 
-def _shards(ring, axis, sent, folds=()):
-    """Yield (where it begins in this rank's own, tensors, accumulators) of every rank's shard.
+class _Circle:
+    """Ranks that pass shards on, in their order, and room for what is on its way among them."""
 
-    A shard goes around the ring in chunks of CHUNK rows, this rank's own first: post the next,
-    compute this, wait, swap.
-    Its accumulators are started by its owner's neighbour, follow one step behind it and end at
-    the owner, where they are joined with what the owner accumulated itself.
-    """
-    lengths, mine, ranks = ring.lengths[axis], ring.rank, ring.world_size
+    def __init__(self, ring, members, chunk, sent, folds):
+        self.ring, self.chunk, self.ranks = ring, chunk, len(members)
+        self.mine = mine = members.index(ring.rank)
+        self.after, self.before = members[(mine + 1) % self.ranks], members[mine - 1]
+        self.buffers = [
+            [t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, self.ranks - 1))
+        ]
+        self.parts = [folds.room(chunk) for _ in range(2 if self.ranks > 1 else 0)]
+        self.incoming = folds.room(chunk) if self.ranks > 1 else []
+
+    def exchange(self, sent, received):
+        """Post: tensors to the next rank of the circle, others from the one before."""
+        return self.ring.exchange(sent, received, self.after, self.before)
+
+    def around(self, lengths, rows, sent, folds):
+        """Yield (start, owner's place, tensors, accumulators) of every member's shard.
+
+        ``lengths``: the members' rows, of which there are no more than ``rows``.
+
+        A shard goes around in chunks, this rank's own first: post the next, compute this, wait,
+        swap.
+        Its accumulators are started by its owner's neighbour, follow one step behind it and end
+        at the owner, where they are joined with what the owner accumulated itself, while the
+        next chunk is on its way.
+        """
+        ring, mine, ranks, chunk = self.ring, self.mine, self.ranks, self.chunk
+        arriving, due, turn = [], [], 0
+        for start in range(0, rows, chunk):
+            size = [min(max(length - start, 0), chunk) for length in lengths]
+            here = [t[start : start + chunk] for t in sent]
+            home = [t[start : start + chunk] for t in folds.home]
+            for step in range(ranks):
+                owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks
+                coming, posted = here, []
+                if step + 1 < ranks:
+                    coming = [t[: size[follower]] for t in self.buffers[step % 2]]
+                    posted = self.exchange(here, coming)
+                if step == 0:
+                    yield start, owner, here, home
+                else:
+                    turn += 1
+                    part = folds.started([t[: size[owner]] for t in self.parts[turn % 2]])
+                    yield start, owner, here, part
+                    ring.wait(arriving)
+                    if step > 1:
+                        due = part  # the neighbour had the same shard one step earlier
+                    if due:
+                        folds.join(due, self.incoming)
+                    arriving = self.exchange(part, [t[: size[follower]] for t in self.incoming])
+                    due = home  # a chunk's last message brings what the others accumulated
+                ring.wait(posted)
+                here = coming
+        ring.wait(arriving)
+        if due:
+            folds.join(due, self.incoming)
+
+
+def _shards(ring, axis, sent, folds=()):
+    """Yield (where it begins in this rank's own, tensors, accumulators) of every rank's shard."""
+    lengths, mine = ring.lengths[axis], ring.rank
     sent = [t.contiguous() for t in sent]
-    chunk = max(1, min(CHUNK, max(lengths)))
-    buffers = [[t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, ranks - 1))]
+    rows = max(lengths)
+    chunk = max(1, min(CHUNK, rows))
     folds = _Folds(folds)
-    parts = [folds.room(chunk) for _ in range(min(2, ranks - 1))]
-    incoming = folds.room(chunk) if ranks > 1 else []
-    for start in range(0, max(lengths), chunk):
-        size = [min(max(length - start, 0), chunk) for length in lengths]
-        here = [t[start : start + chunk] for t in sent]
-        home = [t[start : start + chunk] for t in folds.home]
-        arriving = []
-        for step in range(ranks):
-            owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks
-            coming, posted = here, []
-            if step + 1 < ranks:
-                coming = [t[: size[follower]] for t in buffers[step % 2]]
-                posted = ring.exchange(here, coming)
-            first = start if owner == mine else FAR
-            if step == 0:
-                yield first, here, home
-            else:
-                part = folds.started([t[: size[owner]] for t in parts[step % len(parts)]])
-                yield first, here, part
-                ring.wait(arriving)
-                if step > 1:
-                    folds.join(part, [t[: size[owner]] for t in incoming])
-                arriving = ring.exchange(part, [t[: size[follower]] for t in incoming])
-            ring.wait(posted)
-            here = coming
-        if ranks > 1:
-            ring.wait(arriving)
-            folds.join(home, [t[: size[mine]] for t in incoming])
+    circle = _Circle(ring, range(ring.world_size), chunk, sent, folds)
+    for start, owner, shard, part in circle.around(lengths, rows, sent, folds):
+        yield (start if owner == mine else FAR), shard, part
 
 
 class _MatmulPrecision:

@@ -118,7 +118,8 @@ class _Folds:
         return [part.fill_(value) for part, value in zip(parts, values, strict=True)]
 
     def join(self, into, new):
-        """Join what other tiles gave."""
+        """Join what other tiles gave: the first rows of ``new``."""
+        new = [n[: len(t)] for n, t in zip(new, into, strict=True)]
         begin = 0
         for start in self.starts:
             end = begin + len(start)
@@ -129,7 +130,7 @@ class _Folds:
         """Join every rank's part [ranks, chunk, ...] of the rows from ``start`` on."""
         home = [t[start : start + chunk] for t in self.home]
         for others in zip(*parts, strict=True):
-            self.join(home, [t[: len(h)] for t, h in zip(others, home, strict=True)])
+            self.join(home, others)
 
     def room(self, *shape):
         """Uninitialised accumulators for shards of ``shape[-1]`` rows."""

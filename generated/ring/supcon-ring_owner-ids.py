@@ -65,12 +65,12 @@ class Ring:
         for work in posted:
             work.wait()
 
-    def exchange(self, sent, received):
-        """Post: tensors to the next rank, others from the one before; all in one group of calls."""
-        after, before = (self.rank + 1) % self.world_size, (self.rank - 1) % self.world_size
+    def exchange(self, sent, received, after, before):
+        """Post: tensors to rank ``after``, others from rank ``before``; one group of calls."""
+        # Receives first: a sender waits for word of them, which would queue behind what is sent.
         operations = [
             dist.P2POp(call, tensor, group=self.group, group_peer=peer)
-            for call, tensors, peer in ((dist.isend, sent, after), (dist.irecv, received, before))
+            for call, tensors, peer in ((dist.irecv, received, before), (dist.isend, sent, after))
             for tensor in tensors
             if tensor.numel()
         ]
@@ -97,29 +97,53 @@ class Ring:
         return bool(self.numbers(float(condition)).all())
 
 
-def _shards(ring, axis, sent):
-    """Yield (where it begins in this rank's own, tensors) of every rank's shard.
+class _Circle:
+    """Ranks that pass shards on, in their order, and room for what is on its way among them."""
 
-    A shard goes around the ring in chunks of CHUNK rows, this rank's own first: post the next,
-    compute this, wait, swap.
-    """
-    lengths, mine, ranks = ring.lengths[axis], ring.rank, ring.world_size
+    def __init__(self, ring, members, chunk, sent):
+        self.ring, self.chunk, self.ranks = ring, chunk, len(members)
+        self.mine = mine = members.index(ring.rank)
+        self.after, self.before = members[(mine + 1) % self.ranks], members[mine - 1]
+        self.buffers = [
+            [t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, self.ranks - 1))
+        ]
+
+    def exchange(self, sent, received):
+        """Post: tensors to the next rank of the circle, others from the one before."""
+        return self.ring.exchange(sent, received, self.after, self.before)
+
+    def around(self, lengths, rows, sent):
+        """Yield (start, owner's place, tensors) of every member's shard.
+
+        ``lengths``: the members' rows, of which there are no more than ``rows``.
+
+        A shard goes around in chunks, this rank's own first: post the next, compute this, wait,
+        swap.
+        """
+        ring, mine, ranks, chunk = self.ring, self.mine, self.ranks, self.chunk
+        for start in range(0, rows, chunk):
+            size = [min(max(length - start, 0), chunk) for length in lengths]
+            here = [t[start : start + chunk] for t in sent]
+            for step in range(ranks):
+                owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks
+                coming, posted = here, []
+                if step + 1 < ranks:
+                    coming = [t[: size[follower]] for t in self.buffers[step % 2]]
+                    posted = self.exchange(here, coming)
+                yield start, owner, here
+                ring.wait(posted)
+                here = coming
+
+
+def _shards(ring, axis, sent):
+    """Yield (where it begins in this rank's own, tensors) of every rank's shard."""
+    lengths, mine = ring.lengths[axis], ring.rank
     sent = [t.contiguous() for t in sent]
-    chunk = max(1, min(CHUNK, max(lengths)))
-    buffers = [[t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, ranks - 1))]
-    for start in range(0, max(lengths), chunk):
-        size = [min(max(length - start, 0), chunk) for length in lengths]
-        here = [t[start : start + chunk] for t in sent]
-        for step in range(ranks):
-            owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks
-            coming, posted = here, []
-            if step + 1 < ranks:
-                coming = [t[: size[follower]] for t in buffers[step % 2]]
-                posted = ring.exchange(here, coming)
-            first = start if owner == mine else FAR
-            yield first, here
-            ring.wait(posted)
-            here = coming
+    rows = max(lengths)
+    chunk = max(1, min(CHUNK, rows))
+    circle = _Circle(ring, range(ring.world_size), chunk, sent)
+    for start, owner, shard in circle.around(lengths, rows, sent):
+        yield (start if owner == mine else FAR), shard
 
 
 class _MatmulPrecision:

@@ -11,7 +11,7 @@ def test_json_and_table_have_every_schedule(cli, cli_json):
     found = cli_json("simulate", *CLUSTER)
     assert found["ranks"] == 32
     seconds = {name: s["seconds"] for name, s in found["schedules"].items()}
-    assert set(seconds) == {"ring_owner", "ring_travel", "all_gather"}
+    assert set(seconds) == {"ring_owner", "ring_travel", "all_gather", "two_level"}
     assert found["fastest"] == min(seconds, key=seconds.get)
     text = cli("simulate", *CLUSTER).stdout
     assert "32 ranks with shards of 1024 x 1024" in text

@@ -10,18 +10,10 @@ import pytest
 from cl_compiler.hardware import load_hardware
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
+from cl_compiler.plan.clock import Clock, Links, links_of
 from cl_compiler.plan.cluster import Travel, choose_cluster_plan
-from cl_compiler.plan.simulate import (
-    Clock,
-    Links,
-    Work,
-    dense_bytes,
-    inf_cl_bytes,
-    links_of,
-    local_rows_bytes,
-    run,
-    simulate,
-)
+from cl_compiler.plan.other_losses import dense_bytes, inf_cl_bytes, local_rows_bytes
+from cl_compiler.plan.simulate import Work, run, simulate
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
 
 NEEDS = frozenset({"x", "y", "logit_scale"})

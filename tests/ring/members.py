@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import pickle
 from typing import Any
 
@@ -109,3 +110,39 @@ def copies(rank: int) -> dict[str, Any]:
         float((t.weight.grad - w).norm() / w.norm()) for t, w in zip(towers, want, strict=True)
     )
     return found
+
+
+CANONICAL_SHARES = {
+    1: (8,),
+    2: (3, 5),
+    3: (3, 0, 5),
+    4: (2, 1, 4, 1),
+    8: (1,) * 8,
+}
+"""Chunks of every rank: eight in all."""
+
+
+def canonical(rank: int) -> dict[str, str]:
+    """Digests of the value and of every chunk's gradients, by place; what a group refuses."""
+    shares = CANONICAL_SHARES[dist.get_world_size()]
+    chunk, first = 256, sum(shares[:rank])
+    x, y = shards(0, 8 * chunk, 24)  # the same on all ranks
+    mine = slice(first * chunk, (first + shares[rank]) * chunk)
+    x, y = (t.detach()[mine].clone().requires_grad_() for t in (x, y))
+    loss_fn = compiled(group=dist.group.WORLD, deterministic="canonical")
+    scale = torch.tensor(20.0, requires_grad=True)
+    value = loss_fn(x, y, logit_scale=scale)
+    value.backward()
+    found = {"value": _digest(value), "logit_scale": _digest(scale.grad)}
+    for name, grad in (("x", x.grad), ("y", y.grad)):
+        for k, part in enumerate(grad.split(chunk) if len(grad) else ()):
+            found[f"{name}{first + k}"] = _digest(part)
+    try:
+        loss_fn(*shards(rank, 100), logit_scale=SCALE)
+    except Exception as refusal:
+        found["refused"] = f"{type(refusal).__name__}: {refusal}"
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()[:12]

@@ -46,10 +46,10 @@ def acting_at(step: int, action: Callable[[], None]) -> None:
         ring = plain(*args)
         exchange = ring.exchange
 
-        def counted(sent: Any, received: Any) -> Any:
+        def counted(*tensors_and_peers: Any) -> Any:
             if next(count) == step:
                 action()
-            return exchange(sent, received)
+            return exchange(*tensors_and_peers)
 
         ring.exchange = counted
         return ring

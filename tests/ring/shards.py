@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.lang.ir import BANK, COLS, ROWS
-from cl_compiler.lang.ring import build_ring_program, ring_schedules
+from cl_compiler.lang.ring import CANONICAL, OWNER_COMPUTES, build_ring_program, ring_schedules
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
 from cl_compiler.runtime.loader import load_source
@@ -38,11 +38,14 @@ def emit_ring(
     tile: Tile | None = None,
     width: int = 6,
     needs: frozenset[str] | None = None,
+    node: int = 1,
 ) -> str:
     """The text of the file for one case, without the planner."""
     needs = case.needs if needs is None else needs
     sweeps = plan_sweeps(case.loss, case.positives, needs)
-    program = build_ring_program(sweeps, owner_computes=schedule == "ring_owner")
+    program = build_ring_program(
+        sweeps, owner_computes=schedule in OWNER_COMPUTES, canonical=schedule == CANONICAL
+    )
     plan = Plan(
         case.loss.name,
         "test",
@@ -60,7 +63,9 @@ def emit_ring(
         0.0,
         4.0,
     )
-    return render_ring(plan, program, "test", cluster_schedule=schedule, chunk=chunk)
+    return render_ring(
+        plan, program, "test", cluster_schedule=schedule, chunk=chunk, ranks_of_node=node
+    )
 
 
 @dataclass(frozen=True)

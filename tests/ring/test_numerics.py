@@ -49,6 +49,8 @@ def jobs_for(ranks: int, losses: tuple[str, ...], every: bool) -> list[Job]:
     jobs = []
     for turn, name in enumerate(losses):
         usable = schedules_of(drawn(Job(name, "", SHARES[ranks], 0))[0].case)
+        if ranks % 2 or ranks == 2:  # one node of two, or nodes of one
+            usable.remove("two_level")
         chosen = usable if every else [usable[(turn + ranks) % len(usable)]]
         jobs += [Job(name, schedule, SHARES[ranks], turn + ranks) for schedule in chosen]
     return jobs

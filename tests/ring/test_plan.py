@@ -14,7 +14,8 @@ from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
-from cl_compiler.plan.cluster import choose_cluster_plan, hiding_rows
+from cl_compiler.plan.cluster import choose_cluster_plan
+from cl_compiler.plan.exchange import Hop, hiding_rows
 from cl_compiler.plan.record import plan_from_json, plan_to_json
 from cl_compiler.plan.report import explain
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
@@ -62,7 +63,7 @@ class Mirror(LoopbackRing):
     def __init__(self, ranks, lengths):
         super().__init__(Hub(ranks), 0, lengths)
 
-    def exchange(self, sent, received):
+    def exchange(self, sent, received, *peers):
         for source, target in zip(sent, received, strict=True):
             target.copy_(source)
         return []
@@ -141,13 +142,16 @@ def test_owner_computes_holds_little_more_than_its_gradients():
 def test_the_batch_that_hides_communication_is_the_formulas_root():
     """At b*, a step's products take as long as its message."""
     plan, _ = chosen(request("ring_owner", 4, 1024, 256))
-    problem, sent = plan.problem, 3_000_000
-    rate, latency = 2e9, 50e-6
-    found = hiding_rows(plan, problem, sent, 4, rate, latency)
+    problem, shard_bytes = plan.problem, 1_000_000
+    slow, fast = Hop(2e8, 50e-6, 1, 4), Hop(2e9, 10e-6, 2, 1)
     b = sp.Symbol("b", positive=True)
     products = dict(plan.seconds_by_part)["matrix products"] / (problem.M * problem.N) * b**2
-    roots = sp.solve(products - sent / 3 / problem.M / rate * b - latency, b)
-    assert abs(found - max(roots)) <= 1
+    roots = []
+    for hop in (slow, fast):
+        message = shard_bytes / problem.M / hop.bytes_per_s * b + hop.latency_s
+        roots.append(max(sp.solve(hop.steps * products - message, b)))
+        assert abs(hiding_rows(plan, problem, shard_bytes, (hop,)) - roots[-1]) <= 1
+    assert abs(hiding_rows(plan, problem, shard_bytes, (slow, fast)) - max(roots)) <= 1
 
 
 def test_plans_say_what_was_weighed_and_survive_json():
@@ -156,7 +160,7 @@ def test_plans_say_what_was_weighed_and_survive_json():
     assert plan_from_json(plan_to_json(plan)) == plan
     text = explain(plan)
     assert "group of ranks" in text and plan.cluster.schedule in text
-    others = {"ring_owner", "ring_travel", "all_gather"} - {plan.cluster.schedule}
+    others = {"ring_owner", "ring_travel", "all_gather", "two_level"} - {plan.cluster.schedule}
     assert {name for name, _ in plan.cluster.rejected} == others
     assert all(f"not {name}" in text for name in others)
 
@@ -176,6 +180,6 @@ def test_a_schedule_that_the_loss_cannot_use_is_refused():
     asked = replace(
         request("ring_owner", 2, 64, 8), loss=zoo.batch_hard, needs=frozenset({"x", "y"})
     )
-    with pytest.raises(ScheduleError, match=r"maximum.*Usable: ring_travel, all_gather"):
+    with pytest.raises(ScheduleError, match=r"maximum.*Usable: ring_travel, all_gather\."):
         chosen(asked)
     assert chosen(replace(asked, schedule="auto"))[0].cluster.schedule != "ring_owner"

@@ -27,6 +27,7 @@ def plan_and_print_ring(request: Request, sweeps: SweepPlan, variant: str) -> tu
         variant,
         cluster_schedule=plan.cluster.schedule,
         chunk=plan.cluster.chunk,
+        ranks_of_node=plan.cluster.node,
         device=device,
     )
     return plan, text

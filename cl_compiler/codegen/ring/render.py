@@ -10,9 +10,10 @@ from cl_compiler.codegen.layout import drop_unused, fit
 from cl_compiler.codegen.library import library_products
 from cl_compiler.codegen.render import environment, tidy_text
 from cl_compiler.codegen.ring.passes import RingNames, RingPassText, tuple_text
-from cl_compiler.codegen.ring.stages import RingStagePrinter
+from cl_compiler.codegen.ring.stages import CanonicalStagePrinter, RingStagePrinter
 from cl_compiler.lang.ir import COLS, ROWS
 from cl_compiler.lang.program import Program
+from cl_compiler.lang.ring import CANONICAL
 from cl_compiler.plan.types import Plan
 
 _TEMPLATE = "ring/loss.py.jinja"
@@ -25,6 +26,7 @@ def render_ring(
     *,
     cluster_schedule: str,
     chunk: int,
+    ranks_of_node: int = 0,
     device: str = "cpu",
 ) -> str:
     """The text of the file that every rank runs.
@@ -33,12 +35,15 @@ def render_ring(
         plan: tiles and sizes of one rank's share.
         program: from ``build_ring_program``.
         variant: the file's name in its header.
-        cluster_schedule: "ring_owner", "ring_travel" or "all_gather".
+        cluster_schedule: one of ``CLUSTER_SCHEDULES``, or "canonical".
         chunk: rows of a shard that travel together.
+        ranks_of_node: with "two_level", how many there are.
         device: "cpu", or "cuda" where what is allocated must lie beside the operands.
     """
     names = RingNames(program.plan)
-    printer = RingStagePrinter(program, names, is_cast(plan))
+    canonical = cluster_schedule == CANONICAL
+    kind = CanonicalStagePrinter if canonical else RingStagePrinter
+    printer = kind(program, names, is_cast(plan))
     context = build_context(plan, program, printer)
     sweeps = context["sweeps"]
     travelling = [s for s in sweeps if isinstance(s, RingPassText)]
@@ -53,7 +58,10 @@ def render_ring(
         "scalar_home": '"cpu", ',
         "beside": "" if device == "cpu" else f"{context['arguments'][0]}.device, ",
         "header": header,
+        "canonical": canonical,
         "gathers": cluster_schedule == "all_gather",
+        "two_level": cluster_schedule == "two_level",
+        "node": ranks_of_node,
         "chunk": chunk,
         "folds": sorted({how for s in travelling for how, _ in s.folds}),
         "travels": bool(travelling),

@@ -61,4 +61,18 @@ class RingStagePrinter(StagePrinter):
         return f"all_{length}" if length in (ROWS, COLS) else length
 
 
-__all__ = ["RingStagePrinter"]
+class CanonicalStagePrinter(RingStagePrinter):
+    """Sums are those of fixed chunks, added in global order."""
+
+    def _reduced(self, red: Reduction, printer: VectorPrinter) -> str:
+        if red.monoid != "sum":
+            return super()._reduced(red, printer)
+        text = StagePrinter._reduced(self, red, printer).removesuffix(".sum(dtype=torch.float64)")
+        return f"_total_of_all(ring, {bare(text)}, {LENGTH[red.over].upper()})"
+
+    def inner(self, operand: str) -> str:
+        axis = next(op.axes[0] for op in self.plan.ir.operands if op.name == operand)
+        return f"_inner_of_all(ring, {operand}, d_{operand}, {LENGTH[axis].upper()})"
+
+
+__all__ = ["CanonicalStagePrinter", "RingStagePrinter"]

@@ -1,0 +1,134 @@
+"""Links between processes of one machine, each with a bandwidth of its own.
+
+Every place is a network namespace with one Ethernet port; all ports meet in a bridge.  What a
+place sends passes a token bucket (``tc … tbf``), so its link is full duplex, and as fast as it is
+told to be however many others send.  It takes Linux, root, ``ip`` and ``tc``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERFACE = "eth0"
+"""The port of every place; what ``GLOO_SOCKET_IFNAME`` names."""
+_NEW_NETWORK = 0x40000000
+_TOOL_LIMIT_S = 10.0
+
+
+class NoLinksError(RuntimeError):
+    """This machine cannot shape links; the message says why."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A network namespace, held by a process."""
+
+    pid: int
+
+    def enter(self) -> None:
+        """Move this thread, and threads that it starts from now on, into the namespace."""
+        handle = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY)
+        try:
+            if ctypes.CDLL(None, use_errno=True).setns(handle, _NEW_NETWORK):
+                raise OSError(ctypes.get_errno(), "setns")
+        finally:
+            os.close(handle)
+        os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+
+    def run(self, *command: str) -> None:
+        """Run a command in the namespace."""
+        run("nsenter", "-t", str(self.pid), "-n", *command)
+
+
+def run(*command: str) -> None:
+    """Run a tool.
+
+    Raises:
+        NoLinksError: it failed.
+    """
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=_TOOL_LIMIT_S
+    )
+    if done.returncode:
+        raise NoLinksError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+def obstacle() -> str:
+    """Why links cannot be shaped here; "" where they can."""
+    if not sys.platform.startswith("linux"):
+        return "network namespaces are Linux's"
+    if os.geteuid() != 0:
+        return "network namespaces take root"
+    missing = [tool for tool in ("ip", "tc", "unshare", "nsenter") if shutil.which(tool) is None]
+    return f"there is no {', '.join(missing)}" if missing else ""
+
+
+@contextlib.contextmanager
+def shaped(bits_per_s: Sequence[float], seconds: float = 900.0) -> Iterator[list[Place]]:
+    """One place per rate, joined while the context is entered, and for ``seconds`` at most.
+
+    Raises:
+        NoLinksError: this machine cannot.
+    """
+    reason = obstacle()
+    if reason:
+        raise NoLinksError(f"links cannot be shaped: {reason}")
+    holders: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(len(bits_per_s) + 1):
+            holders.append(subprocess.Popen(["unshare", "-n", "sleep", str(seconds)]))
+        for holder in holders:
+            _wait_for_namespace(holder)
+        middle, *places = (Place(holder.pid) for holder in holders)
+        middle.run("ip", "link", "add", "bridge0", "type", "bridge")
+        middle.run("ip", "link", "set", "bridge0", "up")
+        for number, (place, rate) in enumerate(zip(places, bits_per_s, strict=True)):
+            _join(middle, place, number, rate)
+        yield places
+    finally:
+        for holder in holders:
+            holder.kill()
+        for holder in holders:
+            holder.wait(_TOOL_LIMIT_S)
+
+
+def _wait_for_namespace(holder: subprocess.Popen[bytes]) -> None:
+    own = os.readlink("/proc/self/ns/net")
+    limit = time.monotonic() + _TOOL_LIMIT_S
+    while time.monotonic() < limit and holder.poll() is None:
+        with contextlib.suppress(OSError):
+            program = Path(f"/proc/{holder.pid}/comm").read_text().strip()
+            if program == "sleep" and os.readlink(f"/proc/{holder.pid}/ns/net") != own:
+                return
+        time.sleep(0.01)
+    raise NoLinksError("links cannot be shaped: unshare -n gave no namespace")
+
+
+def _join(middle: Place, place: Place, number: int, bits_per_s: float) -> None:
+    port, peer = f"port{number}", str(place.pid)
+    middle.run("ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", peer)
+    middle.run("ip", "link", "set", port, "master", "bridge0", "up")
+    place.run("ip", "link", "set", "lo", "up")
+    place.run("ip", "address", "add", f"10.83.0.{number + 1}/24", "dev", INTERFACE)
+    place.run("ip", "link", "set", INTERFACE, "up")
+    # A bucket of 256 kB: enough for the kernel's segments, a few milliseconds at gigabits.
+    bucket = ("burst", "256kb", "latency", "2s")
+    add = ("tc", "qdisc", "add", "dev", INTERFACE)
+    place.run(*add, "root", "handle", "1:", "tbf", "rate", f"{bits_per_s:.0f}bit", *bucket)
+    with contextlib.suppress(NoLinksError):  # connections take turns, as in a network card
+        place.run(*add, "parent", "1:1", "handle", "10:", "fq_codel")
+    for setting in ("tcp_congestion_control=reno", "tcp_slow_start_after_idle=0"):
+        with contextlib.suppress(NoLinksError):  # the machine's own defaults will do
+            place.run("sysctl", "-w", f"net.ipv4.{setting}")
+
+
+__all__ = ["INTERFACE", "NoLinksError", "Place", "obstacle", "shaped"]

@@ -1,0 +1,57 @@
+"""What ``benchmarks.rings`` measures, listed before it is, and what it calibrates on.
+
+No configuration has the size of a calibrated message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WIDTH = 512
+ROW_BYTES = 4 * WIDTH
+RATE_BITS_PER_S = 800e6
+"""Of every link; a slow one has half."""
+CALIBRATED_ROWS = (192, 768, 1792, 3584)
+"""Rows of the messages that links are calibrated with: 0.4 to 7.3 MB."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One pass over a ring.
+
+    ``chunk``: rows of a message; ``chunks``: of a shard; ``ratio``: seconds of a step's products
+    over those of all that a rank sends in a step; ``gradients``: travel as well; ``slow``: rank 1
+    sends over a link of half the rate.
+    """
+
+    ranks: int
+    chunk: int
+    chunks: int
+    ratio: float
+    gradients: bool
+    slow: bool = False
+
+
+CONFIGURATIONS = tuple(
+    Configuration(ranks, chunk, chunks, ratio, gradients)
+    for ranks in (2, 3, 4)
+    for chunk in (1024, 3072)
+    for chunks in (1, 4)
+    for ratio in (0.5, 1.2, 2.0)
+    for gradients in (False, True)
+) + tuple(
+    Configuration(ranks, 2048, chunks, ratio, gradients, slow=True)
+    for ranks in (3, 4)
+    for chunks in (1, 4)
+    for ratio in (0.5, 1.2)
+    for gradients in (False, True)
+)
+
+__all__ = [
+    "CALIBRATED_ROWS",
+    "CONFIGURATIONS",
+    "RATE_BITS_PER_S",
+    "ROW_BYTES",
+    "WIDTH",
+    "Configuration",
+]

@@ -1,0 +1,178 @@
+"""The clock of a simulated group of ranks: when each of them computes, sends and waits.
+
+An operation takes resources for some seconds: a rank's device, the link that it sends on, the one
+that it receives on.  Each resource serves in the order of issue.  All ranks do the same thing at
+the same step, so one event of the simulation is a vector over ranks, and 1,024 ranks take seconds.
+
+A transfer begins when both ends have posted it and the link is free, and takes its latency plus
+bytes over bandwidth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cl_compiler.hardware.graph import hardware_graph
+from cl_compiler.hardware.spec import HardwareSpec
+from cl_compiler.plan.exchange import levels_of
+from cl_compiler.plan.machine import machine_of
+
+Vector = np.ndarray
+EVENTS = 20_000
+"""Events that are kept for drawing, at most."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One rank's use of one resource; ``what``: "compute", "send", "gradient" or "wait"."""
+
+    rank: int
+    what: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class Links:
+    """One hop of every rank: seconds per byte and of latency, and the rank that it leads to.
+
+    ``after``: left out, the next rank; ``members``: ranks of one circle, left out all of them.
+    """
+
+    s_per_byte: Vector
+    latency_s: Vector
+    after: Vector | None = None
+    members: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return len(self.latency_s)
+
+    @property
+    def circle(self) -> int:
+        """Ranks that one shard goes around."""
+        return self.members or self.ranks
+
+
+def links_of(spec: HardwareSpec, ranks: int) -> Links:
+    """Hops of the ring of ranks in order: inside a node, and to the next one."""
+    s_per_byte, latency = np.zeros(ranks), np.zeros(ranks)
+    machine = machine_of(hardware_graph(spec))
+    for outer in machine.outer:  # from the outside in: a hop within an inner level replaces it
+        if not outer.is_linked:
+            continue
+        group = outer.instances * outer.ranks_inside
+        for rank in range(ranks):
+            inside = rank // group == ((rank + 1) % ranks) // group
+            if inside or group >= ranks:
+                s_per_byte[rank] = 1.0 / outer.link_bytes_per_s
+                latency[rank] = outer.link_latency_s
+    return Links(s_per_byte, latency)
+
+
+def links_of_levels(spec: HardwareSpec, ranks: int) -> tuple[Links, Links]:
+    """(to the same place on the next node, to the next rank of the node) for every rank."""
+    two = levels_of(machine_of(hardware_graph(spec)), ranks)
+    assert two is not None
+    place, node = np.arange(ranks) % two.node, np.arange(ranks) // two.node
+    nodes = ranks // two.node
+
+    def every(bytes_per_s: float, latency_s: float, after: Vector, members: int) -> Links:
+        one = np.ones(ranks)
+        return Links(one / bytes_per_s, one * latency_s, after, members)
+
+    return (
+        every(
+            two.between.link_bytes_per_s,
+            two.between.link_latency_s,
+            (node + 1) % nodes * two.node + place,
+            nodes,
+        ),
+        every(
+            two.inside.link_bytes_per_s,
+            two.inside.link_latency_s,
+            node * two.node + (place + 1) % two.node,
+            two.node,
+        ),
+    )
+
+
+@dataclass
+class Clock:
+    """Every rank's time, and when its links are free.
+
+    ``speed``: of each rank, 1 as planned.  ``start_s_per_byte``: to start what accumulates on its
+    way, one pass over it; ``join_s_per_byte``: to join what other ranks accumulated, three.
+    ``post_s``: of a rank, for every exchange that it posts.
+    """
+
+    links: Links
+    speed: Vector
+    drawn: int = 0
+    start_s_per_byte: float = 0.0
+    join_s_per_byte: float = 0.0
+    post_s: float = 0.0
+    now: Vector = field(init=False)
+    compute_s: Vector = field(init=False)
+    waiting_s: Vector = field(init=False)
+    events: list[Event] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        ranks = self.links.ranks
+        self.now = np.zeros(ranks)
+        self.compute_s, self.waiting_s = np.zeros(ranks), np.zeros(ranks)
+        self._free: dict[int, tuple[Vector, Vector]] = {}
+        self._collective = 0.0
+
+    def compute(self, seconds: Vector | float) -> None:
+        """Every rank's device is busy."""
+        took = seconds / self.speed
+        self._draw("compute", self.now, self.now + took)
+        self.now = self.now + took
+        self.compute_s += took
+
+    def exchange(
+        self, sent_bytes: Vector | float, what: str = "send", links: Links | None = None
+    ) -> Vector:
+        """Post to the rank after, and a receive from the one before: when it has both."""
+        links = links or self.links
+        self.now = self.now + self.post_s
+        size = np.broadcast_to(np.asarray(sent_bytes, dtype=float), self.now.shape)
+        after = (np.arange(links.ranks) + 1) % links.ranks if links.after is None else links.after
+        none = np.zeros(links.ranks)
+        sends, receives = self._free.get(id(links), (none, none))
+        ready = np.maximum(self.now, self.now[after])  # both ends have posted
+        start = np.maximum(ready, np.maximum(sends, receives[after]))
+        end = start + links.latency_s + size * links.s_per_byte
+        arrived = np.empty_like(end)
+        arrived[after] = end
+        self._free[id(links)] = end, arrived
+        self._draw(what, start, end)
+        done: Vector = np.maximum(end, arrived)
+        return done
+
+    def wait(self, until: Vector) -> None:
+        """Until what was posted is done."""
+        waited = np.maximum(until - self.now, 0.0)
+        self._draw("wait", self.now, self.now + waited)
+        self.now = self.now + waited
+        self.waiting_s += waited
+
+    def together(self, seconds: float) -> Vector:
+        """A collective: it begins when the last rank has posted it, one after the other."""
+        self.now = self.now + self.post_s
+        start = max(float(self.now.max()), self._collective)
+        self._collective = start + seconds
+        ends = np.full_like(self.now, self._collective)
+        self._draw("send", np.full_like(self.now, start), ends)
+        return ends
+
+    def _draw(self, what: str, start: Vector, end: Vector) -> None:
+        for rank in range(min(self.drawn, self.links.ranks)):
+            if end[rank] > start[rank] and len(self.events) < EVENTS:
+                self.events.append(Event(rank, what, float(start[rank]), float(end[rank])))
+
+
+__all__ = ["Clock", "Event", "Links", "Vector", "links_of", "links_of_levels"]

@@ -1,0 +1,110 @@
+"""Seconds of what ranks send each other, and from which batch on products hide it.
+
+A shard goes around one ring of all ranks, or around a ring of nodes and, on each of them, around
+the ring of its ranks: then a fast hop carries most of it, and the slow one has as many steps of
+products to hide behind as a node has ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cl_compiler.plan.machine import Machine, Outer
+from cl_compiler.plan.types import Plan, Problem
+
+PRODUCTS = "matrix products"
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One kind of hop of a schedule.
+
+    ``sends``: shards that a rank sends over it; ``steps``: of products that one of them can hide
+    behind.
+    """
+
+    bytes_per_s: float
+    latency_s: float
+    sends: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class TwoLevels:
+    """Nodes of ``node`` ranks each, and the links inside and between them."""
+
+    node: int
+    inside: Outer
+    between: Outer
+
+
+def levels_of(machine: Machine, ranks: int) -> TwoLevels | None:
+    """The two levels that a ring of rings runs on; None where the machine has no two."""
+    linked = [outer for outer in machine.outer if outer.is_linked]
+    if len(linked) < 2 or machine.ranks != ranks:
+        return None
+    inside = linked[-1]
+    return TwoLevels(inside.instances * inside.ranks_inside, inside, linked[0])
+
+
+def hops_of(schedule: str, machine: Machine, ranks: int) -> tuple[Hop, ...]:
+    """What a shard passes over on its way to every rank."""
+    linked = [outer for outer in machine.outer if outer.is_linked]
+    if ranks == 1 or not linked:
+        return ()
+    levels = levels_of(machine, ranks) if schedule == "two_level" else None
+    if levels is None:
+        # A ring's slowest hop sets its pace: one rank of every node sends to the next node.
+        bytes_per_s = min(o.link_bytes_per_s for o in linked)
+        return (Hop(bytes_per_s, max(o.link_latency_s for o in linked), ranks - 1, 1),)
+    nodes, node = ranks // levels.node, levels.node
+    between, inside = levels.between, levels.inside
+    return (
+        Hop(between.link_bytes_per_s, between.link_latency_s, nodes - 1, node),
+        Hop(inside.link_bytes_per_s, inside.link_latency_s, nodes * (node - 1), 1),
+    )
+
+
+def exchange_seconds(hops: tuple[Hop, ...], shard_bytes: float, messages: int) -> float:
+    """Of sending a shard everywhere; kinds of hops are busy at the same time.
+
+    Args:
+        hops: of the schedule.
+        shard_bytes: of all passes together.
+        messages: in which a shard is sent, of all passes together.
+    """
+    return max(
+        (hop.sends * (shard_bytes / hop.bytes_per_s + messages * hop.latency_s) for hop in hops),
+        default=0.0,
+    )
+
+
+def hiding_rows(plan: Plan, problem: Problem, shard_bytes: float, hops: tuple[Hop, ...]) -> int:
+    """Rows per rank from which on products hide the exchange; 0 where there is none.
+
+    A step's matrix products take a·b² seconds, its message latency_s + b·linear, and G steps are
+    there to hide it: b* is the larger root of their difference.  Whatever else a step does hides
+    more.
+    """
+    products_s = dict(plan.seconds_by_part).get(PRODUCTS, plan.seconds)
+    rows = 0
+    for hop in hops:
+        if not math.isfinite(hop.bytes_per_s):
+            continue
+        a = products_s / (problem.M * problem.N) * hop.steps
+        linear = shard_bytes / max(problem.M, problem.N) / hop.bytes_per_s
+        root = (linear + math.sqrt(linear * linear + 4 * a * hop.latency_s)) / (2 * a)
+        rows = max(rows, math.ceil(root))
+    return rows
+
+
+__all__ = [
+    "PRODUCTS",
+    "Hop",
+    "TwoLevels",
+    "exchange_seconds",
+    "hiding_rows",
+    "hops_of",
+    "levels_of",
+]
