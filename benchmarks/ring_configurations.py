@@ -35,12 +35,12 @@ class Configuration:
 CONFIGURATIONS = tuple(
     Configuration(ranks, chunk, chunks, ratio, gradients)
     for ranks in (2, 3, 4)
-    for chunk in (1024, 3072)
+    for chunk in (640, 1920)
     for chunks in (1, 4)
     for ratio in (0.5, 1.2, 2.0)
     for gradients in (False, True)
 ) + tuple(
-    Configuration(ranks, 2048, chunks, ratio, gradients, slow=True)
+    Configuration(ranks, 1280, chunks, ratio, gradients, slow=True)
     for ranks in (3, 4)
     for chunks in (1, 4)
     for ratio in (0.5, 1.2)

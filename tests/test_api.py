@@ -18,7 +18,10 @@ from tests.plan.requests import request
     ("arguments", "said"),
     [
         ({"verify": "x"}, "verify='x': use True or False"),
-        ({"deterministic": "ranks"}, r"deterministic='ranks': use True or False, or \"canonical\"\.$"),
+        (
+            {"deterministic": "ranks"},
+            r"deterministic='ranks': use True or False, or \"canonical\"\.$",
+        ),
         ({"precision": "fp8"}, "precision='fp8': use one of auto, ieee, bf16, fp16, tf32, bf16x3"),
         ({"nonfinite": "warn"}, "nonfinite='warn': use 'propagate' or 'error'"),
         ({"schedule": "spil"}, "schedule='spil': use auto or one of recompute"),

@@ -14,13 +14,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from benchmarks.links import Place
 
 SECONDS = 60.0
 _context = multiprocessing.get_context("forkserver")
@@ -48,8 +50,11 @@ def launch(
     *args: Any,
     seconds: float = SECONDS,
     store: str = "file",
+    places: Sequence[Place] = (),
 ) -> list[Outcome]:
     """Every rank's outcome.  ``store``: ranks meet in a file, or in a server of rank 0 ("tcp").
+
+    ``places``: network namespaces that the ranks live in; left out, they share a loopback device.
 
     A rank that is stopped is not waited for once the others are back.
     """
@@ -63,7 +68,15 @@ def launch(
         ranks = [
             _context.Process(
                 target=_run,
-                args=(function, rank, world_size, where, ends[rank][1], args),
+                args=(
+                    function,
+                    rank,
+                    world_size,
+                    where,
+                    ends[rank][1],
+                    args,
+                    *places[rank : rank + 1],
+                ),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -108,11 +121,14 @@ def _run(
     where: str,
     end: Connection,
     args: tuple[Any, ...],
+    place: Place | None = None,
 ) -> None:
     import torch
     import torch.distributed as dist
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if place is not None:
+        place.enter()
     torch.set_num_threads(1)
     try:
         dist.init_process_group(

@@ -73,6 +73,21 @@ def die(rank: int, victim: int, step: int, how: str, marker: str) -> float:
     return time.time()
 
 
+def send_slowly(rank: int) -> tuple[str, float]:
+    """A call over links of which one is slow: the error, and after how long."""
+    loss_fn = compiled(TIMEOUT_S, memory_budget="64MiB")
+    x, y = shards(rank)
+    loss_fn(x, y, logit_scale=10.0).backward()  # small messages pass
+    wide = compiled(TIMEOUT_S, memory_budget="64MiB")
+    wide(*shards(rank, 4, 1024), logit_scale=10.0)  # compiled
+    began = time.time()
+    try:
+        wide(*shards(rank, 1024, 1024), logit_scale=10.0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.time() - began
+    return "", time.time() - began
+
+
 def raise_instead(rank: int, victim: int, caught: bool, marker: str) -> None:
     """``victim`` fails between two calls, on its own account."""
     loss_fn = compiled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.links import NoLinksError, obstacle, shaped
 from tests.ring import ranks
 from tests.ring.processes import launch
 
@@ -115,6 +116,20 @@ def test_a_stopped_rank(tmp_path):
     limit_s = ranks.TIMEOUT_S + SLACK_S
     args = (ranks.die, 1, "SIGSTOP", tmp_path / "at")
     survive(limit_s, 2, GONE.format(2), 3, *args)
+
+
+@pytest.mark.skipif(bool(obstacle()), reason=f"links cannot be shaped: {obstacle()}")
+def test_a_slow_link():
+    """One of three links at 1 Mb/s: two megabytes do not pass within the timeout."""
+    try:
+        with shaped([1e9, 1e6, 1e9]) as places:
+            outcomes = launch(ranks.send_slowly, 3, places=places)
+    except NoLinksError as error:
+        pytest.skip(str(error))
+    for outcome in outcomes:
+        text, seconds = outcome.needed()
+        assert "GroupError" in text, text
+        assert seconds < ranks.TIMEOUT_S + SLACK_S, (seconds, text)
 
 
 @pytest.mark.parametrize(("victim", "caught", "store"), [(0, False, "tcp"), (2, True, "file")])

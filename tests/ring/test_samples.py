@@ -43,9 +43,10 @@ class Golden:
     def text(self) -> str:
         """What the planner and the templates make of it."""
         ir = find(self.loss)
+        per_node = RANKS // 2 if self.schedule == "two_level" else RANKS
         request = Request(
             ir,
-            with_ranks(load_hardware("xeon-amx-2c"), RANKS, RANKS),
+            with_ranks(load_hardware("xeon-amx-2c"), RANKS, per_node),
             MemoryBudget.parse("256MiB"),
             Problem(8192, 8192, 512),
             self.positives,
@@ -63,6 +64,8 @@ GOLDENS = (
     Golden("siglip", "ring_travel"),
     Golden("infonce", "all_gather"),
     Golden("supcon", "ring_owner", "ids"),
+    Golden("clip", "two_level"),
+    Golden("clip", "canonical"),
 )
 
 
