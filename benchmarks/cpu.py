@@ -19,9 +19,10 @@ from benchmarks.cases import GROUPS, Case, cases_of
 from benchmarks.claims import check_claims
 from benchmarks.measure import run_case, step_count, torch_threads
 from benchmarks.plots import plot
-from benchmarks.record import default_path, environment, merge
+from benchmarks.record import default_path, environment, load, merge, require_writable
 from benchmarks.report import case_table, claim_table
 from cl_compiler.cli.output import write, write_table
+from cl_compiler.errors import ArgumentError
 
 __all__ = ["main"]
 
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         long=options.long,
     )
     path = options.out or default_path()
+    try:
+        load(path)
+        require_writable(path)
+    except ArgumentError as error:
+        sys.exit(f"error: {error}")
     described = environment()
     done = []
     with _progress(sum(map(step_count, cases))) as advance:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from cl_compiler import __version__
+from cl_compiler.errors import ArgumentError
 from cl_compiler.hardware.cpu import cpu_facts
 
-__all__ = ["FORMAT", "default_path", "environment", "load", "merge", "save", "slug_of"]
+__all__ = ["FORMAT", "default_path", "environment", "load", "merge", "require_writable", "save",
+           "slug_of"]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent
 FORMAT = 1
@@ -72,13 +74,52 @@ def merge(path: Path, cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What a results file holds; an empty one if there is none, or none of this format."""
-    empty: dict[str, Any] = {"format": FORMAT, "cases": []}
-    if not path.exists():
+def load(path: Path, *, of_gpu: bool = False) -> dict[str, Any]:
+    """What a results file holds; an empty one if there is none.
+
+    Args:
+        path: of the file.
+        of_gpu: a file of ``benchmarks.gpu``, which has runs.
+
+    Raises:
+        ArgumentError: it cannot be read, or is something else.
+    """
+    empty = {"format": FORMAT, "cases": []} | ({"runs": {}} if of_gpu else {})
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return empty
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content if content.get("format") == FORMAT else empty
+    except OSError as error:
+        raise ArgumentError(f"cannot read {path}: {error.strerror}; name another file") from error
+    except ValueError:
+        content = None
+    if not (
+        isinstance(content, dict)
+        and content.get("format") == FORMAT
+        and isinstance(content.get("cases"), list)
+        and isinstance(content.get("runs"), dict if of_gpu else type(None))
+    ):
+        raise ArgumentError(
+            f"{path} holds no results of python -m benchmarks.{'gpu' if of_gpu else 'cpu'}, or not "
+            "all of them; it stays as it is: name another file"
+        )
+    return content
+
+
+def require_writable(path: Path) -> None:
+    """Find out before anything is measured whether results can be written.
+
+    Raises:
+        ArgumentError: they cannot.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        text = f"cannot write {path}: {error.strerror}; name another file with --out"
+        raise ArgumentError(text) from error
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:

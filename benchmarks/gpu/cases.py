@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["LOSSES", "SECTIONS", "UNITS", "Ceiling", "Contest", "Item", "items_of"]
+__all__ = ["LOSSES", "PROVIDERS", "SECTIONS", "UNITS", "Ceiling", "Contest", "Item",
+           "is_provider", "items_of"]  # fmt: skip
 
 SECTIONS = ("ceilings", "correctness", "speed", "kernels", "step")
 LOSSES = ("clip", "siglip", "infonce", "nt_xent")
@@ -48,6 +50,11 @@ class Ceiling:
         """What identifies the entry in a results file."""
         size = f"{self.M}x{self.N}x{self.K}" if self.K else str(self.M)
         return " ".join(p for p in ("ceilings:", self.kind, self.dtype, self.shape, size) if p)
+
+    @property
+    def is_yardstick(self) -> bool:
+        """What contests are fractions of: each run that times any measures it for itself."""
+        return (self.kind, self.dtype, self.shape) == ("gemm", "bfloat16", "square")
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,18 @@ PEERS = {
     "siglip": ("siglip_kernel",),
     "nt_xent": (),
 }
+STEPS = ("ours", "ours:uncached", "open_clip")
+PROVIDERS = {
+    "ours": "uncached|recompute|spill|panel|retain|dense",
+    "triton": r"[1-9]\d*x[1-9]\d*",
+    "chunked": "compiled",
+    "open_clip": "compiled",
+    "dense": "compiled",
+    **{name: "" for names in PEERS.values() for name in names if ":" not in name},
+    "cce": "filtered",
+    "broken": "raise|memory|exit|hang",
+}
+"""What may follow a name's colon: schedules of ours, rows and columns of Triton's panels."""
 FORMULA = {"clip": "open_clip", "siglip": "open_clip", "infonce": "dense", "nt_xent": "dense"}
 
 
@@ -126,8 +145,7 @@ def items_of(
     Args:
         only: sections.
         losses: of contests.
-        providers: instead of every case's own ones, as far as they apply to its loss; those that
-            fail on purpose ("broken:…") apply to every loss.
+        providers: instead of every case's own ones, as far as they apply to its section and loss.
         quick: tiny sizes without torch.compile: shows that it runs, no more.
     """
     found: list[Item] = [*_ceilings(quick), *_correctness(), *_speed(), *_steps()]
@@ -136,7 +154,7 @@ def items_of(
         found = [_tiny(item) for item in found]
         found = list({item.key: item for item in reversed(found)}.values())[::-1]
     if providers is not None:
-        found = [_limited(item, providers) for item in found]
+        found = [_instead(item, providers) for item in found]
         found = [i for i in found if not isinstance(i, Contest) or i.providers]
     return [item for item in found if item.section in only]
 
@@ -202,9 +220,8 @@ def _speed() -> Iterable[Contest]:
 
 def _steps() -> Iterable[Contest]:
     """Activations of both towers take 9 GiB at 32,768 rows, 36 GiB at 131,072."""
-    names = ("ours", "ours:uncached", "open_clip")
-    yield Contest("step", "clip", 32768, 32768, 1024, names, turns=5)
-    yield Contest("step", "clip", 131072, 131072, 1024, names, turns=2)
+    yield Contest("step", "clip", 32768, 32768, 1024, STEPS, turns=5)
+    yield Contest("step", "clip", 131072, 131072, 1024, STEPS, turns=2)
 
 
 def _kernels() -> Iterable[Contest]:
@@ -232,9 +249,26 @@ def _tiny(item: Item) -> Item:
     return replace(item, M=256, N=256, D=width, providers=tuple(names), turns=2, seconds=0.05)
 
 
-def _limited(item: Item, wanted: Sequence[str]) -> Item:
+def _instead(item: Item, wanted: Sequence[str]) -> Item:
     if isinstance(item, Ceiling):
         return item
-    names = [n for n in item.providers if n in wanted]
-    names += [n for n in wanted if n.startswith("broken")]
-    return replace(item, providers=tuple(names))
+    return replace(item, providers=tuple(n for n in dict.fromkeys(wanted) if _applies(n, item)))
+
+
+def is_provider(name: str) -> bool:
+    """Whether there is a provider of that name."""
+    family, colon, variant = name.partition(":")
+    if not colon:
+        return family in PROVIDERS and family != "broken"
+    return bool(variant) and re.fullmatch(PROVIDERS.get(family, ""), variant) is not None
+
+
+def _applies(name: str, contest: Contest) -> bool:
+    family = name.partition(":")[0]
+    if family == "broken":
+        return True
+    if contest.section == "step" or name == "ours:uncached":
+        return contest.section == "step" and name in STEPS
+    if family == "open_clip":
+        return FORMULA[contest.loss] == family
+    return family in ("ours", "triton", "chunked", "dense") or family in PEERS[contest.loss]

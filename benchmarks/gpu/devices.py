@@ -87,16 +87,16 @@ class Usage:
     peak_bytes: int
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device called "cpu" or "cuda"; None takes a GPU if there is one.
+def device_of(name: str) -> torch.device:
+    """The device called "cpu" or "cuda".
 
     Raises:
         RuntimeError: PyTorch sees no GPU.
     """
-    if name == "cpu" or (name is None and not torch.cuda.is_available()):
+    if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: PyTorch sees no GPU; use --device cpu for a dry run")
+        raise RuntimeError("--device cuda: PyTorch sees no GPU; --device cpu is a dry run")
     return torch.device("cuda", torch.cuda.current_device())
 
 

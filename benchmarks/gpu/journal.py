@@ -29,8 +29,7 @@ class Journal:
 
     def __init__(self, path: Path, run: str, *, resume: bool = False) -> None:
         self.path, self.run, self.resume = path, run, resume
-        self.content = load(path)
-        self.content.setdefault("runs", {})
+        self.content = load(path, of_gpu=True)
 
     @property
     def note_path(self) -> Path:
@@ -59,24 +58,24 @@ class Journal:
         self.save()
 
     def entry(self, key: str) -> Entry | None:
-        """This run's entry, or an earlier run's finished one that is resumed; else None."""
-        for entry in self.content["cases"]:
-            if entry["key"] == key and (entry["run"] == self.run or self.resume):
-                found: Entry = entry
-                return found
-        return None
+        """This run's entry, or where that is resumed an earlier run's; else None."""
+        found = [e for e in self.content["cases"] if e["key"] == key]
+        own = (e for e in found if e["run"] == self.run)
+        return next(own, found[-1] if found and self.resume else None)
 
-    def is_done(self, key: str) -> bool:
-        """Whether nothing is left to measure."""
-        entry = self.entry(key)
-        return entry is not None and bool(entry["done"])
+    def is_own(self, key: str) -> bool:
+        """Whether this run has an entry."""
+        return any((e["key"], e["run"]) == (key, self.run) for e in self.content["cases"])
 
-    def failed_for_good(self, key: str) -> dict[str, Entry]:
-        """Rows of providers that took this run's worker down, and so are not tried again."""
-        entry = self.entry(key)
-        if entry is None or entry["run"] != self.run:
-            return {}
-        return {name: row for name, row in entry["rows"].items() if row.get("fatal")}
+    def kept(self, key: str, *, finished: bool) -> dict[str, Entry]:
+        """Rows of this run that an earlier worker left and that are not measured again.
+
+        Args:
+            key: of the case.
+            finished: all of them; else those of providers that took their worker down.
+        """
+        rows = (self.entry(key) or {"rows": {}})["rows"] if self.is_own(key) else {}
+        return {name: row for name, row in rows.items() if finished or row.get("fatal")}
 
     def strikes(self, provider: str) -> int:
         """How often a provider has taken this run's worker down."""
@@ -84,11 +83,16 @@ class Journal:
         return sum(bool(e["rows"].get(provider, {}).get("fatal")) for e in mine)
 
     def write(self, entry: Entry) -> None:
-        """Put an entry in place of the earlier one with its key, and save."""
+        """Put an entry in place of the earlier one with its key, and save.
+
+        Limits of another run stay: they are what that run's rates are fractions of.
+        """
         entry["run"] = self.run
         cases = self.content["cases"]
+        is_limit = entry.get("section") == "ceilings"
         for index, other in enumerate(cases):
-            if other["key"] == entry["key"]:
+            stays = is_limit and other["done"] and other["run"] != self.run
+            if other["key"] == entry["key"] and not stays:
                 cases[index] = entry
                 break
         else:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu.cases import LOSSES, SECTIONS
+from benchmarks.gpu.cases import LOSSES, PROVIDERS, SECTIONS, is_provider, items_of
 
-__all__ = ["parse"]
+__all__ = ["asked", "parse"]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -22,9 +23,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--providers",
         nargs="+",
         default=None,
-        help="of every case only these; broken:raise, :memory, :exit, :hang fail on purpose",
+        help="of every case these, as far as they apply; broken:… fail on purpose",
     )
-    add("--budget-seconds", type=float, default=480.0, help="stop cleanly after so long")
+    add(
+        "--budget-seconds",
+        type=float,
+        default=480.0,
+        help="what the run takes at most, tables and figures included (default 480)",
+    )
     add(
         "--provider-seconds",
         type=float,
@@ -35,14 +41,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--out",
         type=Path,
         default=None,
-        help="results file; default benchmarks/results/<device>-<date>.json",
+        help="new results file; default benchmarks/results/<device>-<date>.json, a dry run's "
+        "dry-run-…, each with a number if there is one",
     )
     add("--resume", type=Path, default=None, help="go on with a results file that is not complete")
     add(
         "--device",
         choices=("cpu", "cuda"),
-        default=None,
-        help="default: the GPU if there is one; cpu is a dry run and implies --quick",
+        default="cuda",
+        help="cpu is a dry run and implies --quick; without a GPU nothing else runs",
     )
     add(
         "--wheels",
@@ -63,6 +70,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--wheels {options.wheels}: no wheels there; run fetch_peer_wheels.sh first")
     if min(options.budget_seconds, options.provider_seconds) <= 0:
         parser.error("--budget-seconds and --provider-seconds must be positive")
+    unknown = [n for n in options.providers or () if not is_provider(n)]
+    if unknown:
+        known = ", ".join(f"{n}[:{v}]" if v else n for n, v in PROVIDERS.items())
+        known = known.replace(PROVIDERS["triton"], "ROWSxCOLUMNS")
+        parser.error(f"--providers {' '.join(unknown)}: not known; there are {known}")
     options.out = options.resume or options.out
     options.quick = options.quick or options.device == "cpu"
+    if not items_of(**asked(options)):
+        parser.error("--only, --losses and --providers leave nothing to measure; drop one of them")
     return options
+
+
+def asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``items_of``."""
+    return {name: getattr(options, name) for name in ("only", "losses", "providers", "quick")}

@@ -7,7 +7,9 @@ that the others do not do.  All need a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,7 +20,9 @@ from torch import Tensor
 from benchmarks.gpu.cases import Contest
 from benchmarks.providers import Skipped
 
-__all__ = ["PEERS", "Peer", "peer_loss", "peer_versions"]
+__all__ = ["MISSING", "PEERS", "Peer", "is_importable", "peer_loss", "peer_versions"]
+
+MISSING = "cannot be imported"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,14 @@ def peer_versions() -> dict[str, str]:
     return found
 
 
+@cache
+def is_importable(family: str) -> bool:
+    """Whether a peer's package can be used here."""
+    with suppress(ImportError):
+        return bool(import_module(PEERS[family].module))
+    return False
+
+
 def peer_loss(name: str, contest: Contest, leaves: Mapping[str, Tensor]) -> Callable[[], Tensor]:
     """The call whose value is differentiated.
 
@@ -100,7 +112,7 @@ def peer_loss(name: str, contest: Contest, leaves: Mapping[str, Tensor]) -> Call
     try:
         module = import_module(peer.module)
     except ImportError as error:
-        raise Skipped(f"{peer.package} cannot be imported: {error}") from error
+        raise Skipped(f"{peer.package} {MISSING}: {error}") from error
     match family:
         case "inf_cl":
             return _inf_cl(module, contest, leaves)

@@ -18,11 +18,13 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.gpu.journal import Journal, read_note
-from benchmarks.record import ROOT, slug_of
+from benchmarks.record import ROOT, load, require_writable, slug_of
+from cl_compiler.errors import ArgumentError
 
 __all__ = ["INTERRUPTED", "supervise", "unpacked"]
 
@@ -30,32 +32,50 @@ DONE, REFUSED, BROKEN, STOPPED = 0, 2, 3, 4  # as in worker.py, which imports Py
 INTERRUPTED = "interrupted"
 POLL_S = 0.1
 GRACE_S = 10.0
-"""How long a worker may go on beyond the budget before it is ended."""
+"""How long a worker may go on beyond its deadline before it is ended."""
+TABLES_S = 20.0
+"""What tables and figures may take of the budget."""
 LOADING_S = 60.0
-"""What a worker is given at least: it imports PyTorch before it can write anything."""
+"""What the first worker is given at least: it imports PyTorch before it can write anything."""
 MOST_UNEXPLAINED = 2
 """Deaths of workers outside any provider's turn before the run is given up."""
 
 
-def supervise(options: Namespace) -> tuple[Path, str]:
+def supervise(options: Namespace) -> tuple[Path | None, str]:
     """Measure everything that was asked for.
 
     Returns:
-        The results file, and "" or why the run ended early.
+        The results file, None if nothing was begun; and "" or why the run ended early.
+
+    Raises:
+        ArgumentError: the file cannot be gone on with or written, or a wheel cannot be read.
     """
-    started = time.time()
+    options.started = time.time()
     run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}-{os.getpid()}"
     options.out = options.out or _default_path(options)
-    options.deadline = started + options.budget_seconds
+    load(options.out, of_gpu=True)
+    if options.resume is None and options.out.exists():
+        raise ArgumentError(
+            f"--out {options.out} exists: --resume {options.out} goes on with it, another name "
+            "begins a file"
+        )
+    require_writable(options.out)
+    options.deadline = _deadline(options.started, options.budget_seconds)
     try:
         why = _until_done(options, run)
     except KeyboardInterrupt:
         why = INTERRUPTED
         options.out.with_suffix(".now").unlink(missing_ok=True)
     journal = Journal(options.out, run)
-    if run in journal.content["runs"]:
-        journal.end_run(seconds=time.time() - started, ended_early=why)
+    if run not in journal.content["runs"]:
+        return None, why
+    journal.end_run(seconds=time.time() - options.started, ended_early=why)
     return options.out, why
+
+
+def _deadline(started: float, budget_s: float) -> float:
+    """When workers stop, so that the whole run ends within its budget."""
+    return started + max(budget_s - GRACE_S - TABLES_S, budget_s / 2)
 
 
 def _until_done(options: Namespace, run: str) -> str:
@@ -64,15 +84,14 @@ def _until_done(options: Namespace, run: str) -> str:
     with unpacked(options.wheels) as search_path:
         while True:
             code, why = _one_worker(options, run, search_path)
-            if code == STOPPED:
-                return "the time budget is spent"
             if code == DONE or why:
                 return why
-            if code == BROKEN or _blame(options, run, _death(code)):
-                continue
-            unexplained += 1
-            if unexplained > MOST_UNEXPLAINED:
-                return f"workers die before they measure anything: {_death(code)}"
+            if code not in (STOPPED, BROKEN) and not _blame(options, run, _death(code)):
+                unexplained += 1
+                if unexplained > MOST_UNEXPLAINED:
+                    return f"workers die before they measure anything: {_death(code)}"
+            if code == STOPPED or time.time() > options.deadline:
+                return "the time budget is spent"
 
 
 def _one_worker(options: Namespace, run: str, search_path: str) -> tuple[int, str]:
@@ -82,7 +101,7 @@ def _one_worker(options: Namespace, run: str, search_path: str) -> tuple[int, st
     environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     options.out.with_suffix(".now").unlink(missing_ok=True)
     worker = subprocess.Popen(_command(options, run), env=environment)
-    latest = max(options.deadline + GRACE_S, time.time() + LOADING_S)
+    latest = max(options.deadline + GRACE_S, options.started + LOADING_S)
     try:
         while worker.poll() is None:
             time.sleep(POLL_S)
@@ -137,9 +156,13 @@ def _death(code: int) -> str:
 
 
 def _default_path(options: Namespace) -> Path:
-    name = "" if options.device == "cpu" else _gpu_name()
-    today = f"{datetime.now(UTC):%Y-%m-%d}"
-    return ROOT / "results" / f"{slug_of(name) if name else 'dry-run'}-{today}.json"
+    """A file that is not there yet: only ``--resume`` goes on with one."""
+    device = (slug_of(_gpu_name()) or "gpu") if options.device == "cuda" else ""
+    parts = ("dry-run" if options.quick else "", device, f"{datetime.now(UTC):%Y-%m-%d}")
+    name = "-".join(part for part in parts if part)
+    tails = chain([""], (f"-{number}" for number in count(2)))
+    found = (ROOT / "results" / f"{name}{tail}.json" for tail in tails)
+    return next(path for path in found if not path.exists())
 
 
 def _gpu_name() -> str:
@@ -156,12 +179,21 @@ def unpacked(wheels: Path | None) -> Iterator[str]:
     """A folder to import the peers from: their wheels unpacked, as they are pure Python.
 
     Triton reads its kernels' source from files, so they cannot stay in the archives.
+
+    Raises:
+        ArgumentError: a wheel is damaged.
     """
     if wheels is None:
         yield ""
         return
     with TemporaryDirectory(prefix="peers-") as folder:
         for wheel in sorted(wheels.glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(folder)
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(folder)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise ArgumentError(
+                    f"--wheels: {wheel} cannot be unpacked ({error}); fetch it again with "
+                    "benchmarks/fetch_peer_wheels.sh"
+                ) from error
         yield folder

@@ -6,16 +6,13 @@ slows all of them.
 
 from __future__ import annotations
 
-import ctypes
-import signal
 import sys
 import time
 import traceback
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,8 +35,9 @@ from benchmarks.gpu.devices import (
     synchronize,
 )
 from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.options import asked
 from benchmarks.gpu.oracle import errors_of, truth_of
-from benchmarks.gpu.peers import peer_versions
+from benchmarks.gpu.peers import MISSING, is_importable, peer_versions
 from benchmarks.gpu.providers import DESCRIPTIONS, Entrant, inputs_of, prepare
 from benchmarks.measure import plan_entry
 from benchmarks.providers import Skipped
@@ -85,14 +83,7 @@ def work(options: Namespace) -> int:
     bench = _Bench(journal, device, options.deadline)
     ending = DONE
     try:
-        for item in items_of(
-            only=options.only,
-            losses=options.losses,
-            providers=options.providers,
-            quick=options.quick,
-        ):
-            if journal.is_done(item.key):
-                continue
+        for item in _todo(items_of(**asked(options)), journal):
             if bench.is_profiled and item.section != "kernels":
                 return BROKEN
             bench.run(item)
@@ -102,6 +93,40 @@ def work(options: Namespace) -> int:
         return BROKEN
     journal.end_run(clocks_after=clocks(device), is_complete=ending == DONE)
     return ending
+
+
+def _todo(items: Sequence[Item], journal: Journal) -> list[Item]:
+    """What is left, and where contests are, the products whose fractions they will be."""
+    left = [item for item in items if not _is_done(item, journal)]
+    if any(item.section == "speed" for item in left):
+        left = [i for i in items if i in left or (isinstance(i, Ceiling) and i.is_yardstick
+                                                  and not journal.is_own(i.key))]  # fmt: skip
+    return [_with_earlier(item, journal) for item in left]
+
+
+def _is_done(item: Item, journal: Journal) -> bool:
+    """Whether everybody who is asked for has a row, and nobody's package has come since."""
+    entry = journal.entry(item.key)
+    if entry is None or not entry["done"]:
+        return False
+    rows = entry["rows"]
+    if isinstance(item, Ceiling) or "inputs" in rows:
+        return True
+    return all(
+        name in rows
+        and not (MISSING in rows[name]["error"] and is_importable(name.partition(":")[0]))
+        for name in item.providers
+    )
+
+
+def _with_earlier(item: Item, journal: Journal) -> Item:
+    """A case with those, too, who had a row before: they take turns with whoever comes."""
+    entry = journal.entry(item.key)
+    if entry is None or isinstance(item, Ceiling):
+        return item
+    before = entry["case"]["providers"] if journal.is_own(item.key) else entry["rows"]
+    names = dict.fromkeys((*item.providers, *(n for n in before if n != "inputs")))
+    return replace(item, providers=tuple(names))
 
 
 def _described(options: Namespace, device: torch.device) -> dict[str, Any]:
@@ -115,16 +140,6 @@ def _described(options: Namespace, device: torch.device) -> dict[str, Any]:
         "is_quick": options.quick,
         "providers": DESCRIPTIONS,
     }
-
-
-def obey_supervisor() -> None:
-    """Leave Ctrl-C to the supervisor, and let Linux end this process with it.
-
-    So a killed run leaves nothing.  For processes of their own: it is not taken back.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _allow_recompiling() -> None:
@@ -168,7 +183,8 @@ class _Bench:
         release(self.device)
 
     def _entry(self, item: Item) -> dict[str, Any]:
-        rows = self.journal.failed_for_good(item.key)
+        alone = item.section in ("correctness", "kernels")  # nobody takes turns: rows stay
+        rows = self.journal.kept(item.key, finished=alone)
         case = {**asdict(item), "group": item.section}
         if isinstance(item, Contest):
             seed = zlib.crc32(f"{self.journal.run} {item.key}".encode())

@@ -40,7 +40,7 @@ def test_a_limit_is_measured(bench, journal):
     bench.run(COPY)
     row = rows(journal, COPY.key)["library"]
     assert row["error"] == "" and row["rate"] == pytest.approx(2 * (1 << 12) / row["median_s"])
-    assert journal.is_done(COPY.key)
+    assert journal.entry(COPY.key)["done"]
 
 
 def test_a_limit_that_took_a_process_down_is_not_tried_again(bench, journal, monkeypatch):
@@ -49,7 +49,7 @@ def test_a_limit_that_took_a_process_down_is_not_tried_again(bench, journal, mon
                    "done": False})  # fmt: skip
     monkeypatch.setattr(worker, "measure_ceiling", lambda *_: pytest.fail("tried again"))
     bench.run(COPY)
-    assert rows(journal, COPY.key) == failed and journal.is_done(COPY.key)
+    assert rows(journal, COPY.key) == failed and journal.entry(COPY.key)["done"]
 
 
 def test_a_lost_context_ends_the_process_and_names_who_lost_it(bench, journal, monkeypatch):
@@ -59,12 +59,63 @@ def test_a_lost_context_ends_the_process_and_names_who_lost_it(bench, journal, m
     found = rows(journal, CLIP.key)
     assert found["broken:raise"] == {"error": "ValueError: failed on purpose", "fatal": True}
     assert found["dense"]["error"] == "" and "chunked" not in found
-    assert not journal.is_done(CLIP.key)
+    assert not journal.entry(CLIP.key)["done"]
     monkeypatch.undo()
     _Bench(Journal(journal.path, "run"), CPU, time.time() + 600).run(CLIP)  # the next process
     found = rows(journal, CLIP.key)
     assert list(found) == ["dense", "broken:raise", "chunked"]
     assert found["broken:raise"]["fatal"] and found["chunked"]["median_s"] > 0
+
+
+def test_where_nobody_takes_turns_finished_rows_stay(bench, journal, monkeypatch):
+    case = replace(CLIP, section="correctness")
+    monkeypatch.setattr(worker, "is_alive", lambda device: False)
+    with pytest.raises(ContextLost):
+        bench.run(case)
+    before, asked, make = rows(journal, case.key)["dense"], [], worker.prepare
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        worker, "prepare", lambda name, *more: asked.append(name) or make(name, *more)
+    )
+    _Bench(Journal(journal.path, "run"), CPU, time.time() + 600).run(case)
+    after = rows(journal, case.key)
+    assert asked == ["chunked"] and list(after) == list(case.providers)
+    assert after["dense"] == before and after["chunked"]["error"] == ""
+
+
+def test_a_resumed_case_is_done_when_everybody_asked_for_has_a_row(journal, monkeypatch):
+    def entry(**rows: str) -> None:
+        case = {"providers": list(rows)}
+        found = {name: {"error": error} for name, error in rows.items()}
+        journal.write({"key": CLIP.key, "case": case, "rows": found, "done": True})
+
+    def left(*names: str) -> list[tuple[str, ...]]:
+        later = Journal(journal.path, "later", resume=True)
+        return [i.providers for i in worker._todo([replace(CLIP, providers=names)], later)]
+
+    entry(dense="", chunked="ValueError: no")
+    assert left("dense") == left("dense", "chunked") == []
+    assert left("open_clip", "dense") == [("open_clip", "dense", "chunked")]  # they take turns
+    entry(memeff="skipped: memeff cannot be imported: No module named 'memeff'")
+    monkeypatch.setattr(worker, "is_importable", lambda family: False)
+    assert left("memeff") == []
+    monkeypatch.setattr(worker, "is_importable", lambda family: family == "memeff")
+    assert left("memeff") == [("memeff",)]
+
+
+def test_a_resumed_run_measures_its_own_yardsticks(bench, journal):
+    """Fractions are of the same run's products; what other runs' are fractions of stays."""
+    product = Ceiling("gemm", "bfloat16", "square", 64, 64, 64)
+    bench.run(product)
+    bench.run(COPY)
+    later = Journal(journal.path, "later", resume=True)
+    assert worker._todo([product, COPY], later) == []
+    assert worker._todo([product, COPY, CLIP], later) == [product, CLIP]
+    later.begin_run({"device": {"name": "here"}})
+    _Bench(later, CPU, time.time() + 600).run(product)
+    assert worker._todo([product, COPY, CLIP], later) == [CLIP]
+    found = [(c["key"], c["run"]) for c in Journal(journal.path, "").content["cases"]]
+    assert found == [(product.key, "run"), (COPY.key, "run"), (product.key, "later")]
 
 
 def test_after_two_strikes_a_provider_is_left_out(bench, journal):
@@ -110,7 +161,7 @@ def test_time_is_up_between_providers_and_what_exists_is_kept(bench, journal, mo
     with pytest.raises(TimeUp):
         bench.run(CLIP)
     assert rows(journal, CLIP.key)["dense"]["live_bytes"] > 0
-    assert not journal.is_done(CLIP.key) and not journal.note_path.exists()
+    assert not journal.entry(CLIP.key)["done"] and not journal.note_path.exists()
 
 
 def test_a_loss_that_is_not_finite_is_an_error(bench, journal, monkeypatch):
@@ -148,7 +199,7 @@ def test_inputs_that_do_not_fit_are_said_and_the_case_is_done(bench, journal, mo
     assert rows(journal, CLIP.key) == {
         "inputs": {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 64.00 GiB."}
     }
-    assert journal.is_done(CLIP.key)
+    assert journal.entry(CLIP.key)["done"]
 
 
 def test_every_run_draws_its_own_data(tmp_path):
@@ -169,7 +220,9 @@ def test_nothing_is_timed_in_a_process_that_a_profiler_has_seen(tmp_path, monkey
     def profiled(bench, item):
         ran.append(item)
         bench.is_profiled = bench.is_profiled or item.section == "kernels"
-        bench.journal.write({"key": item.key, "rows": {}, "done": True})
+        rows = {"dense": {"error": ""}}
+        bench.journal.write({"key": item.key, "rows": rows, "case": {"providers": ["dense"]},
+                             "done": True})  # fmt: skip
 
     monkeypatch.setattr(worker, "items_of", lambda **_: items)
     monkeypatch.setattr(worker._Bench, "run", profiled)
