@@ -103,6 +103,8 @@ def build_context(
     given |= {names(n): n for n in ir.parameters}
     gradient_names = [op.name for op in operands if op.needed] + [given[g] for g in grads]
     saved = _saved(program, printer)
+    values = [text(e) for e in (ir.value, *(e for _, e in ir.outputs))]
+    helpers = _helpers([*forward, *backward], printer, values, grads)
     return {
         "plan": plan,
         "loss_name": plan.loss_name,
@@ -173,12 +175,8 @@ def build_context(
         "late": _late(printer),
         "halves": sweep_plan.positives == "views",
         "used_kinds": used_kinds,
-        "helpers": _helpers(
-            [*forward, *backward],
-            printer,
-            [text(e) for e in (ir.value, *(e for _, e in ir.outputs))],
-            grads,
-        ),
+        "helpers": helpers,
+        "tile_helpers": helpers,
     }
 
 

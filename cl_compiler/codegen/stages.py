@@ -161,7 +161,7 @@ class StagePrinter:
             )
             text = printer.text()
             hoisted = [
-                self._hoisted(printer, *item)
+                self.hoisted(printer, *item)
                 for item in printer.hoisted
                 if item[2] not in printer.local
             ]
@@ -172,7 +172,8 @@ class StagePrinter:
             self._choose(call, pass_, forward)
         return call
 
-    def _hoisted(self, printer: PassPrinter, name: str, expr: sp.Expr, symbol: str) -> str:
+    def hoisted(self, printer: PassPrinter, name: str, expr: sp.Expr, symbol: str) -> str:
+        """The statement that evaluates what a pass reads, before it."""
         printer.active = next(c for c in printer.codes if c.hoisted.get(symbol, (0,))[0] == expr)
         vectors = self.vectors(lambda n: printer.hoisted_names.get(n) or self.names(n))
         vectors.is_vector = lambda e: bool(axes_of(e, printer.all_leaves))

@@ -190,8 +190,9 @@ class Loss(torch.autograd.Function):
                 *_, saved = forward(x, y, _scalar(logit_scale), _scalar(logit_bias))
             gradients = [saved[name] for name in GRADIENTS]
             del saved
-            for gradient in gradients:
-                gradient.mul_(grad_output)
+            if grad_output != 1:
+                for gradient in gradients:
+                    gradient.mul_(grad_output)
             for index, argument in enumerate((x, y, logit_scale, logit_bias)):
                 gradients[index] = _like(gradients[index], argument)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated

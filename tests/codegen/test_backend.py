@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cl_compiler import compile_loss
+from cl_compiler import lang as cl
 from cl_compiler.api import build_variant, request_to_json
 from cl_compiler.codegen.render import render
 from cl_compiler.errors import ArgumentError
@@ -51,9 +52,22 @@ def test_one_gpu_gets_triton(loss):
     assert any("sm_90" in note for note in plan.notes)
 
 
+@cl.define_loss
+def slots_of_their_own_scale(sim, logit_scale):
+    own = cl.similarity(cl.x, cl.operand("hard", (cl.rows, cl.slots)))
+    s = logit_scale * sim
+    z = cl.logaddexp(cl.logsumexp(s, over=cl.cols), cl.logsumexp(own, over=cl.slots))
+    return cl.mean(z - cl.at_positive(s, on=cl.rows), over=cl.rows)
+
+
+def test_slots_are_visited_beside_the_kernels():
+    plan, source = built(request(find("hard_negatives")))
+    assert plan.template == "triton" and "@triton.jit" in source
+    assert "torch.bmm(" in source and ".item()" not in source
+
+
 def test_what_triton_does_not_serve_is_printed_in_pytorch():
-    slots = next(c.loss for c in zoo.cases() if c.name == "hard_negatives")
-    for asked in (request(slots), request(find("clip"), dtype="float64")):
+    for asked in (request(slots_of_their_own_scale), request(find("clip"), dtype="float64")):
         plan, source = built(asked)
         assert plan.template == "torch" and "triton" not in source
         assert any("tiles are emitted" in note for note in plan.notes)

@@ -14,10 +14,11 @@ from cl_compiler.codegen.symbols import operand_scale
 from cl_compiler.codegen.triton.core import CoreTile, column_sums, has_descriptors
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
 from cl_compiler.codegen.triton.row_gradients import inner_of, leaving_operands
+from cl_compiler.codegen.triton.slots import SLOT_ROWS, SlotSweepText
 from cl_compiler.codegen.triton.sweep_text import PanelSweepText, StageText
 from cl_compiler.codegen.triton.sweeps import SweepPrinter
 from cl_compiler.codegen.triton.text import residual_of
-from cl_compiler.lang.ir import View
+from cl_compiler.lang.ir import SLOTS, View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Mode
@@ -101,6 +102,8 @@ def build_triton_context(
     lines += [t for k in kernels for t in (*k.body, *k.start, *k.finish)]
     lines += _strings(own)
     lines += [t for s in sweeps if isinstance(s, PanelSweepText) for t in s.statements]
+    blocks = "\n".join(t for s in sweeps if isinstance(s, SlotSweepText) for t in s.statements)
+    lines.append(blocks)
     unsure = {message for message, _ in common["required"]}
     tile = _panel(plan, [k.tile for k in kernels], any(s.symmetric for s in sweeps))
     return {
@@ -117,6 +120,8 @@ def build_triton_context(
         "guarded": len(program.modes) > 1,
         "inverses": _inverses(program, printer),
         "leaving": leaving,
+        "slot_rows": SLOT_ROWS if any(isinstance(s, SlotSweepText) for s in sweeps) else 0,
+        "tile_helpers": {h for h in ("_add_logsumexp", "_add_softmean") if f"{h}(" in blocks},
         "adds_at_positives": bool(own["late"])
         or any(r.residual for s in sweeps for r in s.leaving),
         "saved": [names(n) for n in program.plan.saved],
@@ -188,7 +193,7 @@ def _texts(program: Program, printer: SweepPrinter) -> dict[str, Any]:
                 explicit[n] = gradient.parameters.get(n, sp.Integer(0))
         for n, expr in explicit.items():
             terms = [
-                f"{'' if w == 1 else f'{float(w)} * '}{_inner(op, printer)}"
+                f"{'' if w == 1 else f'{float(w)} * '}{_inner(op, plan, printer)}"
                 for op, w in gradient.dots.get(n, ())
             ]
             if expr != 0 or not terms:
@@ -205,11 +210,13 @@ def _texts(program: Program, printer: SweepPrinter) -> dict[str, Any]:
     }
 
 
-def _inner(operand: str, printer: SweepPrinter) -> str:
+def _inner(operand: str, plan: SweepPlan, printer: SweepPrinter) -> str:
     """<operand, its gradient>: what the sweep summed, or of the whole gradient."""
     if operand in printer.leaving:
         return inner_of(operand)
-    return f"_inner({operand}, d_{operand})"
+    is_slots = any(op.name == operand and SLOTS in op.axes for op in plan.ir.operands)
+    as_rows = ".flatten(0, 1)" if is_slots else ""
+    return f"_inner({operand}{as_rows}, d_{operand}{as_rows})"
 
 
 def _as_tensor(text: str, expr: sp.Expr, name: str, plan: SweepPlan, printer: SweepPrinter) -> str:

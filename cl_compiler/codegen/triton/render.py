@@ -29,6 +29,7 @@ def render_triton(
         raise ScheduleError(f"{plan.loss_name} cannot be emitted as Triton: {reason}.")
     context = build_triton_context(plan, program, arch, core) | {
         "variant": variant,
+        "device": "cuda",
         "products": library_products("cuda", plan.precision),
         "scalar_home": "",
         "beside": "",

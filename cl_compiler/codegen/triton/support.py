@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cl_compiler.codegen.triton.row_panels import obstacle_of_panels
+from cl_compiler.codegen.triton.slots import obstacle_of_slots
 from cl_compiler.lang.program import Program
 from cl_compiler.plan.types import Problem
 
@@ -13,6 +14,5 @@ def obstacle(problem: Problem, program: Program) -> str:
         return "float64 has no tensor cores; the torch template runs it on any device"
     if program.schedule not in ("spill", "recompute", "panel"):
         return f"schedule {program.schedule!r} has no Triton template; use 'spill'"
-    if any(p.is_slots for p in program.passes):
-        return "slots (a row's own candidates) have no Triton template yet"
-    return obstacle_of_panels(program) if program.schedule == "panel" else ""
+    panels = obstacle_of_panels(program) if program.schedule == "panel" else ""
+    return panels or obstacle_of_slots(program)

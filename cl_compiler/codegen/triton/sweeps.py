@@ -19,6 +19,7 @@ from cl_compiler.codegen.triton.owner import (
 from cl_compiler.codegen.triton.panel_sweeps import panel_sweep
 from cl_compiler.codegen.triton.row_gradients import RowGradientText, inner_of
 from cl_compiler.codegen.triton.row_panels import lse_of
+from cl_compiler.codegen.triton.slots import SlotSweepText, slot_pass
 from cl_compiler.codegen.triton.sweep_text import (
     OwnerSweepText,
     ProductText,
@@ -76,6 +77,8 @@ class SweepPrinter:
     # -- one pass --------------------------------------------------------------------------------
 
     def call(self, pass_: Pass, name: str) -> SweepCall:
+        if pass_.is_slots:
+            return self._slots(pass_, name)
         if pass_.has_barrier:
             return self._panels(pass_, name)
         modes = self.program.modes
@@ -116,6 +119,25 @@ class SweepPrinter:
             return KernelPrinter(*common)
         adds = id(pass_) in adding_passes(self.program)
         return OwnerPrinter(*common, own=own, dtype=self.dtype, adds=adds)
+
+    def _slots(self, pass_: Pass, name: str) -> SweepCall:
+        """A row's own candidates, beside the kernels."""
+        printer = slot_pass(self.program, pass_, self.names, name, self.dtype != "float32")
+        block = printer.text()
+        sweep = SlotSweepText(name, [], block.params, [], [], "rows", "slots", False, block=block)
+        lines = [
+            self.host.hoisted(printer, *item)
+            for item in printer.hoisted
+            if item[2] not in printer.local
+        ]
+        results = f"{', '.join(block.results)} = " if block.results else ""
+        lines.append(f"with {self.host.anchor}.device:")
+        lines.append(f"    {results}{name}({', '.join(block.params)})")
+        for red in pass_.reductions:
+            text = self.host.finish(red, printer.mode)
+            if text != self.names(red.name):
+                lines.append(f"{self.names(red.name)} = {text}")
+        return SweepCall(lines, [sweep])
 
     def _panels(self, pass_: Pass, name: str) -> SweepCall:
         """Panels of whole rows, in one launcher with the products that use them."""

@@ -14,6 +14,7 @@ from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.codegen.triton.owner import own_dim, owned_operands, shares_statistics
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
 from cl_compiler.codegen.triton.row_gradients import leaving_operands
+from cl_compiler.codegen.triton.slots import SLOT_ROWS
 from cl_compiler.hardware.graph import hardware_graph
 from cl_compiler.lang.ir import COLS
 from cl_compiler.lang.program import Pass, Program
@@ -29,6 +30,8 @@ from cl_compiler.plan.types import DTYPE_BYTES, Problem, Request, Tile
 
 OF_TILES = ("tile buffers", "tile masks", "operand tiles in fp32", "a tile that is not kept")
 """What PyTorch's tiles allocate, and kernels hold in registers."""
+SLOT_OPERATORS = 10
+"""PyTorch's, for a block of slots."""
 STRIP_TILES = 8
 """Row tiles that one program visits; see ``templates/triton/loss.py.jinja``."""
 BLOCK_ROWS, BLOCK_COLS = 128, 256
@@ -199,6 +202,8 @@ class Workload:
     def _workspace(self, index: int, tile: Tile) -> list[tuple[str, int]]:
         pass_, cores = self.program.passes[index], self.cores[index]
         found = self._pass_sizes(index, tile)
+        if pass_.is_slots:
+            return [("a block of slots", self._slot_bytes(index, found))]
         core = next(iter(cores.values()))
         rows, cols = _whole(found.rows, core.rows), _whole(found.cols, core.cols)
         own = own_dim(self.program, pass_)
@@ -227,6 +232,22 @@ class Workload:
         owners = -(-sizes[own] // (core.rows, core.cols)[own])
         shared = [pass_.grid.index(r.over) == own for r in pass_.reductions]
         return 4 * round(sum(owners * sizes[1 - own] if s else sizes[own] for s in shared))
+
+    def _slot_bytes(self, index: int, found: _PassSizes) -> int:
+        """A block of rows with their slots, widened where they are narrow, and their tiles."""
+        facts, width = self.facts.passes[index], max(found.widths)
+        tiles = found.cols * (4 * facts.float_buffers + facts.mask_buffers)
+        widened = 4 * width * (1 + found.cols) if self.operand_bytes == 2 else 0
+        products = 4 * width if facts.has_gradients else 0
+        return round(min(SLOT_ROWS, self.request.problem.M) * (tiles + widened + products))
+
+    def _slots(self, index: int, found: _PassSizes) -> tuple[float, float]:
+        """(seconds, bytes): operands are read, widened and read again, gradients added to."""
+        facts = self.facts.passes[index]
+        each = self.operand_bytes + (8 if self.operand_bytes == 2 else 0)
+        each += 8 if facts.has_gradients else 0
+        moved = found.area * max(found.widths) * each
+        return moved / self.machine.device_bytes_per_s, moved
 
     def _parts(self, index: int) -> int:
         """How often a pass makes its tiles: gradients too wide for registers are owned in parts."""
@@ -265,6 +286,12 @@ class Workload:
             zip(self.program.passes, self.facts.passes, strict=True)
         ):
             found = self._pass_sizes(index, tile)
+            if pass_.is_slots:
+                seconds, moved = self._slots(index, found)
+                streamed, traffic = streamed + seconds, traffic + moved
+                flops += 2 * found.area * sum(found.widths)
+                launches += SLOT_OPERATORS * -(-self.request.problem.M // SLOT_ROWS)
+                continue
             seconds, moved = self._kernel(index, p, found)
             kernels, traffic = kernels + seconds, traffic + moved
             owns = own_dim(self.program, pass_) is not None

@@ -86,7 +86,8 @@ def draw(request: dict[str, Any]) -> Sample:
         value = tensor.detach()
         if value.dim() > 1:
             spread = 1 + (stretch - 1) * torch.linspace(0, 1, len(value), dtype=value.dtype)
-            value = (value * spread[:, None]).to(dtype).double()
+            spread = spread.view(-1, *(1 for _ in value.shape[1:]))
+            value = (value * spread).to(dtype).double()
         tensors[name] = value.requires_grad_(tensor.requires_grad)
     if request.get("aligned"):  # each row all but equals its positive
         with torch.no_grad():
