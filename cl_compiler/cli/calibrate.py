@@ -85,6 +85,7 @@ def _print(spec: HardwareSpec) -> None:
 
 def _take_over(results: Path, preset: str | None, out: Path | None, json: bool) -> None:
     """Put the rates of a results file into a preset, or keep them for this machine."""
+    from cl_compiler.errors import ArgumentError
     from cl_compiler.hardware import load_hardware
     from cl_compiler.hardware.benchmarked import read_benchmark, with_measured_rates
 
@@ -96,7 +97,12 @@ def _take_over(results: Path, preset: str | None, out: Path | None, json: bool) 
                 f"--hardware {preset}: say where to write it, as --out {preset}-measured.toml"
             )
         spec = with_measured_rates(load_hardware(preset), read_benchmark(results))
-        out.write_text(spec.to_toml(), encoding="utf-8")
+        try:
+            out.write_text(spec.to_toml(), encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(
+                f"cannot write {out}: {error.strerror}; name another file with --out"
+            ) from error
         path = out
     if json:
         write_json({"path": str(path), "hardware": spec.to_dict()})

@@ -20,7 +20,8 @@ from cl_compiler.errors import CacheError
 from cl_compiler.hardware.checks import DTYPES
 from cl_compiler.hardware.spec import HardwareSpec, Level
 
-__all__ = ["Calibration", "apply", "calibration_path", "fingerprint", "load", "store"]
+__all__ = ["Calibration", "apply", "calibration_path", "fingerprint", "load", "positive_rate",
+           "store"]  # fmt: skip
 
 _FORMAT = 1
 _REFERENCE_D = 512
@@ -230,10 +231,12 @@ def _from_json(content: Any) -> Calibration:
         raise ValueError(f"format {content['format']!r}, expected {_FORMAT}")
     result = Calibration(
         fingerprint=str(content["fingerprint"]),
-        gemm=tuple((str(dtype), int(inner), _rate(r)) for dtype, inner, r in content["gemm"]),
-        rates=tuple((str(field), _rate(r)) for field, r in content["rates"]),
-        bandwidths=tuple((str(name), _rate(r)) for name, r in content["bandwidths"]),
-        thread_gain=_rate(content["thread_gain"]),
+        gemm=tuple(
+            (str(dtype), int(inner), positive_rate(r)) for dtype, inner, r in content["gemm"]
+        ),
+        rates=tuple((str(field), positive_rate(r)) for field, r in content["rates"]),
+        bandwidths=tuple((str(name), positive_rate(r)) for name, r in content["bandwidths"]),
+        thread_gain=positive_rate(content["thread_gain"]),
         threads=int(content["threads"]),
     )
     if not result.gemm or any(d not in DTYPES or inner < 1 for d, inner, _ in result.gemm):
@@ -243,7 +246,12 @@ def _from_json(content: Any) -> Calibration:
     return result
 
 
-def _rate(value: Any) -> float:
+def positive_rate(value: Any) -> float:
+    """A number of something per second.
+
+    Raises:
+        ValueError: it is not finite and positive.
+    """
     rate = float(value)
     if not (math.isfinite(rate) and rate > 0):
         raise ValueError(f"a rate of {value!r}")

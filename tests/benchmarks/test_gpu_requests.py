@@ -159,6 +159,17 @@ def test_a_run_ends_within_its_budget(here, monkeypatch):
     assert not list(here.glob("results/*"))
 
 
+def test_a_worker_that_comes_too_late_says_so(here):
+    path, threads = here / "r.json", torch.get_num_threads()
+    options = ["--device", "cpu", "--out", str(path), "--worker", "run", "--deadline", "1"]
+    try:
+        assert worker.work(parse(options)) == worker.STOPPED
+    finally:
+        torch.set_num_threads(threads)
+    content = Journal(path, "run").content
+    assert content["cases"] == [] and content["runs"]["run"]["is_complete"] is False
+
+
 FOREIGN = {
     "list": "[1]",
     "other": '{"format": 9, "cases": []}',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 from pathlib import Path
@@ -63,3 +64,16 @@ def test_the_readme_says_nothing_of_a_gpu_until_it_has_a_place_for_it(script, tm
     path.write_text(json.dumps(content))
     with pytest.raises(SystemExit, match="dry run"):
         script["main"](["--write", str(path)])
+
+
+def test_the_readme_claims_nothing_of_a_gpu_without_a_file(script):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("### On a GPU")[2].partition("\n## ")[0]
+    begin, end = script["GPU_BEGIN"], script["GPU_END"]
+    if begin not in section:
+        assert section and not re.search(r"\d\s*(x|×|%|[mµ]?s|[TG]FLOP|[GM]iB)\b", section)
+        return
+    shown = section.partition(begin)[2].partition(end)[0].strip()
+    path = ROOT / re.search(r"\]\((benchmarks/results/.*?\.json)\)", shown)[1]
+    script["gpu_measurements"].__globals__["ROOT"] = ROOT
+    assert shown == script["gpu_measurements"](path)

@@ -28,7 +28,8 @@ RATES = {("bfloat16", 256): 400e12, ("bfloat16", 512): 560e12, ("bfloat16", 8192
 
 def entry(rate: float, **case: Any) -> dict[str, Any]:
     case = {"kind": "gemm", "dtype": "float32", "shape": "", "K": 0, **case, "group": "ceilings"}
-    return {"key": str(case), "case": case, "rows": {"library": {"error": "", "rate": rate}}}
+    rows = {"library": {"error": "", "rate": rate}}
+    return {"key": str(case), "run": "r", "case": case, "rows": rows}
 
 
 def content() -> dict[str, Any]:
@@ -38,8 +39,9 @@ def content() -> dict[str, Any]:
     cases += [{"key": "k", "case": {"group": "speed"}, "rows": {}}]
     failed = entry(0.0, dtype="float16", K=512, shape="square")
     failed["rows"]["library"] = {"error": "RuntimeError: no"}
-    run = {"device": {"name": "NVIDIA H100 80GB HBM3", "kind": "cuda"}, "is_quick": False,
-           "versions": {"torch": "2.11.0"}}  # fmt: skip
+    device = {"name": "NVIDIA H100 80GB HBM3", "kind": "cuda", "multi_processor_count": 132,
+              "total_memory": 85_017_493_504}  # fmt: skip
+    run = {"device": device, "is_quick": False, "versions": {"torch": "2.11.0"}}
     return {"format": 1, "runs": {"r": run}, "cases": [*cases, failed]}
 
 
@@ -143,6 +145,42 @@ def test_a_dry_run_is_refused(tmp_path: Path) -> None:
         read_benchmark(written(tmp_path, what))
 
 
+def test_a_dry_run_in_the_same_file_does_no_harm(tmp_path: Path) -> None:
+    what = content()
+    what["runs"]["dry"] = {**what["runs"]["r"], "is_quick": True, "versions": {"torch": "9"}}
+    tiny = entry(1e6, dtype="bfloat16", K=256, shape="square")
+    what["cases"].append({**tiny, "run": "dry"})
+    found = read_benchmark(written(tmp_path, what))
+    assert ("bfloat16", 256, 400e12) in found.result.gemm and "PyTorch 2.11.0" in found.said
+    assert all(rate > 1e6 for _, _, rate in found.result.gemm)
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, float("nan"), "fast"])
+def test_a_rate_that_is_none_is_refused(tmp_path: Path, rate: Any) -> None:
+    what = content()
+    what["cases"][0]["rows"]["library"]["rate"] = rate
+    with pytest.raises(HardwareError, match="no results file"):
+        read_benchmark(written(tmp_path, what))
+
+
+@pytest.mark.parametrize(
+    ("preset", "device"),
+    [
+        ("h100x1", {"name": "NVIDIA A100-SXM4-80GB", "multi_processor_count": 108}),
+        ("h100x1", {"name": "NVIDIA H200", "total_memory": 150_000_000_000}),
+        ("h200x8", {}),
+        ("h100x8", {"name": "NVIDIA H100 PCIe", "multi_processor_count": 114}),
+        ("h100x1", {"multi_processor_count": None}),
+    ],
+)
+def test_rates_of_another_gpu_are_refused(tmp_path: Path, preset: str, device: dict) -> None:
+    what = content()
+    what["runs"]["r"]["device"] |= device
+    found = read_benchmark(written(tmp_path, what))
+    with pytest.raises(HardwareError, match=rf"{preset} has 132 units .* of {found.device} "):
+        with_measured_rates(load_hardware(preset), found)
+
+
 def test_results_without_limits_are_refused(tmp_path: Path) -> None:
     what = content()
     what["cases"] = [c for c in what["cases"] if c["case"]["group"] == "speed"]
@@ -159,6 +197,12 @@ def test_something_else_is_refused(tmp_path: Path, what: Any) -> None:
 def test_results_of_another_kind_of_device_are_refused(results: Path) -> None:
     with pytest.raises(HardwareError, match=r"of kind cpu.*NVIDIA H100"):
         with_measured_rates(load_hardware("xeon-amx-2c"), read_benchmark(results))
+
+
+def test_a_preset_that_cannot_be_written_is_said(results: Path, tmp_path: Path) -> None:
+    options = ["--results", str(results), "-w", "h100x1", "--out", str(tmp_path)]
+    found = CliRunner().invoke(app, ["calibrate", *options])
+    assert found.exit_code == 1 and f"cannot write {tmp_path}" in found.output
 
 
 def test_options_that_need_results_say_so() -> None:
