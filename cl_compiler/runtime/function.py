@@ -57,6 +57,8 @@ class CompiledLoss(nn.Module):
         self._chosen: dict[CallSignature, LoadedVariant] = {}
         self._largest = planned
         self._latest: LoadedVariant | None = None
+        self._latest_call: CallSignature | None = None
+        """Whose variant that is: calls like it are many, and nn.Module is slow to assign to."""
         if planned is not None:
             self._variant(planned)
 
@@ -107,10 +109,12 @@ class CompiledLoss(nn.Module):
         return self._specialise.graph(latest)  # type: ignore[attr-defined]
 
     def _variant(self, call: CallSignature) -> LoadedVariant:
+        if self._latest is not None and self._latest_call is call:
+            return self._latest
         variant = self._chosen.get(call)
         if variant is None:
             variant = self._chosen[call] = self._choose(call)
-        self._latest = variant
+        self._latest, self._latest_call = variant, call
         return variant
 
     def _choose(self, call: CallSignature) -> LoadedVariant:
@@ -197,12 +201,13 @@ class CompiledLoss(nn.Module):
             self._verify = verify
             raise
         finally:
-            self._latest = latest
+            self._latest, self._latest_call = latest, None
 
     # -- state -----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_variants": [], "_chosen": {}, "_latest": None}
+        latest = dict.fromkeys(("_latest", "_latest_call"))
+        return {**self.__dict__, "_variants": [], "_chosen": {}, **latest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ class LossSignature:
     def single_set(self) -> bool:
         return any(axes == ("rows", "cols") for _, axes in self.operands)
 
-    @property
+    @cached_property
     def positional(self) -> tuple[str, ...]:
         """Operands that may be given by position."""
         return tuple(n for n, _ in self.operands if n in ("x", "y", "z"))

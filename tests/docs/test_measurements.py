@@ -71,7 +71,7 @@ def test_the_readme_claims_nothing_of_a_gpu_without_a_file(script):
     section = readme.partition("### On a GPU")[2].partition("\n## ")[0]
     begin, end = script["GPU_BEGIN"], script["GPU_END"]
     if begin not in section:
-        assert section and not re.search(r"\d\s*(x|×|%|[mµ]?s|[TG]FLOP|[GM]iB)\b", section)
+        assert section and not re.search(r"\d\s*(x|\u00d7|%|[mµ]?s|[TG]FLOP|[GM]iB)\b", section)
         return
     shown = section.partition(begin)[2].partition(end)[0].strip()
     path = ROOT / re.search(r"\]\((benchmarks/results/.*?\.json)\)", shown)[1]
