@@ -16,7 +16,7 @@ from cl_compiler.plan.search import choose_plan, nearby_plans
 from cl_compiler.plan.types import Candidate, Plan, Request, Tile
 from cl_compiler.units import format_bytes
 
-ON_REQUEST: tuple[Schedule, ...] = ("recompute", "panel")
+ON_REQUEST: tuple[Schedule, ...] = ("recompute",)
 """Triton serves them, but nothing has shown when they are the faster ones."""
 
 

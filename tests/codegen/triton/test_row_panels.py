@@ -191,9 +191,9 @@ def test_emitted_text_has_no_dead_names_and_no_long_lines(tmp_path: Path):
 # -- plans ---------------------------------------------------------------------------------------
 
 
-def test_a_plan_on_request_has_three_units():
+def test_the_plan_for_a_loss_that_can_use_it_has_three_units():
     problem = Problem(1 << 16, 1 << 16, 512, "bfloat16")
-    loss_fn = compile_loss("h100x1", "2GiB", loss="infonce", problem=problem, schedule="panel")
+    loss_fn = compile_loss("h100x1", "2GiB", loss="infonce", problem=problem)
     plan = loss_fn.plan
     assert (plan.template, plan.schedule, plan.units) == ("triton", "panel", 3)
     assert plan.tile.cols == 1 << 16
