@@ -114,4 +114,5 @@ def _progress(total: int) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # modules stay: collections between turns need not look at them
     sys.exit(min(main(), 1))

@@ -7,6 +7,7 @@ it, and a table comes last.  ``--resume FILE`` goes on where a run ended.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _obey_supervisor(int(options.worker.rpartition("-")[2]))
         from benchmarks.gpu.worker import work
 
+        gc.freeze()  # modules stay: collections between turns need not look at them
         return work(options)
     from benchmarks.gpu.supervisor import INTERRUPTED, supervise
     from cl_compiler.cli.compare import show
