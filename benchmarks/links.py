@@ -125,7 +125,8 @@ def _join(middle: Place, place: Place, number: int, bits_per_s: float) -> None:
     add = ("tc", "qdisc", "add", "dev", INTERFACE)
     place.run(*add, "root", "handle", "1:", "tbf", "rate", f"{bits_per_s:.0f}bit", *bucket)
     with contextlib.suppress(NoLinksError):  # connections take turns, as in a network card
-        place.run(*add, "parent", "1:1", "handle", "10:", "fq_codel")
+        never = ("limit", "100000", "target", "10s", "interval", "20s")  # to drop a packet
+        place.run(*add, "parent", "1:1", "handle", "10:", "fq_codel", *never)
     for setting in ("tcp_congestion_control=reno", "tcp_slow_start_after_idle=0"):
         with contextlib.suppress(NoLinksError):  # the machine's own defaults will do
             place.run("sysctl", "-w", f"net.ipv4.{setting}")

@@ -11,8 +11,8 @@ WIDTH = 512
 ROW_BYTES = 4 * WIDTH
 RATE_BITS_PER_S = 800e6
 """Of every link; a slow one has half."""
-CALIBRATED_ROWS = (192, 768, 1792, 3584)
-"""Rows of the messages that links are calibrated with: 0.4 to 7.3 MB."""
+CALIBRATED_ROWS = (384, 1024, 1792, 3584)
+"""Rows of the messages that links are calibrated with: 0.8 to 7.3 MB."""
 
 
 @dataclass(frozen=True)

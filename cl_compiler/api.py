@@ -21,6 +21,7 @@ from cl_compiler.errors import (
     LossDefinitionError,
 )
 from cl_compiler.hardware import HardwareSpec, load_hardware
+from cl_compiler.hardware.cluster_links import with_measured_links
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import SCHEDULES
@@ -192,7 +193,10 @@ def _seen_by_rank_0(
         hardware = load_hardware(hardware_spec)
         budget = _budget(memory_budget, hardware, is_here=hardware_spec == "auto")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        alone = hardware.world_size == 1
         hardware = with_ranks(hardware, world_size, local)
+        if hardware_spec == "auto" and alone:
+            hardware = with_measured_links(hardware)
     except Exception as error:
         return {"error": f"{error} (on rank 0)"}
     return {

@@ -51,7 +51,8 @@ def calibrate(
 ) -> None:
     """Measure this machine's rates, in a few seconds, and keep them for `auto`.
 
-    Best done while nothing else runs; a machine that was busy is reported.
+    Under `torchrun --no-python`, on every rank: also the links between them, for groups of as many
+    ranks on as many nodes. Best done while nothing else runs; a machine that was busy is reported.
     """
     if results is not None:
         if thorough:
@@ -60,6 +61,11 @@ def calibrate(
         return
     if preset or out:
         raise typer.BadParameter("--hardware and --out belong to --results FILE")
+    from cl_compiler.cli.calibrate_ranks import calibrate_ranks, is_one_of_several
+
+    if is_one_of_several():
+        calibrate_ranks(thorough, json)
+        return
     from cl_compiler.hardware.calibration import calibration_path
 
     start = time.perf_counter()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +12,12 @@ import typer
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import Table, working, write, write_json, write_table
 from cl_compiler.cli.requests import ask, request_of
+from cl_compiler.cli.simulate_report import draw, write_page
 from cl_compiler.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from cl_compiler.plan.simulate import Run
-    from cl_compiler.plan.types import Plan, Request
+    from cl_compiler.plan.types import ClusterPlan, Plan, Request
 
 __all__ = ["simulate"]
 
@@ -41,6 +43,21 @@ def simulate(
         Path | None,
         typer.Option("--gantt", help="Draw the fastest schedule's first ranks to a .png or .svg."),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page: the tables, and a chart of every schedule."),
+    ] = None,
+    speeds: Annotated[
+        str | None,
+        typer.Option(
+            "--speeds",
+            help="Of each rank, as 1,1,0.5,1: shards are weighed for ranks that differ.",
+            show_default=False,
+        ),
+    ] = None,
+    max_batch: Annotated[
+        bool, typer.Option("--max-batch", help="Also the largest batch within the budget.")
+    ] = False,
     json: opt.Json = False,
 ) -> None:
     """Run every cluster schedule of a loss on a described cluster, event by event.
@@ -56,39 +73,129 @@ def simulate(
     with working("simulating", ["plans", "events"]) as step:
         step()
         asked = _on_ranks(request_of(question), ranks)
+        rows = _advised(asked, speeds)
         step()
-        found, refused = _simulated(asked, 0 if gantt is None else _GANTT_RANKS)
-    best = min(found, key=lambda name: found[name][1].seconds) if found else ""
-    if gantt is not None and best:
-        draw(found[best][1], f"{loss} on {asked.hardware.name}: {best}", gantt)
-    if json:
-        write_json(
-            {
-                "hardware": asked.hardware.name,
-                "ranks": asked.group_size,
-                "fastest": best or None,
-                "schedules": {name: _record(*pair) for name, pair in found.items()},
-                "refused": refused,
-                "other_losses_bytes": dict(_others(asked)),
-            }
+        found, refused = _simulated(
+            asked, 0 if gantt is None and page is None else _GANTT_RANKS, rows, max_batch
         )
-        return
-    share = asked.problem
-    write(
-        f"{loss} on {asked.hardware.name}: {asked.group_size} ranks with shards of "
-        f"{share.M} x {share.N}, D={share.D} {share.dtype}\n"
+    best = min(found, key=lambda name: found[name].run.seconds) if found else ""
+    title = f"{loss} on {asked.hardware.name}"
+    if gantt is not None and best:
+        draw(found[best].run, f"{title}: {best}", gantt)
+    if json:
+        _write_json(asked, found, refused, best, rows)
+    else:
+        _write_text(asked, found, refused, best, rows)
+    if page is not None:
+        notes = [f"not {name}: {why}" for name, why in refused.items()]
+        notes += [_fastest(found[best])] if best else []
+        runs = [(name, of.run) for name, of in found.items()]
+        write_page(page, f"{title}: {_shards(asked)}", _tables(asked, found), notes, runs)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One schedule: its plan and run; with shards as advised; the largest batch that fits."""
+
+    plan: Plan
+    run: Run
+    even: Run | None = None
+    uneven: Run | None = None
+    largest: int | None = None
+
+    @property
+    def cluster(self) -> ClusterPlan:
+        assert self.plan.cluster is not None
+        return self.plan.cluster
+
+
+def _write_json(
+    asked: Request,
+    found: dict[str, _Found],
+    refused: dict[str, str],
+    best: str,
+    rows: _Advice | None,
+) -> None:
+    write_json(
+        {
+            "hardware": asked.hardware.name,
+            "ranks": asked.group_size,
+            "fastest": best or None,
+            "schedules": {name: _record(of) for name, of in found.items()},
+            "refused": refused,
+            "other_losses_bytes": dict(_others(asked)),
+            **({} if rows is None else {"advised_rows": list(rows.rows)}),
+        }
     )
-    write_table(_table(found))
+
+
+def _write_text(
+    asked: Request,
+    found: dict[str, _Found],
+    refused: dict[str, str],
+    best: str,
+    rows: _Advice | None,
+) -> None:
+    write(f"{asked.loss.name} on {asked.hardware.name}: {_shards(asked)}\n")
+    schedules, others = _tables(asked, found)
+    write_table(schedules)
     for name, why in refused.items():
         write(f"not {name}: {why}")
-    if best:
-        cluster = found[best][0].cluster
-        assert cluster is not None
-        hides = f"from {cluster.hiding_rows} rows per rank on" if cluster.hiding_rows else "-"
-        write(f"\nfastest: {best}, bound by {found[best][1].bound_by}; hides its exchange {hides}")
-        rows = tuple((name, format_bytes(count)) for name, count in _others(asked))
-        title = "\nwhat other losses take on one rank, by their formulas"
-        write_table(Table(title, ("loss", "memory"), rows, frozenset({1})))
+    if not best:
+        return
+    write(f"\nfastest: {best}, {_fastest(found[best])}")
+    if rows is not None:
+        of = min(found.values(), key=lambda f: f.uneven.seconds if f.uneven else math.inf)
+        assert of.even is not None and of.uneven is not None
+        write(
+            f"ranks of these speeds: {of.cluster.schedule} takes {format_seconds(of.even.seconds)} "
+            f"with even shards, {format_seconds(of.uneven.seconds)} with rows {rows}"
+        )
+    write_table(others)
+
+
+def _shards(asked: Request) -> str:
+    share = asked.problem
+    return (
+        f"{asked.group_size} ranks with shards of {share.M} x {share.N}, D={share.D} {share.dtype}"
+    )
+
+
+def _fastest(of: _Found) -> str:
+    hides = f"from {of.cluster.hiding_rows} rows per rank on" if of.cluster.hiding_rows else "-"
+    return f"bound by {of.run.bound_by}; hides its exchange {hides}"
+
+
+@dataclass(frozen=True)
+class _Advice:
+    """Shards for ranks that differ."""
+
+    speeds: tuple[float, ...]
+    rows: tuple[int, ...]
+
+    def __str__(self) -> str:
+        counted: dict[int, int] = {}
+        for n in self.rows:
+            counted[n] = counted.get(n, 0) + 1
+        return ", ".join(f"{n} on {count} of them" for n, count in counted.items())
+
+
+def _advised(asked: Request, speeds: str | None) -> _Advice | None:
+    if speeds is None:
+        return None
+    from cl_compiler.plan.shards import advised_rows
+
+    try:
+        numbers = tuple(float(text) for text in speeds.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--speeds {speeds}: give numbers, as 1,1,0.5,1") from None
+    if len(numbers) != asked.group_size:
+        raise typer.BadParameter(
+            f"--speeds has {len(numbers)} numbers for {asked.group_size} ranks"
+        )
+    fastest = max(numbers)
+    total = asked.problem.M * asked.group_size
+    return _Advice(tuple(n / fastest for n in numbers), advised_rows(total, numbers))
 
 
 def _on_ranks(request: Request, ranks: int) -> Request:
@@ -112,58 +219,77 @@ def _on_ranks(request: Request, ranks: int) -> Request:
 
 
 def _simulated(
-    request: Request, drawn_ranks: int
-) -> tuple[dict[str, tuple[Plan, Run]], dict[str, str]]:
+    request: Request, drawn_ranks: int, advice: _Advice | None, max_batch: bool
+) -> tuple[dict[str, _Found], dict[str, str]]:
     from cl_compiler.errors import CompilerError
     from cl_compiler.lang.ring import CLUSTER_SCHEDULES
     from cl_compiler.lang.sweeps import plan_sweeps
     from cl_compiler.plan.cluster import choose_cluster_plan
+    from cl_compiler.plan.shards import largest_shard
     from cl_compiler.plan.simulate import simulate as run
 
     sweeps = plan_sweeps(request.loss, request.positives, request.needs)
-    found: dict[str, tuple[Plan, Run]] = {}
+    found: dict[str, _Found] = {}
     refused: dict[str, str] = {}
     for schedule in CLUSTER_SCHEDULES:
+        asked = replace(request, schedule=schedule)
         try:
-            plan, program = choose_cluster_plan(replace(request, schedule=schedule), sweeps)
+            plan, program = choose_cluster_plan(asked, sweeps)
         except CompilerError as error:
             refused[schedule] = str(error)
             continue
-        found[schedule] = plan, run(plan, program, request.hardware, drawn_ranks=drawn_ranks)
+        hardware = request.hardware
+        of = _Found(plan, run(plan, program, hardware, drawn_ranks=drawn_ranks))
+        if advice is not None:
+            even = run(plan, program, hardware, speeds=advice.speeds)
+            shards = run(plan, program, hardware, speeds=advice.speeds, shards=advice.rows)
+            of = replace(of, even=even, uneven=shards)
+        if max_batch:
+            of = replace(of, largest=largest_shard(asked, sweeps) * request.group_size)
+        found[schedule] = of
     return found, refused
 
 
-def _record(plan: Plan, run: Run) -> dict[str, Any]:
-    assert plan.cluster is not None
-    return {
-        "seconds": run.seconds,
-        "forward_s": run.forward_s,
-        "waiting_s": run.waiting_s,
-        "peak_bytes": plan.peak_bytes,
-        "sent_bytes": plan.cluster.forward_bytes + plan.cluster.backward_bytes,
-        "chunk_rows": plan.cluster.chunk,
-        "hiding_rows": plan.cluster.hiding_rows,
+def _record(of: _Found) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "seconds": of.run.seconds,
+        "forward_s": of.run.forward_s,
+        "waiting_s": of.run.waiting_s,
+        "peak_bytes": of.plan.peak_bytes,
+        "sent_bytes": of.cluster.forward_bytes + of.cluster.backward_bytes,
+        "chunk_rows": of.cluster.chunk,
+        "hiding_rows": of.cluster.hiding_rows,
     }
+    if of.even is not None and of.uneven is not None:
+        record |= {"even_shards_s": of.even.seconds, "advised_shards_s": of.uneven.seconds}
+    return record if of.largest is None else record | {"max_batch": of.largest}
 
 
-def _table(found: dict[str, tuple[Plan, Run]]) -> Table:
+def _tables(asked: Request, found: dict[str, _Found]) -> tuple[Table, Table]:
     rows = []
-    for name, (plan, run) in found.items():
-        assert plan.cluster is not None
-        sent = plan.cluster.forward_bytes + plan.cluster.backward_bytes
-        rows.append(
-            (
-                name,
-                str(plan.cluster.chunk),
-                format_bytes(plan.peak_bytes),
-                format_bytes(sent),
-                format_seconds(run.forward_s),
-                format_seconds(run.seconds),
-                f"{run.waiting_s / run.seconds:.1%}",
-            )
+    for name, of in found.items():
+        sent = of.cluster.forward_bytes + of.cluster.backward_bytes
+        row = (
+            name,
+            str(of.cluster.chunk),
+            format_bytes(of.plan.peak_bytes),
+            format_bytes(sent),
+            format_seconds(of.run.forward_s),
+            format_seconds(of.run.seconds),
+            f"{of.run.waiting_s / of.run.seconds:.1%}",
         )
-    columns = ("schedule", "chunk", "memory", "sent", "forward", "step", "waiting")
-    return Table("", columns, tuple(rows), frozenset(range(1, 7)))
+        rows.append(row if of.largest is None else (*row, f"{of.largest:,}"))
+    columns: tuple[str, ...] = (
+        "schedule", "chunk", "memory", "sent", "forward", "step", "waiting",
+    )  # fmt: skip
+    if any(of.largest is not None for of in found.values()):
+        columns = (*columns, "largest batch")
+    others = tuple((name, format_bytes(count)) for name, count in _others(asked))
+    title = "\nwhat other losses take on one rank, by their formulas"
+    return (
+        Table("", columns, tuple(rows), frozenset(range(1, len(columns)))),
+        Table(title, ("loss", "memory"), others, frozenset({1})),
+    )
 
 
 def _others(request: Request) -> list[tuple[str, int]]:
@@ -176,30 +302,3 @@ def _others(request: Request) -> list[tuple[str, int]]:
         ("rows of the matrix (OpenCLIP)", round(local_rows_bytes(*sizes))),
         ("Inf-CL", round(inf_cl_bytes(*sizes))),
     ]
-
-
-def draw(run: Run, title: str, path: Path) -> None:
-    """A Gantt chart: three lines a rank, for products, sends and waiting."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    colours = {"compute": "#2f6ea5", "send": "#7fb069", "gradient": "#c0622b", "wait": "#d0d3d8"}
-    ranks = 1 + max((e.rank for e in run.events), default=0)
-    figure = Figure(figsize=(10, 1.2 + 0.5 * ranks))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for what, colour in colours.items():
-        bars = [e for e in run.events if e.what == what]
-        lane = {"compute": 0.0, "wait": 0.0}.get(what, 0.45)
-        axes.barh(
-            [e.rank + lane for e in bars],
-            [1e3 * (e.end_s - e.start_s) for e in bars],
-            left=[1e3 * e.start_s for e in bars],
-            height=0.4,
-            color=colour,
-            label=what,
-        )
-    axes.set(xlabel="ms", ylabel="rank", title=title)
-    axes.invert_yaxis()
-    axes.legend(loc="upper right", fontsize=7)
-    figure.savefig(path, dpi=150, bbox_inches="tight")

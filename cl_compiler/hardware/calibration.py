@@ -20,8 +20,16 @@ from cl_compiler.errors import CacheError
 from cl_compiler.hardware.checks import DTYPES
 from cl_compiler.hardware.spec import HardwareSpec, Level
 
-__all__ = ["Calibration", "apply", "calibration_path", "fingerprint", "load", "positive_rate",
-           "store"]  # fmt: skip
+__all__ = [
+    "Calibration",
+    "apply",
+    "calibration_path",
+    "fingerprint",
+    "load",
+    "positive_rate",
+    "store",
+    "write_json_file",
+]
 
 _FORMAT = 1
 _REFERENCE_D = 512
@@ -109,12 +117,22 @@ def store(result: Calibration) -> Path:
         CacheError: the directory cannot be written.
     """
     path = calibration_path(result.fingerprint)
+    write_json_file(path, {"format": _FORMAT, **asdict(result)})
+    return path
+
+
+def write_json_file(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        CacheError: the directory cannot be written.
+    """
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, **asdict(result)}, file, indent=1)
+            json.dump(content, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -125,7 +143,6 @@ def store(result: Calibration) -> Path:
             f"cannot store the calibration at {path}: {error.strerror}; make the directory "
             "writable or point $CL_COMPILER_CACHE_DIR to one that is"
         ) from error
-    return path
 
 
 def apply(spec: HardwareSpec, result: Calibration, said: str = "") -> HardwareSpec:

@@ -51,6 +51,11 @@ class Links:
         return len(self.latency_s)
 
     @property
+    def next_ranks(self) -> Vector:
+        """The rank that each rank sends to."""
+        return (np.arange(self.ranks) + 1) % self.ranks if self.after is None else self.after
+
+    @property
     def circle(self) -> int:
         """Ranks that one shard goes around."""
         return self.members or self.ranks
@@ -140,7 +145,7 @@ class Clock:
         links = links or self.links
         self.now = self.now + self.post_s
         size = np.broadcast_to(np.asarray(sent_bytes, dtype=float), self.now.shape)
-        after = (np.arange(links.ranks) + 1) % links.ranks if links.after is None else links.after
+        after = links.next_ranks
         none = np.zeros(links.ranks)
         sends, receives = self._free.get(id(links), (none, none))
         ready = np.maximum(self.now, self.now[after])  # both ends have posted

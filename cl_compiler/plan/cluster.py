@@ -134,9 +134,12 @@ def posted_bytes(program: Program, problem: Problem, ranks: int) -> tuple[int, i
 
 
 def buffer_bytes(
-    schedule: str, travel: Travel, problem: Problem, ranks: int, chunk: int
+    schedule: str, travel: Travel, problem: Problem, ranks: int, chunk: int, node: int = 0
 ) -> tuple[int, int]:
-    """(shards, gradients) on their way in one pass, with their statistics, bytes."""
+    """(shards, gradients) on their way in one pass, with their statistics, bytes.
+
+    ``node``: of a ring of rings, the ranks of a node.
+    """
     if ranks == 1 and schedule != "all_gather":
         return 0, 0
     read, made = travel.vectors * problem.compute_bytes, travel.folds * problem.compute_bytes
@@ -144,8 +147,11 @@ def buffer_bytes(
     gradients = chunk * (travel.gradient_width * problem.compute_bytes + made)
     if schedule == "all_gather":
         return 2 * ranks * shards, 3 * ranks * gradients
-    circles = 2 if schedule == "two_level" else 1
-    return circles * min(2, ranks - 1) * shards, circles * 3 * gradients
+    circles = (ranks // node, node) if node else (ranks,)
+    return (
+        sum(min(2, members - 1) for members in circles) * shards,
+        sum(3 for members in circles if members > 1) * gradients,
+    )
 
 
 @dataclass(frozen=True)
@@ -215,10 +221,11 @@ def choose_cluster_plan(request: Request, sweeps: SweepPlan) -> tuple[Plan, Prog
 def _candidate(request: Request, sweeps: SweepPlan, program: Program, schedule: str) -> _Candidate:
     problem, ranks = request.problem, request.group_size
     machine = machine_of(hardware_graph(request.hardware))
+    node = _node(machine, schedule, ranks)
     last: BudgetError | None = None
     for chunk in [CANONICAL_CHUNK] if schedule == CANONICAL else _chunks(problem):
         shards = max(
-            sum(buffer_bytes(schedule, t, problem, ranks, chunk))
+            sum(buffer_bytes(schedule, t, problem, ranks, chunk, node))
             for t in travels_of(program, problem) or (Travel("forward", 0, 0),)
         )
         rest = request.budget.device_bytes - shards
@@ -263,6 +270,12 @@ def _candidate(request: Request, sweeps: SweepPlan, program: Program, schedule: 
     raise last
 
 
+def _node(machine: Machine, schedule: str, ranks: int) -> int:
+    """Of a ring of rings, the ranks of a node; 0 for other schedules."""
+    levels = levels_of(machine, ranks) if schedule == "two_level" else None
+    return 0 if levels is None else levels.node
+
+
 def _too_little(request: Request, needed_bytes: int) -> BudgetError:
     p = request.problem
     return BudgetError(
@@ -291,6 +304,7 @@ def memory_of(
     casts = problem.dtype in ("bfloat16", "float16")
     facts = facts_of(program, problem.operands)
     memory = compile_memory(facts, casts=casts)
+    node = _node(machine_of(hardware_graph(request.hardware)), schedule, ranks)
     machine = machine_of(hardware_graph(one_device(request.hardware)))
     share = replace(request, hardware=one_device(request.hardware), group_size=0)
     sizes = sizes_of(share, problem, machine)
@@ -301,7 +315,7 @@ def memory_of(
     extra: dict[int, tuple[int, int]] = {}
     sweeps = [i for i, phase in enumerate(memory.phases) if " sweep " in phase.name]
     for index, travel in zip(sweeps, travels_of(program, problem), strict=True):
-        extra[index] = buffer_bytes(schedule, travel, problem, ranks, chunk)
+        extra[index] = buffer_bytes(schedule, travel, problem, ranks, chunk, node)
         values[index] = by_side[travel.side]
         totals[index] = memory.totals(values[index])[index] + sum(extra[index])
     peak = max(range(len(totals)), key=totals.__getitem__)
@@ -325,7 +339,6 @@ def _timed(
     # the first of P steps meets the own shard, and the last has nothing to wait for
     hidden_s = compute_s * (ranks - 1) / ranks
     exposed_s = max(0.0, exchange_s - hidden_s)
-    levels = levels_of(machine, ranks) if schedule == "two_level" else None
     cluster = ClusterPlan(
         schedule,
         ranks,
@@ -335,7 +348,7 @@ def _timed(
         exchange_s,
         exposed_s,
         hiding_rows(plan, problem, shard_bytes, hops),
-        node=0 if levels is None else levels.node,
+        node=_node(machine, schedule, ranks),
     )
     return cluster, compute_s + exposed_s
 

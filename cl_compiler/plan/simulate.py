@@ -68,6 +68,7 @@ def simulate(
     spec: HardwareSpec,
     *,
     speeds: Sequence[float] = (),
+    shards: Sequence[int] = (),
     drawn_ranks: int = 0,
 ) -> Run:
     """Run a plan for a group of ranks, forward and backward.
@@ -77,6 +78,7 @@ def simulate(
         program: what it runs.
         spec: the cluster, with as many devices as the group has ranks.
         speeds: of each rank, where they differ: 0.5 takes twice as long.
+        shards: rows of each rank, where they differ; columns are in proportion.
         drawn_ranks: whose events are kept.
     """
     cluster = plan.cluster
@@ -96,6 +98,7 @@ def simulate(
         plan.problem.input_bytes,
         plan.problem.compute_bytes,
         links_of_levels(spec, ranks) if cluster.schedule == "two_level" else (),
+        None if not shards else np.asarray(shards) / max(plan.problem.M, 1),
     )
 
 
@@ -108,10 +111,12 @@ def run(
     input_bytes: int,
     compute_bytes: int,
     levels: Sequence[Links] = (),
+    shares: Vector | None = None,
 ) -> Run:
     """Run passes on a clock; shards of ``rows`` rows travel ``chunk`` rows at a time.
 
-    ``levels``: the circles of a ring of rings, from the outermost to the innermost.
+    ``levels``: the circles of a ring of rings, from the outermost to the innermost.  ``shares``:
+    of ``rows``, what each rank has; left out, all of them.
     """
     forward_s = 0.0
     phase = "forward"
@@ -120,18 +125,20 @@ def run(
             phase, forward_s = item.travel.phase, float(clock.now.max())
         _numbers(clock)
         if not item.travel.operand_width and not item.travel.vectors:
-            clock.compute(item.seconds)
+            clock.compute(item.seconds * (1.0 if shares is None else shares))
             continue
         per_row = item.travel.operand_width * input_bytes + item.travel.vectors * compute_bytes
         back = (item.travel.gradient_width + item.travel.folds) * compute_bytes
         parts = [min(chunk, rows - start) for start in range(0, rows, chunk)]
         if schedule == "all_gather":
-            _gathered(clock, item.seconds / rows, per_row, back, parts)
+            _gathered(clock, item.seconds / rows, per_row, back, parts, shares)
             continue
         _around(
             clock,
             levels or (clock.links,),
             [(item.seconds * n / rows, per_row * n, back * n) for n in parts],
+            np.arange(clock.links.ranks),
+            shares,
         )
     _numbers(clock)
     slowest = int(clock.now.argmax())
@@ -145,47 +152,67 @@ def run(
 
 
 def _around(
-    clock: Clock, levels: Sequence[Links], parts: Sequence[tuple[float, float, float]]
+    clock: Clock,
+    levels: Sequence[Links],
+    parts: Sequence[tuple[float, float, float]],
+    owner: Vector,
+    shares: Vector | None,
 ) -> None:
     """Chunks, each (seconds of products, bytes sent, bytes back), go around a circle of ranks.
 
+    ``owner``: of what each rank has at first; ``shares``: of a whole shard, what each rank's is.
     What comes back of one chunk is joined while the next one is on its way.
     """
     links, *inner = levels
     arriving: Vector | None = None
-    owed = 0.0
-    for seconds, sent, back in parts:
+    owed: Vector | float = 0.0
+    before = np.empty_like(owner)
+    before[links.next_ranks] = np.arange(links.ranks)
+    for seconds, whole_sent, whole_back in parts:
+        here = owner
         for step in range(links.circle):
+            size: Vector | float = 1.0 if shares is None else shares[here]
+            sent, back = whole_sent * size, whole_back * size
             posted = clock.exchange(sent, links=links) if step + 1 < links.circle else None
-            if back and step:
+            if whole_back and step:
                 clock.compute(back * clock.start_s_per_byte)
             if inner:
-                _around(clock, inner, [(seconds, sent, back)])
+                _around(clock, inner, [(seconds, whole_sent, whole_back)], here, shares)
             else:
-                clock.compute(seconds)
-            if back and step:
+                clock.compute(seconds if shares is None else seconds * shares * size)
+            if whole_back and step:
                 if arriving is not None:
                     clock.wait(arriving)
                     clock.compute((back if step > 1 else owed) * clock.join_s_per_byte)
                 arriving, owed = clock.exchange(back, "gradient", links), back
             if posted is not None:
                 clock.wait(posted)
+            if shares is not None:
+                here = here[before]
     if arriving is not None:
         clock.wait(arriving)
         clock.compute(owed * clock.join_s_per_byte)
 
 
 def _gathered(
-    clock: Clock, s_per_row: float, sent: float, back: float, parts: Sequence[int]
+    clock: Clock,
+    s_per_row: float,
+    sent: float,
+    back: float,
+    parts: Sequence[int],
+    shares: Vector | None,
 ) -> None:
     ranks = clock.links.ranks
+    if shares is not None:  # parts are as long as the longest; a rank multiplies what it has
+        sent, back = sent * float(shares.max()), back * float(shares.max())
+    mine: Vector | float = 1.0 if shares is None else shares * float(shares.mean())
     posted = clock.together(_collective_s(clock, sent * parts[0]))
     swapped: Vector | None = None
     for count, following in zip(parts, [*parts[1:], 0], strict=True):
         clock.wait(posted)
         if following:
             posted = clock.together(_collective_s(clock, sent * following))
-        clock.compute(s_per_row * count * ranks)
+        clock.compute(s_per_row * count * ranks * mine)
         if back:
             if swapped is not None:
                 clock.wait(swapped)

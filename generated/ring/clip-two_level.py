@@ -5,7 +5,7 @@
 # problem   up to M=8192 N=8192 D=512; gradients: logit_scale, x, y
 # schedule  two_level; M, N of each rank; chunks of 1024 rows travel
 # tiles     device 512x1024   l3 512x1024   l2 512x848   core 64x64
-# memory    predicted peak 44.2 MiB of 256.0 MiB
+# memory    predicted peak 42.2 MiB of 256.0 MiB
 """clip on a group of ranks, in tiles; the similarity matrix never exists.
 
 Symmetric InfoNCE (Radford et al. 2021): the mean of both directions' cross-entropies.

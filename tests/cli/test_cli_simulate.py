@@ -22,8 +22,12 @@ def test_ranks_of_a_machine_and_a_chart(cli, cli_json, tmp_path):
     path = tmp_path / "chart.png"
     machine = ["--hardware", "xeon-amx-2c", "--ranks", "3", "--dtype", "float32"]
     machine += ["--problem", "3000x64"]
-    found = cli_json("simulate", *machine, "--gantt", str(path))
+    page = tmp_path / "report.html"
+    found = cli_json("simulate", *machine, "--gantt", str(path), "--html", str(page))
     assert found["ranks"] == 3
+    text = page.read_text()
+    assert text.count("data:image/png;base64,iVBOR") == len(found["schedules"]) >= 3
+    assert all(word in text for word in (*found["schedules"], "Inf-CL", "not two_level"))
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
@@ -31,3 +35,24 @@ def test_ranks_of_a_machine_and_a_chart(cli, cli_json, tmp_path):
 def test_other_losses(cli_json, loss):
     found = cli_json("simulate", *CLUSTER, "--loss", loss)
     assert all(s["seconds"] > 0 for s in found["schedules"].values())
+
+
+def test_ranks_that_differ_get_shards_that_differ(cli, cli_json):
+    """One of four is half as fast: shards in proportion take less than even ones."""
+    machine = ["--hardware", "xeon-amx-2c", "--ranks", "4", "--dtype", "float32"]
+    machine += ["--problem", "28000x64", "--speeds", "2,2,1,2"]
+    found = cli_json("simulate", *machine)
+    assert found["advised_rows"] == [8000, 8000, 4000, 8000]
+    for of in found["schedules"].values():
+        assert of["seconds"] < of["advised_shards_s"] < 0.85 * of["even_shards_s"]
+    assert "8000 on 3 of them, 4000 on 1 of them" in cli("simulate", *machine).stdout
+    for wrong, words in (("1,2", "2 numbers for 4 ranks"), ("1,x", "give numbers")):
+        assert words in cli("simulate", *machine, "--speeds", wrong).output
+
+
+@pytest.mark.full
+def test_the_largest_batch_is_in_the_table(cli, cli_json):
+    options = [*CLUSTER, "--budget", "96MiB", "--max-batch"]
+    found = cli_json("simulate", *options)["schedules"]
+    assert all(of["max_batch"] % 32 == 0 and of["max_batch"] >= 32768 for of in found.values())
+    assert f"{found['ring_owner']['max_batch']:,}" in cli("simulate", *options).stdout

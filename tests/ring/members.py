@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import pickle
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from cl_compiler import GradientCache, compile_loss
+from cl_compiler.runtime import group_loss
+from cl_compiler.runtime.live_bytes import LiveBytes
 from tests.ring.ranks import shards
 
 SCALE = 10.0
@@ -146,3 +150,55 @@ def canonical(rank: int) -> dict[str, str]:
 
 def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()[:12]
+
+
+def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, dict[str, Any]]:
+    """Bytes of matrices that this rank sends to each other one, and holds, beside the plan's."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    plain, sent = group_loss.guarded_ring, Counter[int]()
+
+    def ring_of(*args: Any) -> Any:
+        ring = plain(*args)
+        others = [peer for peer in range(ring.world_size) if peer != rank]
+
+        def counting(name: str, targets: Any) -> None:
+            method = getattr(ring, name, None)
+            if method is None:
+                return
+
+            def post(*tensors_and_peers: Any) -> Any:
+                for peer, tensors in targets(*tensors_and_peers):
+                    matrices = [t for t in tensors if t.dim() > 1]
+                    sent[peer] += sum(t.numel() * t.element_size() for t in matrices)
+                return method(*tensors_and_peers)
+
+            setattr(ring, name, post)
+
+        counting("exchange", lambda out, into, after, before: [(after, out)])
+        counting("gather", lambda out, into: [(peer, out) for peer in others])
+        # of [ranks, rows, ...] each rank gets its own part; vectors of rows are [ranks, rows]
+        counting("swap", lambda out, into: [(p, [t[p] for t in out]) for p in others])
+        counting("spread", lambda owner, out: [(p, out) for p in others if owner == rank])
+        return ring
+
+    group_loss.guarded_ring = ring_of
+    found = {}
+    for schedule in schedules:
+        loss_fn = compile_loss(
+            "xeon-amx-2c", "64MiB", group=dist.group.WORLD, schedule=schedule, timeout_s=20
+        )
+        for _ in range(2):  # the second call makes nothing that stays
+            x, y = shards(rank, rows, width)
+            sent.clear()
+            with LiveBytes() as live:
+                loss_fn(x, y, logit_scale=SCALE).backward()
+        plan = loss_fn.plan
+        found[schedule] = {
+            "sent": dict(sent),
+            "live": live.peak_bytes,
+            "planned_sent": plan.cluster.forward_bytes + plan.cluster.backward_bytes,
+            "planned_live": plan.peak_bytes,
+            "chunk": plan.cluster.chunk,
+        }
+        loss_fn.close()
+    return found

@@ -22,6 +22,8 @@ from cl_compiler.plan.types import MemoryBudget, Problem, Request
 from cl_compiler.runtime.live_bytes import LiveBytes
 from cl_compiler.runtime.loader import load_source
 from cl_compiler.runtime.ring import Hub, LoopbackRing, run_ranks
+from tests.ring.members import posted
+from tests.ring.processes import launch
 
 NEEDS = frozenset({"x", "y", "logit_scale"})
 
@@ -183,3 +185,35 @@ def test_a_schedule_that_the_loss_cannot_use_is_refused():
     with pytest.raises(ScheduleError, match=r"maximum.*Usable: ring_travel, all_gather\."):
         chosen(asked)
     assert chosen(replace(asked, schedule="auto"))[0].cluster.schedule != "ring_owner"
+
+
+@pytest.mark.parametrize(
+    "schedules",
+    [
+        ["two_level"],
+        pytest.param(
+            ["ring_owner", "ring_travel", "all_gather", "canonical"], marks=pytest.mark.full
+        ),
+    ],
+    ids=str,
+)
+def test_processes_send_and_hold_what_was_planned(schedules):
+    """Four of them on two nodes: every schedule's bytes, and who gets them; live bytes to 5 %."""
+    rows, width, ranks, node = 1024, 128, 4, 2
+    u = rows * width
+    backward = {"ring_travel": 4 + 4, "all_gather": 4 + 4}
+    everyone = [o.needed() for o in launch(posted, ranks, schedules, rows, width)]
+    for rank, found in enumerate(everyone):
+        for name, of in found.items():
+            forward = 2 * 4 if name == "canonical" else 4
+            assert of["planned_sent"] == (ranks - 1) * u * (forward + backward.get(name, 8)), name
+            assert sum(of["sent"].values()) == of["planned_sent"], (name, of)
+            assert abs(of["live"] - of["planned_live"]) <= 0.05 * of["planned_live"], (name, of)
+            assert of["chunk"] < rows
+        near, far, after = rank ^ 1, (rank + node) % ranks, (rank + 1) % ranks
+        shard, nodes = u * (4 + 8), ranks // node
+        if "ring_owner" in found:
+            assert found["ring_owner"]["sent"] == {after: (ranks - 1) * shard}
+        if "two_level" in found:
+            between, inside = (nodes - 1) * shard, nodes * (node - 1) * shard
+            assert found["two_level"]["sent"] == {far: between, near: inside}

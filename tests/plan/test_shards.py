@@ -1,0 +1,60 @@
+"""Rows for ranks that differ."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from cl_compiler.errors import ArgumentError, BudgetError
+from cl_compiler.hardware import load_hardware
+from cl_compiler.hardware.ranks import with_ranks
+from cl_compiler.lang.sweeps import plan_sweeps
+from cl_compiler.losses import find
+from cl_compiler.plan.cluster import choose_cluster_plan
+from cl_compiler.plan.shards import advised_rows, largest_shard
+from cl_compiler.plan.types import MemoryBudget, Problem, Request
+
+
+@pytest.mark.parametrize("schedule", ["ring_owner", "all_gather"])
+def test_the_largest_shard_fits_and_one_row_more_does_not(schedule):
+    loss, needs = find("clip"), frozenset({"x", "y", "logit_scale"})
+    machine = with_ranks(load_hardware("xeon-amx-2c"), 4, 4)
+    budget, problem = MemoryBudget.parse("24MiB"), Problem(64, 64, 256)
+    asked = Request(loss, machine, budget, problem, "paired", needs, "ieee", schedule, 0, 4)
+    sweeps = plan_sweeps(loss, "paired", needs)
+    rows = largest_shard(asked, sweeps)
+    plan, _ = choose_cluster_plan(replace(asked, problem=Problem(rows, rows, 256)), sweeps)
+    assert plan.peak_bytes <= budget.device_bytes and rows > 1000
+    with pytest.raises(BudgetError):
+        choose_cluster_plan(replace(asked, problem=Problem(rows + 1, rows + 1, 256)), sweeps)
+    assert largest_shard(replace(asked, budget=MemoryBudget(1 << 10)), sweeps) == 0
+
+
+def test_rows_are_in_proportion_and_none_is_lost():
+    rng = random.Random(3)
+    for _ in range(50):
+        speeds = [rng.uniform(0.2, 3.0) for _ in range(rng.randint(1, 9))]
+        total = rng.randint(0, 10_000)
+        rows = advised_rows(total, speeds)
+        assert sum(rows) == total
+        assert all(abs(n - total * s / sum(speeds)) < 1 for n, s in zip(rows, speeds, strict=True))
+
+
+def test_a_full_rank_leaves_its_part_to_the_others():
+    assert advised_rows(100, [1, 1, 2], [10, 100, 100]) == (10, 30, 60)
+    assert advised_rows(100, [1, 1, 2], [10, 100, 50]) == (10, 40, 50)
+    rows = advised_rows(97, [1.0, 5.0, 1.0], [40, 30, 40])
+    assert (
+        sum(rows) == 97
+        and rows[1] == 30
+        and all(n <= m for n, m in zip(rows, (40, 30, 40), strict=True))
+    )
+
+
+def test_what_cannot_be():
+    with pytest.raises(ArgumentError, match="hold 60 together"):
+        advised_rows(61, [1, 1], [30, 30])
+    with pytest.raises(ArgumentError, match="positive number"):
+        advised_rows(10, [1, 0])
