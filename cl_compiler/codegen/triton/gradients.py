@@ -1,0 +1,95 @@
+"""Gradient tiles leave a kernel for a workspace; what rounding takes off positives leaves, too."""
+
+from __future__ import annotations
+
+import sympy as sp
+
+from cl_compiler.codegen.triton.blocks import BlockPrinter
+from cl_compiler.codegen.triton.expressions import Expressions
+from cl_compiler.codegen.triton.text import GradientText, KernelText, low_of, residual_of
+from cl_compiler.lang.program import Pass
+from cl_compiler.lang.tile_ir import Diagonal, TileProgram
+from cl_compiler.plan.precision import SPLIT
+
+
+class GradientPrinter(BlockPrinter):
+    """Prints the end of a kernel that forms gradients, for a kernel printer."""
+
+    code: TileProgram
+    pass_: Pass
+    expressions: Expressions
+
+    def scalar(self, factors: list[sp.Expr], log2e: bool = False) -> str:
+        """The kernel's variable for a product of scalars."""
+        raise NotImplementedError
+
+    def _gradient(self, k: KernelText, value: int, similarity: str, scale: sp.Expr) -> None:
+        text = self.expressions.variables[value]
+        workspace = f"g_{similarity}"
+        if scale != 1:
+            text = f"{text} * {self.scalar([scale])}"
+        if self.precision == SPLIT:
+            tile = f"g_tile_{similarity}" if len(self.code.gradients) > 1 else "g_tile"
+            k.body.append(f"{tile} = {text}")
+            k.body.append(f"{tile}_high = {tile}.to(tl.bfloat16)")
+            self._store(k, similarity, workspace, f"{tile}_high")
+            self._store(k, similarity, low_of(workspace), f"({tile} - {tile}_high.to(tl.float32))")
+        else:
+            if not self.precision and self._has_positives():
+                text = self._residual(k, text, similarity)
+            self._store(k, similarity, workspace, f"({text})" if " " in text else text)
+
+    def _has_positives(self) -> bool:
+        """Whether elements of the tile are known to be positives by their place, and are in it."""
+        diagonals = [i for i in self.code.instructions if isinstance(i, Diagonal)]
+        return any(d.where == "positive" and d.how != "take" for d in diagonals)
+
+    def _residual(self, k: KernelText, text: str, similarity: str) -> str:
+        """Store what rounding takes off the positives: most of a row's gradient is theirs."""
+        name = residual_of(similarity)
+        k.residuals.append(name)
+        if " " in text:
+            k.body.append(f"g_{similarity}_tile = {text}")
+            text = f"g_{similarity}_tile"
+        offsets = ["half", "-half"] if self.plan.positives == "views" else ["0"]
+        k.halves |= len(offsets) > 1
+        for offset in offsets:
+            where = f"offs_m + {offset}".replace("+ -", "- ")
+            at = "offs_m" if offset == "0" else "partner"
+            touched = f"if _crosses(i, j, {offset}, BLOCK_M, BLOCK_N):"
+            if not _is_last_block(k.body, touched):
+                on = "offs_m[:, None]" if offset == "0" else f"({where})[:, None]"
+                k.body += [touched, f"    on_positive = offs_n[None, :] == {on}"]
+            k.body += [f"    partner = {where}"] if at == "partner" else []
+            k.body += [
+                f"    lost = tl.sum(tl.where(on_positive, {text}, 0.0), 1)",
+                "    lost -= lost.to(tl.bfloat16).to(tl.float32)",
+                f"    here = ({at} >= j) & ({at} < min(j + BLOCK_N, col_stop))",
+                "    here = here & (offs_m < row_stop)",
+                f"    tl.store({name} + offs_m, lost, mask=here)",
+            ]
+            if self.pass_.symmetric:  # the tile stands for its transpose, too
+                k.body += [
+                    "    if row_start != col_start:",
+                    f"        tl.store({name} + {at}, lost, mask=here)",
+                ]
+        return text
+
+    def _store(self, k: KernelText, similarity: str, workspace: str, text: str) -> None:
+        k.gradients.append(GradientText(similarity, workspace))
+        if self.descriptors:
+            to = "[i - row_start, j - col_start]"
+            k.body.append(f"{workspace}.store({to}, {text}.to({workspace}.dtype))")
+        else:
+            k.body.append(
+                f"tl.store({workspace} + g_slot, {text}.to({workspace}.dtype.element_ty))"
+            )
+
+
+def _is_last_block(body: list[str], condition: str) -> bool:
+    """Whether what comes next can go on with the body of a condition that was just tested."""
+    last = [n for n, line in enumerate(body) if not line.startswith(" ")]
+    return bool(last) and body[last[-1]] == condition
+
+
+__all__ = ["GradientPrinter"]
