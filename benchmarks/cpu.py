@@ -115,4 +115,6 @@ def _progress(total: int) -> Iterator[Any]:
 
 if __name__ == "__main__":
     gc.freeze()  # modules stay: collections between turns need not look at them
-    sys.exit(min(main(), 1))
+    failed = main()
+    gc.unfreeze()
+    sys.exit(min(failed, 1))
