@@ -115,6 +115,4 @@ def _progress(total: int) -> Iterator[Any]:
 
 if __name__ == "__main__":
     gc.freeze()  # modules stay: collections between turns need not look at them
-    failed = main()
-    gc.unfreeze()
-    sys.exit(min(failed, 1))
+    sys.exit(min(main(), 1))

@@ -31,9 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.gpu.worker import work
 
         gc.freeze()  # modules stay: collections between turns need not look at them
-        ending = work(options)
-        gc.unfreeze()  # else Triton's bindings print what they take for leaks
-        return ending
+        return work(options)
     from benchmarks.gpu.supervisor import INTERRUPTED, supervise
     from cl_compiler.cli.compare import show
     from cl_compiler.errors import ArgumentError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from cl_compiler.codegen.render import render
@@ -95,6 +96,15 @@ def max_batch(request: Request, sweeps: SweepPlan) -> int:
         return bool(_kernel_plans(replace(request, problem=problem), sweeps)[0])
 
     return max(batch, limits.largest(fits))
+
+
+def least_bytes(request: Request, sweeps: SweepPlan) -> Callable[[int], int]:
+    """Of rows (columns in proportion): the bytes of the smallest plan of PyTorch's tiles.
+
+    Raises:
+        ScheduleError: the requested schedule is unknown, or the loss cannot use it.
+    """
+    return limits.least_bytes(_widened(request), sweeps)
 
 
 def _is_one_gpu(request: Request) -> bool:

@@ -43,6 +43,17 @@ def largest_batch(space: Space) -> int:
     )
 
 
+def least_bytes(request: Request, sweep_plan: SweepPlan | None = None) -> Callable[[int], int]:
+    """Of rows (columns in proportion): the bytes of the smallest plan, whatever the budget.
+
+    Raises:
+        ScheduleError: the requested schedule is unknown, or the loss cannot use it.
+    """
+    space = space_of(request, sweep_plan, None)
+    options = [space.option(s) for s in space.schedules()]
+    return lambda rows: min(_least_bytes(space, option, rows) for option in options)
+
+
 def largest(fits: Callable[[int], bool]) -> int:
     """The largest number that fits, where all smaller ones do; 0 where not even 1 does."""
     low, high = 0, 1

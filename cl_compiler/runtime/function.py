@@ -84,6 +84,18 @@ class CompiledLoss(nn.Module):
         return self._latest
 
     @property
+    def specialise(self) -> Specialise:
+        """What turns a call's signature into code."""
+        return self._specialise
+
+    def respecialised(self, specialise: Specialise) -> CompiledLoss:
+        """The same loss with other code; nothing that was loaded, or planned ahead, is kept."""
+        other = self.__class__.__new__(self.__class__)
+        fresh = {"_specialise": specialise, "_variants": [], "_chosen": {}, "_largest": None}
+        other.__dict__.update({**self.__dict__, **fresh, "_latest": None})
+        return other
+
+    @property
     def plan(self) -> Any:
         """The plan of the latest call (see ``cl_compiler.plan.types.Plan``)."""
         return self.latest.plan

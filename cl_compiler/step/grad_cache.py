@@ -9,7 +9,7 @@ price is a second forward of the encoders that train.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_compiler.errors import ArgumentError
+from cl_compiler.lang.ir import LossIR
 from cl_compiler.plan.types import MemoryBudget
 from cl_compiler.step.autocast import AutocastState, forget_casts
+from cl_compiler.step.chunks import units_of
 from cl_compiler.step.inputs import Tokens, tensors_of
+from cl_compiler.step.loss_share import is_named
 from cl_compiler.step.modules import (
     Buffers,
     leaves_of,
@@ -28,6 +31,7 @@ from cl_compiler.step.modules import (
     reducers_of,
     without_reduction,
 )
+from cl_compiler.step.offload import Link, link_to, parts
 from cl_compiler.step.out_of_memory import blamed_encoder
 from cl_compiler.step.passes import (
     LossGradients,
@@ -73,16 +77,20 @@ class GradientCache:
     Args:
         encoders: modules, methods of modules or functions; the same one may occur twice.  One whose
             parameters are all frozen is run once, and the loss computes no gradient for it.
-        loss_fn: called with one tensor per encoder; a compiled loss or any other.
-        chunk_sizes: samples per chunk, or ``Tokens``; one for all encoders or one for each; "auto":
-            the fastest that hold memory_budget, found at the first batch (see ``plan_step``) and
-            again at a larger one.
+        loss_fn: called with one tensor per encoder; a compiled loss or any other.  With "auto" also
+            the name or definition of a loss, which gets what the embeddings leave of the budget.
+        chunk_sizes: samples per chunk, or ``Tokens``; one for all encoders or one for each; "auto"
+            or ``Tokens("auto", …)``: the fastest that hold memory_budget, found at the first batch
+            (see ``plan_step``) and again at a larger one.
         memory_budget: of what a step allocates on one device; with "auto" only.
         embedding: from an encoder's output to the tensor [rows, …] that the loss gets; one or one
             for each; None where the output is that tensor.
         call: (encoder, chunk) -> output; one or one for each.  By default a mapping gives keywords,
-            a tuple positions, anything else is the one argument.  It is also the place to move a
-            chunk to a device.
+            a tuple positions, anything else is the one argument.
+        device: where the encoders are; inputs come from where they are, the host as a rule.
+        offload: what waits in host memory between its uses, any of "inputs" (they come chunk by
+            chunk, the next while one is encoded), "embeddings" (until the loss) and "gradients"
+            (from the loss on).  With "auto" the planner decides, and this is left out.
         scaler: its factor multiplies the loss before the backward.
         progress: show a progress bar, or call this with stage, samples done and samples in all.
 
@@ -93,12 +101,14 @@ class GradientCache:
     def __init__(
         self,
         encoders: Sequence[Encoder],
-        loss_fn: Callable[..., Any],
+        loss_fn: Callable[..., Any] | str | LossIR,
         *,
-        chunk_sizes: int | Tokens | Sequence[int | Tokens] | Literal["auto"],
+        chunk_sizes: int | Tokens | Sequence[int | Tokens | Literal["auto"]] | Literal["auto"],
         memory_budget: int | str | Mapping[str, int | str] | MemoryBudget | None = None,
         embedding: Callable[[Any], Tensor] | Sequence[Callable[[Any], Tensor] | None] | None = None,
         call: Call | Sequence[Call] = call_by_structure,
+        device: torch.device | str | None = None,
+        offload: Collection[str] = (),
         scaler: torch.amp.GradScaler | None = None,
         progress: bool | Report = False,
     ) -> None:
@@ -110,14 +120,21 @@ class GradientCache:
         count = len(encoders)
         if not count:
             raise ArgumentError("no encoders: give one per input of the loss.")
-        if (chunk_sizes == "auto") != (memory_budget is not None):
+        self._units = units_of(chunk_sizes, count)
+        if (self._units is not None) != (memory_budget is not None):
             raise ArgumentError(
                 f"chunk_sizes={chunk_sizes!r} with memory_budget={memory_budget!r}: give "
                 'chunk_sizes="auto" and a budget, e.g. "8GiB", or numbers and no budget.'
             )
+        if offload and self._units is not None:
+            raise ArgumentError(
+                f'offload={offload!r} with chunk_sizes="auto": the planner decides what waits on '
+                "the host; leave offload out, or give chunk sizes."
+            )
+        self.device, self.offload = device, parts(offload)
         self.memory_budget = None if memory_budget is None else MemoryBudget.parse(memory_budget)
         self.plan: StepPlan | None = None
-        wanted = 1 if chunk_sizes == "auto" else chunk_sizes  # until the first batch
+        wanted: Any = chunk_sizes if self._units is None else 1  # until the first batch
         sizes: list[int | Tokens] = _for_each(wanted, count, "chunk_sizes")
         for size in sizes:
             tokens = size.per_chunk if isinstance(size, Tokens) else size
@@ -126,6 +143,11 @@ class GradientCache:
                     f"chunk_sizes has {size!r}: a chunk is a number of samples of at least 1, or "
                     "Tokens(per_chunk) of at least 1."
                 )
+        if is_named(loss_fn) and self._units is None:
+            raise ArgumentError(
+                f"loss_fn={loss_fn!r} with chunk sizes: a loss is compiled for what a memory "
+                'budget leaves it, with chunk_sizes="auto"; otherwise give compile_loss(…, loss=…).'
+            )
         self.loss_fn = loss_fn
         self.scaler = scaler
         self.progress = progress
@@ -156,15 +178,74 @@ class GradientCache:
         with reporter(self.progress) as report:
             jobs = self._jobs(inputs)
             if not torch.is_grad_enabled():
-                return _evaluate(jobs, self.loss_fn, loss_arguments, report)
+                return self._evaluate(jobs, loss_arguments, report)
             try:
-                return _train(jobs, self.loss_fn, loss_arguments, self.scaler, report)
+                return self._train(jobs, loss_arguments, report)
             except (RuntimeError, MemoryError) as error:
                 if not self._learns_from(error, jobs, loss_arguments):
                     raise
             # Outside of the handler: the error's traceback holds what the failed step allocated.
-            jobs = self._jobs(inputs)
-            return _train(jobs, self.loss_fn, loss_arguments, self.scaler, report)
+            return self._train(self._jobs(inputs), loss_arguments, report)
+
+    def _evaluate(
+        self, jobs: Sequence[Job], loss_arguments: Mapping[str, Any], report: Report
+    ) -> Any:
+        count = _counter(report, "encode", sum(job.samples for job in jobs))
+        encoded = [encode(job, count, on_host="embeddings" in self.offload) for job in jobs]
+        return self._loss(*(one.leaf() for one in encoded), **loss_arguments)
+
+    def _train(self, jobs: Sequence[Job], loss_arguments: Mapping[str, Any], report: Report) -> Any:
+        modules = modules_of(*(job.tower.modules for job in jobs))
+        training = [job for job in jobs if job.trains]
+        reducers = reducers_of(m for job in training for m in job.tower.modules)
+        devices = frozenset().union(*(job.devices for job in jobs))
+        autocast = AutocastState.now(devices)
+        # A keyword's parameter (logit_scale) inside a DistributedDataParallel belongs to the
+        # backward that reduces, unless unused parameters are looked for: then it counts as one of
+        # them there.
+        hold = any(getattr(r, "find_unused_parameters", True) is False for r in reducers)
+        # Alone, a scalar's own graph (log_scale.exp()) waits, too: the step can be tried again.
+        hold = hold or (not reducers and _are_scalars(loss_arguments))
+        parameters = _trained(jobs, modules, self._loss, loss_arguments)
+        buffers = Buffers(modules)
+        with _undone_by_errors(parameters, buffers, devices):
+            count = _counter(report, "encode", sum(job.samples for job in jobs))
+            with without_reduction(reducers):
+                forget_casts()
+                on_host = "embeddings" in self.offload
+                encoded = [encode(job, count, on_host=on_host) for job in jobs]
+                forget_casts()
+                loss: LossGradients = differentiate(
+                    encoded,
+                    self._loss,
+                    loss_arguments,
+                    self.scaler,
+                    autocast,
+                    hold_arguments=hold,
+                    link=self._link() if "gradients" in self.offload else None,
+                )
+                forget_casts()
+            first = [replace(one, embeddings=None) for one in encoded]
+            del encoded
+            after = RandomState.now(devices)
+            updated = buffers.forget_unchanged()
+            buffers.restore()
+            count = _counter(report, "backpropagate", sum(job.samples for job in training))
+            backpropagate(jobs, first, loss, autocast, count)
+            updated.restore()
+            # Reading a stream once more may draw random numbers, too.
+            if any(s is not None for one in first for s in one.states) or _read_twice(jobs):
+                after.set()
+        return loss.returned
+
+    def _link(self) -> Link:
+        return link_to(self.device)
+
+    @property
+    def _loss(self) -> Callable[..., Any]:
+        """The loss to call: as given, or as planned."""
+        found: Any = self.loss_fn if self.plan is None else self.plan.loss_fn
+        return found  # type: ignore[no-any-return]
 
     @property
     def chunk_sizes(self) -> tuple[int | Tokens, ...]:
@@ -172,17 +253,22 @@ class GradientCache:
         return tuple(tower.chunk_size for tower in self.towers)
 
     def _jobs(self, inputs: Sequence[Any]) -> list[Job]:
-        return [tower.job(value) for tower, value in zip(self.towers, inputs, strict=True)]
+        link = self._link()
+        jobs = [tower.job(value, link) for tower, value in zip(self.towers, inputs, strict=True)]
+        return jobs if "inputs" in self.offload else [job.on_device() for job in jobs]
 
     def _plan(
         self, inputs: Sequence[Any], loss_arguments: Mapping[str, Any], budget: MemoryBudget
     ) -> None:
         """Chunk sizes for batches up to the size of this one, where there are none yet."""
         with torch.enable_grad():
-            jobs = self._jobs(inputs)
+            link = self._link()
+            jobs = [tower.job(v, link) for tower, v in zip(self.towers, inputs, strict=True)]
             if self.plan is not None and self.plan.samples >= max(job.samples for job in jobs):
                 return
-            self.plan = plan_jobs(jobs, self.loss_fn, budget.device_bytes, loss_arguments)
+            assert self._units is not None
+            self.plan = plan_jobs(jobs, self.loss_fn, budget, loss_arguments, self._units)
+        self.offload = parts(self.plan.offload)
         sizes = zip(self.towers, self.plan.chunk_sizes, strict=True)
         self.towers = tuple(replace(tower, chunk_size=size) for tower, size in sizes)
 
@@ -194,13 +280,18 @@ class GradientCache:
         modules = modules_of(*(job.tower.modules for job in jobs))
         if number is None or reducers_of(modules) or not _are_scalars(loss_arguments):
             return False
-        if any(p.grad is not None for p in _trained(jobs, modules, self.loss_fn, loss_arguments)):
+        if any(p.grad is not None for p in _trained(jobs, modules, self._loss, loss_arguments)):
             return False
-        largest = max(stop - start for start, stop in jobs[number].ranges)
+        size, ranges = self.towers[number].chunk_size, jobs[number].ranges
+        largest = jobs[number].samples
+        if ranges is not None:
+            largest = max(stop - start for start, stop in ranges)
+        elif isinstance(size, int):
+            largest = min(largest, size)
         if largest < 2:
             return False
-        size = self.towers[number].chunk_size
         if isinstance(size, Tokens):
+            assert size.per_chunk != "auto"  # planned by now
             half: int | Tokens = replace(size, per_chunk=max(1, size.per_chunk // 2))
         else:
             half = largest // 2
@@ -218,6 +309,10 @@ def _for_each(value: T | Sequence[T], count: int, name: str) -> list[T]:
     return list(value)
 
 
+def _read_twice(jobs: Sequence[Job]) -> bool:
+    return any(job.ranges is None for job in jobs)
+
+
 def _counter(report: Report, stage: str, total: int) -> Callable[[int], None]:
     done = 0
 
@@ -227,58 +322,6 @@ def _counter(report: Report, stage: str, total: int) -> Callable[[int], None]:
         report(stage, done, total)
 
     return add
-
-
-def _evaluate(
-    jobs: Sequence[Job],
-    loss_fn: Callable[..., Any],
-    loss_arguments: Mapping[str, Any],
-    report: Report,
-) -> Any:
-    count = _counter(report, "encode", sum(job.samples for job in jobs))
-    return loss_fn(*(encode(job, count).embeddings for job in jobs), **loss_arguments)
-
-
-def _train(
-    jobs: Sequence[Job],
-    loss_fn: Callable[..., Any],
-    loss_arguments: Mapping[str, Any],
-    scaler: torch.amp.GradScaler | None,
-    report: Report,
-) -> Any:
-    modules = modules_of(*(job.tower.modules for job in jobs))
-    training = [job for job in jobs if job.trains]
-    reducers = reducers_of(m for job in training for m in job.tower.modules)
-    devices = frozenset().union(*(job.devices for job in jobs))
-    autocast = AutocastState.now(devices)
-    # A keyword's parameter (logit_scale) inside a DistributedDataParallel belongs to the backward
-    # that reduces, unless unused parameters are looked for: then it counts as one of them there.
-    hold = any(getattr(reducer, "find_unused_parameters", True) is False for reducer in reducers)
-    # Alone, a scalar's own graph (log_scale.exp()) waits, too: the step can be tried again.
-    hold = hold or (not reducers and _are_scalars(loss_arguments))
-    parameters = _trained(jobs, modules, loss_fn, loss_arguments)
-    buffers = Buffers(modules)
-    with _undone_by_errors(parameters, buffers, devices):
-        count = _counter(report, "encode", sum(job.samples for job in jobs))
-        with without_reduction(reducers):
-            forget_casts()
-            encoded = [encode(job, count) for job in jobs]
-            forget_casts()
-            states = [one.states for one in encoded]
-            loss: LossGradients = differentiate(
-                encoded, loss_fn, loss_arguments, scaler, autocast, hold_arguments=hold
-            )
-            forget_casts()
-        del encoded
-        after = RandomState.now(devices)
-        updated = buffers.forget_unchanged()
-        buffers.restore()
-        count = _counter(report, "backpropagate", sum(job.samples for job in training))
-        backpropagate(jobs, states, loss, autocast, count)
-        updated.restore()
-        if any(state is not None for per_job in states for state in per_job):
-            after.set()
-    return loss.returned
 
 
 def _are_scalars(loss_arguments: Mapping[str, Any]) -> bool:

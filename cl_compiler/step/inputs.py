@@ -10,23 +10,24 @@ What counts as a sample's data, and what as structure around it:
 * everything else (numbers, strings, None, tensors without dimensions) goes to every chunk.
 
 ``Whole`` and ``Rows`` overrule this: the one for a tensor that every chunk needs whole, the other
-for a list of one tensor per sample.
+for a list of one tensor per sample.  A ``Stream`` is a batch that is never there at once.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cl_compiler.errors import ArgumentError
 
-__all__ = ["Rows", "Tokens", "Whole", "chunk_ranges", "cut", "devices_of", "sample_count"]
+__all__ = ["Rows", "Stream", "Tokens", "Whole", "chunk_ranges", "cut", "devices_of", "mapped"]
+__all__ += ["lengths_of", "ranges_of", "sample_count", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,35 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A batch that comes in parts from what can be read twice: a list of files, a ``DataLoader``.
+
+    A step reads it once for each pass, and holds one part and what is cut from it.  Both times it
+    has to give the same parts; no chunk spans two of them.
+
+    parts: makes a new iterator each time; each part is an input of any structure.
+    samples: of all parts together.
+    """
+
+    parts: Iterable[Any]
+    samples: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.parts, Iterator):
+            raise ArgumentError(
+                f"Stream({type(self.parts).__name__}): a step reads its input twice, and this is "
+                "used up after once. Give what makes a new iterator each time: a list, a "
+                "DataLoader, an object with __iter__."
+            )
+        if self.samples < 1:
+            raise ArgumentError(f"Stream(samples={self.samples}): give at least one sample.")
+
+
+@dataclass(frozen=True)
 class Tokens:
     """A chunk size in tokens: consecutive samples as long as they take at most ``per_chunk``.
+
+    per_chunk: a number, or "auto" where chunk sizes are planned for a memory budget.
 
     lengths: of an input, the number of tokens of each sample; without it every sample counts as
         long as the second dimension of the first tensor, as it is when padding is not cut off.
@@ -59,7 +87,7 @@ class Tokens:
     A single sample that is longer makes a chunk of its own.
     """
 
-    per_chunk: int
+    per_chunk: int | Literal["auto"]
     lengths: Callable[[Any], Sequence[int] | Tensor] | None = None
     padded: bool = True
 
@@ -71,7 +99,7 @@ def _has_rows(value: Any) -> bool:
 
 def _children(value: Any) -> list[tuple[str, Any]] | None:
     """The parts of a structure by name; None for a leaf."""
-    if isinstance(value, Whole | Rows | Tensor | str | bytes) or _has_rows(value):
+    if isinstance(value, Whole | Rows | Stream | Tensor | str | bytes) or _has_rows(value):
         return None
     if isinstance(value, Mapping):
         return [(f"[{key!r}]", part) for key, part in value.items()]
@@ -145,7 +173,11 @@ def cut(value: Any, start: int, stop: int) -> Any:
     children = _children(value)
     if children is None:
         return value if _samples(value) is None else value[start:stop]
-    parts = [cut(part, start, stop) for _, part in children]
+    return _rebuilt(value, [cut(part, start, stop) for _, part in children])
+
+
+def _rebuilt(value: Any, parts: list[Any]) -> Any:
+    """A structure of the same type around other parts."""
     if isinstance(value, Mapping):
         return _mapping_like(value, dict(zip(value, parts, strict=True)))
     if isinstance(value, tuple):
@@ -182,6 +214,18 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
+def mapped(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any], Any]) -> Any:
+    """A chunk with every part of some kinds changed, in the same structure."""
+    if isinstance(value, kinds):
+        return change(value)
+    if isinstance(value, list):
+        return [mapped(part, kinds, change) for part in value]
+    children = _children(value)
+    if children is None:
+        return value
+    return _rebuilt(value, [mapped(part, kinds, change) for _, part in children])
+
+
 def devices_of(value: Any) -> frozenset[torch.device]:
     """The devices of an input's tensors."""
     return frozenset(tensor.device for tensor in tensors_of(value))
@@ -196,7 +240,13 @@ def chunk_ranges(value: Any, size: int | Tokens, what: str) -> tuple[tuple[int, 
     count = sample_count(value, what)
     if isinstance(size, int):
         return tuple((a, min(a + size, count)) for a in range(0, count, size))
-    lengths = _lengths(value, size, count, what)
+    return ranges_of(lengths_of(value, size, what), size)
+
+
+def ranges_of(lengths: Sequence[int], size: Tokens) -> tuple[tuple[int, int], ...]:
+    """The same from the lengths of the samples."""
+    assert size.per_chunk != "auto"  # planned before anything is cut
+    count = len(lengths)
     ranges, start, longest, total = [], 0, 0, 0
     for sample, length in enumerate(lengths):
         longest, total = max(longest, length), total + length
@@ -207,7 +257,13 @@ def chunk_ranges(value: Any, size: int | Tokens, what: str) -> tuple[tuple[int, 
     return (*ranges, (start, count))
 
 
-def _lengths(value: Any, size: Tokens, count: int, what: str) -> list[int]:
+def lengths_of(value: Any, size: Tokens, what: str) -> list[int]:
+    """The tokens of each sample.
+
+    Raises:
+        ArgumentError: no samples, or lengths that do not belong to this input.
+    """
+    count = sample_count(value, what)
     if size.lengths is not None:
         given = size.lengths(value)
         lengths = given.tolist() if isinstance(given, Tensor) else [int(n) for n in given]

@@ -6,7 +6,7 @@ side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_map
 from cl_compiler.errors import ArgumentError
 from cl_compiler.step.autocast import AutocastState, forget_casts
 from cl_compiler.step.modules import reducers_of, without_reduction
+from cl_compiler.step.offload import Link, Pending, Room, RowsHere
 from cl_compiler.step.out_of_memory import blame
 from cl_compiler.step.randomness import RandomState
-from cl_compiler.step.towers import Job
+from cl_compiler.step.towers import Chunk, Job
 
 __all__ = ["Encoded", "LossGradients", "Report", "backpropagate", "differentiate", "encode"]
 
@@ -32,64 +33,96 @@ Report = Callable[[str, int, int], None]
 class Encoded:
     """What the first pass leaves of one encoder.
 
-    embeddings: [samples · rows per sample, …], a leaf; states: of each chunk the state of the
-    random generators before it, None where it drew nothing.
+    embeddings: [rows, …], rows = samples · rows per sample, on the device or in host memory, None
+    after the loss;
+    trains: whether the loss computes their gradient; ranges: of the chunks, in samples;
+    states: of each chunk the state of the random generators before it, None where it drew nothing.
     """
 
-    embeddings: Tensor
+    embeddings: Tensor | Room | None
+    rows: int
+    trains: bool
+    ranges: tuple[tuple[int, int], ...]
     states: tuple[RandomState | None, ...]
+
+    def leaf(self) -> Tensor:
+        """The embeddings as the loss gets them, on the device."""
+        found = self.embeddings
+        assert found is not None
+        if not isinstance(found, Tensor):
+            found = found.begin(0, self.rows).get()
+        return found.requires_grad_(self.trains)
 
 
 @dataclass(frozen=True)
 class LossGradients:
     """The loss, and its gradients with respect to each encoder's embeddings; None: not needed.
 
+    embeddings: on the device, or in host memory;
     late: (tensor with a graph, its gradient) of arguments whose backward belongs to the last chunk.
     """
 
     returned: Any
-    embeddings: tuple[Tensor | None, ...]
+    embeddings: tuple[Tensor | Room | None, ...]
     late: tuple[tuple[Tensor, Tensor], ...]
 
 
-def encode(job: Job, report: Callable[[int], None]) -> Encoded:
+def encode(job: Job, report: Callable[[int], None], *, on_host: bool = False) -> Encoded:
     """The first pass of one encoder: its embeddings, chunk by chunk, and nothing else.
+
+    Args:
+        job: the encoder and its input.
+        report: told the samples of each chunk.
+        on_host: leave the embeddings in host memory.
 
     Raises:
         ArgumentError: chunks whose embeddings do not fit together.
     """
-    embeddings: Tensor | None = None
+    whole: Tensor | Room | None = None
+    rows, kind = 0, None  # of all embeddings: how many, and one without rows
+    ranges: list[tuple[int, int]] = []
     states: list[RandomState | None] = []
     with_graph = job.trains and job.tower.needs_graph()
-    before = RandomState.now(job.devices) if job.trains else None
-    for number, (start, stop) in enumerate(job.ranges):
+    before: RandomState | None = None
+    for chunk in job.chunks():
+        samples, value = chunk.stop - chunk.start, chunk.fetch()
+        if job.trains and (before is None or job.ranges is None):  # reading may have drawn some
+            before = RandomState.now(job.devices)
         with blame(job.tower.number), nullcontext() if with_graph else torch.no_grad():
-            part = job.tower.encode(job.chunk(number)).detach()
+            part = job.tower.encode(value).detach()
+        del value
         if with_graph:
             forget_casts()
-        if len(job.ranges) == 1:
-            embeddings = part
-        elif embeddings is None:
-            rows = job.samples * _rows_per_sample(job, part, stop - start)
-            embeddings = part.new_empty((rows, *part.shape[1:]))
-        _check_rows(job, part, embeddings, stop - start)
-        if embeddings is not part:
-            per_sample = embeddings.shape[0] // job.samples
-            embeddings[start * per_sample : stop * per_sample] = part
+        if kind is None:
+            per_sample, kind = _rows_per_sample(job, part, samples), part[:0].clone()
+            rows = job.samples * per_sample
+            if on_host:
+                whole = job.link.room(kind, rows)
+            else:
+                alone = samples == job.samples
+                whole = part if alone else part.new_empty((rows, *part.shape[1:]))
+        _check_rows(job, part, kind, rows, samples)
+        first = chunk.start * per_sample
+        if isinstance(whole, Tensor):
+            if whole is not part:
+                whole[first : first + len(part)] = part
+        elif whole is not None:
+            whole.put(first, part)
         del part
+        ranges.append((chunk.start, chunk.stop))
         if before is not None:
             after = RandomState.now(job.devices)
             drew = not after.same_as(before)
             states.append(before if drew else None)
             before = after if drew else before
-        report(stop - start)
-    assert embeddings is not None  # an input without samples is refused
-    if job.trains and not embeddings.is_floating_point():
+        report(samples)
+    assert whole is not None and kind is not None  # an input without samples is refused
+    if job.trains and not kind.is_floating_point():
         raise ArgumentError(
-            f"{job.tower.what} returned embeddings of {embeddings.dtype}, which have no gradient; "
+            f"{job.tower.what} returned embeddings of {kind.dtype}, which have no gradient; "
             "return floating-point numbers, or freeze the encoder with requires_grad_(False)."
         )
-    return Encoded(embeddings.requires_grad_(job.trains), tuple(states))
+    return Encoded(whole, rows, job.trains, tuple(ranges), tuple(states))
 
 
 def _rows_per_sample(job: Job, part: Tensor, samples: int) -> int:
@@ -103,13 +136,13 @@ def _rows_per_sample(job: Job, part: Tensor, samples: int) -> int:
     return rows
 
 
-def _check_rows(job: Job, part: Tensor, whole: Tensor, samples: int) -> None:
-    same_rows = part.shape[0] * job.samples == whole.shape[0] * samples
-    if same_rows and part.shape[1:] == whole.shape[1:] and part.dtype == whole.dtype:
+def _check_rows(job: Job, part: Tensor, kind: Tensor, rows: int, samples: int) -> None:
+    same_rows = part.shape[0] * job.samples == rows * samples
+    if same_rows and part.shape[1:] == kind.shape[1:] and part.dtype == kind.dtype:
         return
     raise ArgumentError(
         f"{job.tower.what} returned {list(part.shape)} {part.dtype} for a chunk of {samples} "
-        f"samples, and {list(whole.shape[1:])} {whole.dtype} per row before; all chunks must agree."
+        f"samples, and {list(kind.shape[1:])} {kind.dtype} per row before; all chunks must agree."
     )
 
 
@@ -121,6 +154,7 @@ def differentiate(
     autocast: AutocastState,
     *,
     hold_arguments: bool,
+    link: Link | None = None,
 ) -> LossGradients:
     """The second stage: the loss of all embeddings, and one backward down to them.
 
@@ -131,6 +165,7 @@ def differentiate(
         scaler: multiplies the loss before its backward.
         autocast: what to leave for the backward.
         hold_arguments: keep the backward of keyword arguments for the end of the step.
+        link: to the host memory where the gradients of embeddings are to wait.
 
     Raises:
         ArgumentError: the loss returns something else, or something without a graph.
@@ -145,19 +180,30 @@ def differentiate(
         return leaf
 
     keywords = {k: tree_map(hold, v) for k, v in arguments.items()} if hold_arguments else arguments
-    returned = loss_fn(*(e.embeddings for e in encoded), **keywords)
+    leaves = [one.leaf() for one in encoded]
+    returned = loss_fn(*leaves, **keywords)
     value, detached = _value_of(returned)
     if value.requires_grad:
         scaled = value if scaler is None else scaler.scale(value)
         with autocast.suspended():
             torch.autograd.backward(scaled)
-    elif any(e.embeddings.requires_grad for e in encoded):
+    elif any(one.trains for one in encoded):
         raise ArgumentError(
             "the loss has no graph although encoders train: it detaches its arguments, or runs "
             "under no_grad. Return the loss as PyTorch computed it."
         )
     late = tuple((given, leaf.grad) for given, leaf in held if leaf.grad is not None)
-    return LossGradients(detached, tuple(e.embeddings.grad for e in encoded), late)
+    gradients: list[Tensor | Room | None] = []
+    for leaf in leaves:
+        gradients.append(leaf.grad if link is None or leaf.grad is None else _kept(leaf.grad, link))
+        leaf.grad = None
+    return LossGradients(detached, tuple(gradients), late)
+
+
+def _kept(gradient: Tensor, link: Link) -> Room:
+    room = link.room(gradient, gradient.shape[0])
+    room.put(0, gradient)
+    return room
 
 
 def _value_of(returned: Any) -> tuple[Tensor, Any]:
@@ -185,54 +231,78 @@ def last_uses(
 
 def backpropagate(
     jobs: Sequence[Job],
-    states: Sequence[Sequence[RandomState | None]],
+    first: Sequence[Encoded],
     loss: LossGradients,
     autocast: AutocastState,
     report: Callable[[int], None],
 ) -> None:
     """The third stage: every chunk again, as it was, with a graph; its gradient goes down it.
 
+    Args:
+        jobs: the encoders and their inputs.
+        first: what the first pass left; its embeddings are not needed.
+        loss: the gradients.
+        autocast: what to leave for the backwards.
+        report: told the samples of each chunk.
+
     Raises:
-        ArgumentError: an encoder does not do again what it did.
+        ArgumentError: an encoder or a stream does not do again what it did.
     """
     wanted = [n for n, gradient in enumerate(loss.embeddings) if gradient is not None]
-    items = [(n, chunk) for n in wanted for chunk in range(len(jobs[n].ranges))]
+    items = [(n, chunk) for n in wanted for chunk in range(len(first[n].ranges))]
     reducers = {n: reducers_of(jobs[n].tower.modules) for n in wanted}
     last = last_uses(reducers, items)
     late = loss.late
-    without: set[int] = set()  # encoders that turned out to train nothing
-    for item in items:
-        n, chunk = item
-        job, gradient = jobs[n], loss.embeddings[n]
-        start, stop = job.ranges[chunk]
-        if n in without or gradient is None:
-            continue
-        unreduced = without_reduction(reducer for reducer in last if last[reducer] != item)
-        with blame(job.tower.number), unreduced:
-            state = states[n][chunk]
-            if state is not None:
-                state.set()
-            part = job.tower.encode(job.chunk(chunk))
-            if not part.requires_grad:
-                without.add(n)
-                continue
-            rows = gradient.shape[0] // job.samples
-            piece = gradient[start * rows : stop * rows]
-            if piece.shape != part.shape:
-                raise ArgumentError(
-                    f"{job.tower.what} returned {list(part.shape)} for a chunk that gave "
-                    f"{list(piece.shape)} before; the shape may depend on nothing but the input."
-                )
-            roots, gradients = [part], [piece]
-            if item == items[-1]:
-                roots += [given for given, _ in late]
-                gradients += [leaf for _, leaf in late]
-                late = ()
-            with autocast.suspended():
-                torch.autograd.backward(roots, gradients)
-            del part, roots
-            forget_casts()
-        report(stop - start)
+    for n in wanted:
+        job = jobs[n]
+        for number, (chunk, piece) in enumerate(_with_gradients(job, first[n], loss.embeddings[n])):
+            unreduced = without_reduction(r for r in last if last[r] != (n, number))
+            with blame(job.tower.number), unreduced:
+                value = chunk.fetch()
+                state = first[n].states[number]
+                if state is not None:
+                    state.set()
+                part = job.tower.encode(value)
+                if not part.requires_grad:
+                    break  # an encoder that turned out to train nothing
+                gradient = piece.get()
+                if gradient.shape != part.shape:
+                    raise ArgumentError(
+                        f"{job.tower.what} returned {list(part.shape)} for a chunk that gave "
+                        f"{list(gradient.shape)} before; the shape may depend on nothing but the "
+                        "input."
+                    )
+                roots, gradients = [part], [gradient]
+                if (n, number) == items[-1]:
+                    roots += [given for given, _ in late]
+                    gradients += [leaf for _, leaf in late]
+                    late = ()
+                with autocast.suspended():
+                    torch.autograd.backward(roots, gradients)
+                del part, roots, gradients, gradient, value
+                forget_casts()
+            report(chunk.stop - chunk.start)
     if late:
         with autocast.suspended():
             torch.autograd.backward([given for given, _ in late], [leaf for _, leaf in late])
+
+
+def _with_gradients(
+    job: Job, first: Encoded, gradient: Tensor | Room | None
+) -> Iterator[tuple[Chunk, Pending]]:
+    """Each chunk and its rows of the gradient, both on their way to the device.
+
+    Raises:
+        ArgumentError: a stream gives other chunks than before.
+    """
+    assert gradient is not None
+    room = RowsHere(gradient) if isinstance(gradient, Tensor) else gradient
+    per_sample = first.rows // job.samples
+    for number, chunk in enumerate(job.chunks()):
+        if number == len(first.ranges) or first.ranges[number] != (chunk.start, chunk.stop):
+            raise ArgumentError(
+                f"the input of {job.tower.what} gave other parts when it was read again: a Stream "
+                "has to give the same ones each time (a DataLoader without shuffle)."
+            )
+        # On its way while the chunk is encoded: it is wanted after that.
+        yield chunk, room.begin(chunk.start * per_sample, chunk.stop * per_sample)

@@ -28,10 +28,11 @@ from cl_compiler.step.modules import (
     reducers_of,
     without_reduction,
 )
+from cl_compiler.step.offload import Link, fetched
 from cl_compiler.step.randomness import RandomState
 from cl_compiler.step.towers import Job
 
-__all__ = ["ChunkCost", "EmbeddingShape", "LossCost", "probe_chunk", "probe_loss"]
+__all__ = ["ChunkCost", "EmbeddingShape", "LossCost", "link_rate", "probe_chunk", "probe_loss"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,16 @@ class EmbeddingShape:
 
 @dataclass(frozen=True)
 class ChunkCost:
-    """Of one chunk of ``samples``: peaks beyond what exists, and seconds.
+    """Of one chunk: peaks beyond what exists, and seconds.
 
+    size: as a chunk size, in samples or tokens; work: what was measured, in the same units;
+    samples: of the chunk, with tokens of the one that has most.
     forward: without a graph; training: forward and backward, 0 for what does not train, with the
     parameters' gradients in place; first: the same with none there, so that they are in the peak.
     """
 
+    size: int
+    work: int
     samples: int
     forward_bytes: int
     training_bytes: int
@@ -64,35 +69,34 @@ class ChunkCost:
     training_s: float
     shape: EmbeddingShape
 
-    @property
-    def seconds_per_sample(self) -> float:
-        return (self.forward_s + self.training_s) / self.samples
-
 
 @dataclass(frozen=True)
 class LossCost:
     """Of one loss of a whole batch: its peak with the returned gradients, and seconds.
 
-    seconds is NaN where only the bytes were found out.
+    seconds is NaN where only the bytes were found out; limit_bytes: what a compiled loss may take.
     """
 
     peak_bytes: int
     seconds: float
+    limit_bytes: int | None = None
 
 
 def probe_chunk(
-    job: Job, samples: int, *, repeats: int = 1, limit_bytes: float = math.inf
+    job: Job, start: int, stop: int, *, repeats: int = 1, limit_bytes: float = math.inf
 ) -> ChunkCost:
-    """Encode the first samples of a job's input, without and with a graph.
+    """Encode some samples of a job's input, without and with a graph.
 
     Args:
         job: an encoder and its input.
-        samples: how many.
+        start: the first of them.
+        stop: the one after the last.
         repeats: the fastest of so many is the time.
         limit_bytes: where the parameters' gradients do not fit beside the chunk's graph, they are
             not put there: training_bytes is then first_bytes, which is no less.
     """
-    chunk = cut(job.value, 0, samples)
+    samples = stop - start
+    chunk = fetched(cut(job.value, start, stop), job.link)()
     with _undisturbed(job) as trained:
         with LiveBytes() as live, torch.no_grad():
             part = job.tower.encode(chunk)
@@ -128,7 +132,15 @@ def probe_chunk(
                     training_bytes = live.peak_bytes
                 training_s = _fastest(train if fits else train_first, repeats, job)
     return ChunkCost(
-        samples, forward_bytes, training_bytes, first_bytes, forward_s, training_s, shape
+        size=samples,
+        work=samples,
+        samples=samples,
+        forward_bytes=forward_bytes,
+        training_bytes=training_bytes,
+        first_bytes=first_bytes,
+        forward_s=forward_s,
+        training_s=training_s,
+        shape=shape,
     )
 
 
@@ -237,6 +249,18 @@ def _dry_bytes(
     except (CompilerError, RuntimeError, NotImplementedError, TypeError, ValueError):
         return None
     return int(live.peak_bytes)
+
+
+def link_rate(link: Link, job: Job, budget_bytes: int) -> float:
+    """Bytes per second from the host to the device, the better of two copies."""
+    elements = max(1, min(1 << 22, budget_bytes // 16))
+    host = link.room(torch.empty(0), elements)
+    host.put(0, torch.zeros(elements, device=next(iter(job.devices), None)))
+
+    def copy() -> None:
+        host.begin(0, elements).get()
+
+    return 4 * elements / max(_fastest(copy, 2, job), 1e-9)
 
 
 def _fastest(run: Callable[[], Any], repeats: int, job: Job) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from cl_compiler.errors import ArgumentError
-from cl_compiler.step.inputs import Tokens, chunk_ranges, cut, devices_of, tensors_of
+from cl_compiler.step.inputs import Stream, Tokens, chunk_ranges, cut, devices_of, tensors_of
 from cl_compiler.step.modules import (
     devices_of_modules,
     is_compiled,
     modules_of,
     owner_of,
 )
+from cl_compiler.step.offload import Link, ahead, fetched
 
-__all__ = ["Job", "Tower", "call_by_structure"]
+__all__ = ["Call", "Chunk", "Encoder", "Job", "Tower", "call_by_structure"]
 
 Encoder = Callable[..., Any]
 Call = Callable[[Encoder, Any], Any]
@@ -68,8 +69,8 @@ class Tower:
         """
         return is_compiled(self.encoder, self.modules)
 
-    def job(self, value: Any) -> Job:
-        """The encoder's part of one step.
+    def job(self, value: Any, link: Link) -> Job:
+        """The encoder's part of one step, whose input comes over ``link``.
 
         Raises:
             ArgumentError: the input has no samples, or cannot be cut.
@@ -85,8 +86,8 @@ class Tower:
         owner = owner_of(self.encoder)
         trains = owner is None or any(p.requires_grad for p in owner.parameters())
         trains = trains or any(t.requires_grad for t in tensors)
-        ranges = chunk_ranges(value, self.chunk_size, what)
-        return Job(self, value, ranges, trains and torch.is_grad_enabled())
+        ranges = None if isinstance(value, Stream) else chunk_ranges(value, self.chunk_size, what)
+        return Job(self, value, ranges, trains and torch.is_grad_enabled(), link)
 
     def encode(self, chunk: Any) -> Tensor:
         """The embeddings of one chunk, with a graph where gradients are enabled.
@@ -109,23 +110,87 @@ class Tower:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Samples start … stop - 1 of an input; ``fetch`` waits until they are on the device."""
+
+    start: int
+    stop: int
+    fetch: Callable[[], Any]
+
+
+@dataclass(frozen=True)
 class Job:
-    """One encoder in one step; ``ranges``: (start, stop) of its chunks, in samples."""
+    """One encoder in one step.
+
+    ranges: (start, stop) of its chunks, in samples; None for a stream, until it is read.
+    link: over which its chunks reach the device, the next one while one is encoded.
+    """
 
     tower: Tower
     value: Any
-    ranges: tuple[tuple[int, int], ...]
+    ranges: tuple[tuple[int, int], ...] | None
     trains: bool
+    link: Link
 
     @property
     def samples(self) -> int:
-        return self.ranges[-1][1]
+        return self.value.samples if self.ranges is None else self.ranges[-1][1]
 
     @cached_property
     def devices(self) -> frozenset[torch.device]:
         """Where the encoder may draw random numbers."""
         return devices_of(self.value) | devices_of_modules(self.tower.modules)
 
-    def chunk(self, number: int) -> Any:
-        """The input of one chunk."""
-        return cut(self.value, *self.ranges[number])
+    def chunks(self) -> Iterator[Chunk]:
+        """The input, chunk by chunk; the copy of the next one has begun when one is given.
+
+        Raises:
+            ArgumentError: a stream has not as many samples as it says.
+        """
+
+        def begin(item: tuple[int, int, Any]) -> Chunk:
+            start, stop, value = item
+            return Chunk(start, stop, fetched(value, self.link))
+
+        if not self.link.separate:
+            return map(begin, self._pieces())
+        return ahead(self._pieces(), begin)
+
+    def _pieces(self) -> Iterable[tuple[int, int, Any]]:
+        if self.ranges is None:
+            return self._of_stream()
+        return ((start, stop, cut(self.value, start, stop)) for start, stop in self.ranges)
+
+    def _of_stream(self) -> Iterator[tuple[int, int, Any]]:
+        what, first = f"the input of {self.tower.what}", 0
+
+        def wrong(count: str) -> ArgumentError:
+            return ArgumentError(
+                f"{what} is a Stream of {self.samples:,} samples, and its parts have {count}: "
+                "give the number that all parts have together."
+            )
+
+        for part in self.value.parts:
+            ranges = chunk_ranges(part, self.tower.chunk_size, what)
+            if first + ranges[-1][1] > self.samples:
+                raise wrong(f"{first + ranges[-1][1]:,} or more")
+            for start, stop in ranges:
+                yield first + start, first + stop, cut(part, start, stop)
+            first += ranges[-1][1]
+        if first < self.samples:
+            raise wrong(f"{first:,}")
+
+    def first_part(self) -> Job:
+        """A job of what is there to be looked at: of a stream, its first part."""
+        if self.ranges is not None:
+            return self
+        for part in self.value.parts:
+            ranges = chunk_ranges(part, 1, f"the input of {self.tower.what}")
+            return replace(self, value=part, ranges=ranges)
+        raise ArgumentError(f"the input of {self.tower.what} is a Stream without any part.")
+
+    def on_device(self) -> Job:
+        """The same with the whole input on the device; a stream stays one."""
+        if self.ranges is None or not self.link.separate:
+            return self
+        return replace(self, value=fetched(self.value, self.link)(), link=Link())

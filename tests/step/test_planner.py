@@ -11,7 +11,10 @@ from torch import nn
 from cl_compiler import GradientCache, compile_loss, plan_step
 from cl_compiler.errors import ArgumentError, BudgetError
 from cl_compiler.runtime.live_bytes import LiveBytes
-from cl_compiler.step.planner import StepPlan, _without_a_single
+from cl_compiler.step.chunks import Sizes
+from cl_compiler.step.offload import Link
+from cl_compiler.step.planner import StepPlan
+from cl_compiler.step.towers import Tower, call_by_structure
 from tests.step.encoders import assert_same, contrast, gradients, tower
 from tests.step.encoders import batch as values
 
@@ -86,7 +89,8 @@ def test_predictions_hold_for_other_steps(encoders, loss_fn):
 
 def test_no_last_chunk_of_one_sample():
     """BatchNorm refuses one; 701 = 100 · 7 + 1."""
-    assert [_without_a_single(size, SAMPLES) for size in (100, 99, 350, 2, 701)] == [
+    sizes = Sizes(Tower(0, tower(0), 1, call_by_structure, None).job(batch(2), Link()))
+    assert [sizes.without_a_single(size, SAMPLES) for size in (100, 99, 350, 2, 701)] == [
         99,
         99,
         349,
@@ -165,7 +169,7 @@ def test_the_largest_batch_is_one_that_fits():
     a, b = encoder(0, 64, 3), encoder(1, 64, 3)
     loss_fn = compile_loss("auto", "2MiB")
     values = (batch(2, 256), batch(3, 256))
-    plan = plan_step([a, b], values, loss_fn, "2MiB")
+    plan = plan_step([a, b], values, loss_fn, "1MiB")
     assert plan.max_batch > 256
     again = plan_step([a, b], values, loss_fn, plan.budget_bytes, samples=plan.max_batch)
     assert again.peak_bytes <= plan.budget_bytes
