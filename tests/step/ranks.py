@@ -1,6 +1,6 @@
-"""What each of two processes does in test_ranks.py: cached steps under DistributedDataParallel.
+"""What each of two or four processes does in test_ranks.py: cached steps, and their reductions.
 
-    python -m tests.step.ranks RANK RENDEZVOUS_FILE
+    python -m tests.step.ranks RANK RENDEZVOUS_FILE PROCESSES
 
 It compares with plain steps itself and prints a line per case; it fails if one is wrong.
 """
@@ -137,11 +137,13 @@ def sharded_and_checkpointed(x: Tensor, y: Tensor, chunk: int) -> None:
     assert len(reduced) <= 4
 
 
-def main(rank: int, rendezvous: str) -> None:
+def main(rank: int, rendezvous: str, processes: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=processes
+    )
     x, y = batch(10 + rank), batch(20 + rank)
-    chunk = (4, 3)[rank]  # the ranks need not have the same number of chunks
+    chunk = (4, 3, 2, 13)[rank]  # the ranks need not have the same number of chunks
     separate_towers(x, y, chunk)
     print("separate towers")
     for shared, unused in ((True, False), (True, True), (False, True)):
@@ -153,4 +155,4 @@ def main(rank: int, rendezvous: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -71,6 +71,24 @@ def test_four_encoders_of_which_two_are_one():
     assert_same(gradients(a, b, c), want)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_gradients_in_fp32_are_those_of_the_plain_step(count):
+    """To 5e-6 of the largest, with one to four encoders and chunks that do not divide the batch."""
+    encoders = [tower(n, dtype=torch.float32) for n in range(count)]
+    values = [batch(n, dtype=torch.float32) for n in range(count)]
+
+    def loss_fn(*found):
+        rows = torch.cat(found)
+        return torch.logsumexp(rows @ rows.T, 1).mean() - rows.square().mean()
+
+    loss_fn(*(m(v) for m, v in zip(encoders, values, strict=True))).backward()
+    want = gradients(*encoders)
+    GradientCache(encoders, loss_fn, chunk_sizes=[4, 5, 1, 100][:count])(*values)
+    largest = max(w.abs().max().item() for w in want)
+    for one, other in zip(gradients(*encoders), want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-6 * largest)
+
+
 class Counting(nn.Module):
     """Counts how often it runs, and whether its loss wanted its gradient."""
 
