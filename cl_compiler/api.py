@@ -247,6 +247,7 @@ def loss_signature(ir: LossIR) -> LossSignature:
         parameters=ir.parameters,
         uses_positives=ir.uses_positives,
         stops=frozenset(op.name for op in ir.operands if op.stop),
+        one_positive=("positives_per_row", 1) in ir.constants,
     )
 
 

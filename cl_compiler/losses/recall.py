@@ -6,14 +6,15 @@ from cl_compiler import lang as cl
 def recall_at_k(ks) -> cl.LossIR:
     """Recall@k surrogate (Patel et al. 2022), summed over ks; one positive per row.
 
-    The paper takes temperatures tau_rank = 0.01 and tau_k = 1, and ks = (1, 2, 4, 8, 16).
+    The paper takes temperatures tau_rank = 0.01 and tau_k = 1, and ks = (1, 2, 4, 8, 16).  Ids that
+    give a row several positives are refused: each would have a rank of its own.
 
     Args:
         ks: cut-offs.
     """
     ks = tuple(ks)
 
-    @cl.define_loss(constants=[("ks", ks)])
+    @cl.define_loss(constants=[("ks", ks), ("positives_per_row", 1)])
     def recall(sim, tau_rank, tau_k):
         above = cl.sigmoid((sim - cl.at_positive(sim, on=cl.rows)) / tau_rank)
         rank = 1 + cl.sum(above, over=cl.cols, where=~cl.is_positive)

@@ -125,6 +125,8 @@ class ArgumentChecker:
         inputs = {n: self._input(n, axis, given.pop(n), lengths, outer) for n, axis in sig.inputs}
         parameters = {n: self._parameter(n, given.pop(n)) for n in sig.parameters}
         ids = self._ids(given, lengths)
+        if ids and self.signature.one_positive:
+            _check_one_positive(self.signature.name, list(ids.values()))
         positives = "ids"
         if not ids:
             positives = sig.positives(lengths["rows"], lengths["cols"])
@@ -342,3 +344,21 @@ def _scalar(value: float | Tensor) -> Tensor:
 
 
 __all__ = ["ArgumentChecker", "Call"]
+
+
+def _check_one_positive(name: str, ids: Sequence[Tensor]) -> None:
+    """Of one set [2b] each id may occur twice; of two, once among the columns that rows have.
+
+    Raises:
+        ArgumentError: a row has several positives.
+    """
+    rows, cols = ids[0], ids[-1]
+    found, counts = torch.unique(cols, return_counts=True)
+    crowded = found[counts > (2 if len(ids) == 1 else 1)]
+    wrong = torch.isin(rows, crowded)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ArgumentError(
+            f"{name} takes one positive per row, and row {row} (id {int(rows[row])}) has several "
+            "columns with its id: give each row one of them, or use a loss that takes several."
+        )

@@ -12,7 +12,8 @@ from typing import Any
 class LossSignature:
     """What a loss is called with: names and kinds, nothing of how it is computed.
 
-    ``operands``: (name, axes); ``inputs``: (name, axis); ``parameters``: names.
+    ``operands``: (name, axes); ``inputs``: (name, axis); ``parameters``: names; ``one_positive``:
+    the formula has no meaning where a row has several.
     """
 
     name: str
@@ -21,6 +22,7 @@ class LossSignature:
     parameters: tuple[str, ...]
     uses_positives: bool
     stops: frozenset[str] = frozenset()
+    one_positive: bool = False
 
     @property
     def single_set(self) -> bool:
