@@ -23,6 +23,12 @@ _FULL = 0.92
 _TIMED = (1, 2, 4, 8)
 """Fractions of the largest chunk whose speed is compared."""
 
+_ROUNDS = 2
+_SECONDS = ("forward_s", "training_s")
+_NEARLY = 1.05
+"""The largest chunk of those that take at most so many times as long as the fastest is taken: fewer
+chunks have less around them, which is not measured."""
+
 Share = Callable[[ChunkCost], float]
 
 
@@ -138,11 +144,16 @@ def fastest_that_fits(
         limit_bytes: the budget.
     """
     largest = _search(sizes, share, limit_bytes)
-    for part in _TIMED:
-        size = sizes.without_a_single(max(sizes.least, largest // part), total)
-        if size not in sizes.timed:
-            sizes.measure(size, repeats=2, limit_bytes=limit_bytes)
-            sizes.timed.add(size)
+    parts = [max(sizes.least, largest // part) for part in _TIMED]
+    new = {sizes.without_a_single(size, total) for size in parts} - sizes.timed
+    for _ in range(_ROUNDS):  # in turns: a machine that is busy for a while slows all of them
+        for size in sorted(new):
+            before = sizes.known.get(size)
+            cost = sizes.measure(size, limit_bytes=limit_bytes)
+            if before is not None:
+                quicker = {n: min(getattr(before, n), getattr(cost, n)) for n in _SECONDS}
+                sizes.known[size] = replace(cost, **quicker)
+    sizes.timed.update(new)
     timed = [sizes.known[size] for size in sorted(sizes.timed)]
     fits = [
         cost
@@ -153,7 +164,9 @@ def fastest_that_fits(
     def seconds(cost: ChunkCost) -> float:
         return (cost.forward_s + cost.training_s) * sizes.work(cost.size) / cost.work
 
-    return min(fits, key=seconds), max(cost.size for cost in fits)
+    enough = _NEARLY * min(map(seconds, fits))
+    chosen = max((cost for cost in fits if seconds(cost) <= enough), key=lambda cost: cost.size)
+    return chosen, max(cost.size for cost in fits)
 
 
 def _search(sizes: Sizes, share: Share, limit_bytes: int) -> int:
