@@ -47,10 +47,18 @@ CONFIGURATIONS = tuple(
     for gradients in (False, True)
 )
 
+REAL_PRODUCTS = tuple(
+    Configuration(2, chunk, 4, 1.2, gradients)
+    for chunk in (640, 1920)
+    for gradients in (False, True)
+)
+"""Two ranks that multiply matrices in place of waiting: two cores have room for no more."""
+
 __all__ = [
     "CALIBRATED_ROWS",
     "CONFIGURATIONS",
     "RATE_BITS_PER_S",
+    "REAL_PRODUCTS",
     "ROW_BYTES",
     "WIDTH",
     "Configuration",

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from benchmarks.ring_configurations import (
     CALIBRATED_ROWS,
     CONFIGURATIONS,
     RATE_BITS_PER_S,
+    REAL_PRODUCTS,
     ROW_BYTES,
     WIDTH,
     Configuration,
@@ -81,14 +83,14 @@ def together(ring: Any, act: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def ring_seconds(ring: Any, module: Any, c: Configuration, wait_s: float) -> float:
+def ring_seconds(ring: Any, module: Any, c: Configuration, work: Callable[[], object]) -> float:
     """Wall seconds of one pass over the ring, until the last rank is done."""
     y = torch.ones(c.chunk * c.chunks, WIDTH)
     folds = [(module.SUM, torch.zeros(len(y), WIDTH))] if c.gradients else []
 
     def act() -> None:
         for _ in module._shards(ring, "rows", (y,), folds):
-            time.sleep(wait_s)
+            work()
 
     return float(ring.largest(torch.tensor([together(ring, act)], dtype=torch.float64)))
 
@@ -188,6 +190,11 @@ def rank_main(rank: int, ranks: int, slow: bool, place: Place | None, where: str
     links, r2 = fitted_links(ring)
     start_s, join_s = memory_seconds(ring)
     post_s, late_s = post_seconds(ring), oversleeping_seconds()
+
+    def clock() -> Clock:
+        one = np.ones(ranks)
+        return Clock(links, one, start_s_per_byte=start_s, join_s_per_byte=join_s, post_s=post_s)
+
     results = []
     for c in CONFIGURATIONS:
         if (c.ranks, c.slow) != (ranks, slow):
@@ -196,32 +203,68 @@ def rank_main(rank: int, ranks: int, slow: bool, place: Place | None, where: str
         ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks})
         message = c.chunk * ROW_BYTES * float(links.s_per_byte.max()) + float(links.latency_s.max())
         wait_s = float(ring.largest(torch.tensor([c.ratio * message * (1 + c.gradients)])))
-        found = [ring_seconds(ring, module, c, wait_s) for _ in range(REPEATS)]
-        clock = Clock(
-            links, np.ones(ranks), start_s_per_byte=start_s, join_s_per_byte=join_s, post_s=post_s
-        )
-        travel = Travel("forward", WIDTH, WIDTH if c.gradients else 0)
-        work = [Work(travel, (wait_s + late_s) * c.chunks)]
-        predicted = run(clock, "ring_travel", work, c.chunk * c.chunks, c.chunk, 4, 4)
+        measured = measured_seconds(ring, module, c, partial(time.sleep, wait_s))
+        predicted_s = predicted_seconds(clock(), c, wait_s + late_s)
+        products_s = wait_s * c.chunks * ranks
         results.append(
-            asdict(c)
-            | {
-                "measured_s": statistics.median(found),
-                "fastest_s": min(found),
-                "slowest_s": max(found),
-                "predicted_s": predicted.seconds - 2 * number_seconds(links),
-                "products_s": wait_s * c.chunks * ranks,
-            }
+            asdict(c) | measured | {"predicted_s": predicted_s, "products_s": products_s}
         )
+    real = []
+    for c in REAL_PRODUCTS if (ranks, slow) == (2, False) else ():
+        module = shards_of(c.chunk)
+        ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks})
+        message = c.chunk * ROW_BYTES * float(links.s_per_byte.max()) + float(links.latency_s.max())
+        product, product_s = product_of(ring, c, c.ratio * message * (1 + c.gradients))
+        measured = measured_seconds(ring, module, c, product)
+        predicted_s = predicted_seconds(clock(), c, product_s)
+        products_s = product_s * c.chunks * ranks
+        real.append(asdict(c) | measured | {"predicted_s": predicted_s, "products_s": products_s})
     if rank == 0:
         calibrated = {
             "ranks": ranks, "slow": slow, "bytes_per_s": [1 / s for s in links.s_per_byte],
             "latency_s": links.latency_s.tolist(), "r2": r2, "start_s_per_byte": start_s,
             "join_s_per_byte": join_s, "post_s": post_s, "oversleeping_s": late_s,
         }  # fmt: skip
-        Path(out).write_text(json.dumps({"calibrated": calibrated, "results": results}))
+        found = {"calibrated": calibrated, "results": results, "real": real}
+        Path(out).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def measured_seconds(
+    ring: Any, module: Any, c: Configuration, work: Callable[[], object]
+) -> dict[str, float]:
+    """Of some passes: the median, the fastest and the slowest."""
+    found = [ring_seconds(ring, module, c, work) for _ in range(REPEATS)]
+    return {
+        "measured_s": statistics.median(found), "fastest_s": min(found), "slowest_s": max(found)
+    }  # fmt: skip
+
+
+def predicted_seconds(clock: Clock, c: Configuration, step_s: float) -> float:
+    """What the simulator makes of a pass whose every step multiplies for so long."""
+    work = [Work(Travel("forward", WIDTH, WIDTH if c.gradients else 0), step_s * c.chunks)]
+    found = run(clock, "ring_travel", work, c.chunk * c.chunks, c.chunk, 4, 4)
+    return found.seconds - 2 * number_seconds(clock.links)
+
+
+def product_of(ring: Any, c: Configuration, seconds: float) -> tuple[Callable[[], object], float]:
+    """A product of a chunk with as many rows as take about so long, and how long it takes.
+
+    All ranks multiply at once, and nothing is sent.
+    """
+    y = torch.randn(c.chunk, WIDTH)
+
+    def timed(rows: int) -> tuple[Callable[[], object], float]:
+        x, out = torch.randn(rows, WIDTH), torch.empty(rows, c.chunk)
+        product = partial(torch.mm, x, y.T, out=out)
+        product()
+        found = statistics.median(together(ring, product) for _ in range(9))
+        return product, float(ring.largest(torch.tensor([found], dtype=torch.float64)))
+
+    rows = 512
+    _, took_s = timed(rows)
+    return timed(max(16, round(rows * seconds / took_s)))
 
 
 def number_seconds(links: Links) -> float:
@@ -323,6 +366,11 @@ def main() -> None:
     every = [r for part in found for r in part["results"]]
     result = {
         "summary": summary(every),
+        "with_real_products": [
+            {"error": r["predicted_s"] / r["measured_s"] - 1,
+             "over_products": r["measured_s"] / r["products_s"] - 1}
+            for part in found for r in part["real"]
+        ],
         "machine": {
             "cores": os.cpu_count(), "load_before": before, "torch": torch.__version__,
             "links": "loopback" if arguments.loopback else f"{RATE_BITS_PER_S:.0f} bit/s each",
@@ -330,9 +378,11 @@ def main() -> None:
         "failures": failures,
         "calibrated": [part["calibrated"] for part in found],
         "results": every,
+        "real_products": [r for part in found for r in part["real"]],
     }  # fmt: skip
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["summary"], indent=1))
+    shown = {key: result[key] for key in ("summary", "with_real_products")}
+    print(json.dumps(shown, indent=1))
     if failures:
         raise SystemExit("not all groups were measured: " + "; ".join(failures))
 
