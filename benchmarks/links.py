@@ -22,6 +22,13 @@ INTERFACE = "eth0"
 """The port of every place; what ``GLOO_SOCKET_IFNAME`` names."""
 _NEW_NETWORK = 0x40000000
 _TOOL_LIMIT_S = 10.0
+_SETTINGS = (
+    "tcp_congestion_control=reno",
+    "tcp_slow_start_after_idle=0",
+    # Windows that a slow way back for acknowledgements does not exhaust.
+    "tcp_rmem=4096 4194304 16777216",
+    "tcp_wmem=4096 4194304 16777216",
+)
 
 
 class NoLinksError(RuntimeError):
@@ -127,7 +134,7 @@ def _join(middle: Place, place: Place, number: int, bits_per_s: float) -> None:
     with contextlib.suppress(NoLinksError):  # connections take turns, as in a network card
         never = ("limit", "100000", "target", "10s", "interval", "20s")  # to drop a packet
         place.run(*add, "parent", "1:1", "handle", "10:", "fq_codel", *never)
-    for setting in ("tcp_congestion_control=reno", "tcp_slow_start_after_idle=0"):
+    for setting in _SETTINGS:
         with contextlib.suppress(NoLinksError):  # the machine's own defaults will do
             place.run("sysctl", "-w", f"net.ipv4.{setting}")
 

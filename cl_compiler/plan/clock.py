@@ -11,6 +11,7 @@ bytes over bandwidth.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Links:
     def ranks(self) -> int:
         return len(self.latency_s)
 
-    @property
+    @cached_property
     def next_ranks(self) -> Vector:
         """The rank that each rank sends to."""
         return (np.arange(self.ranks) + 1) % self.ranks if self.after is None else self.after
