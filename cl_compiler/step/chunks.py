@@ -175,13 +175,15 @@ def _search(sizes: Sizes, share: Share, limit_bytes: int) -> int:
     A peak is the largest of several that grow linearly from something that is not negative: n times
     the samples take at most n times the bytes, and chunks for which that fits may be measured.
     """
-    known = sizes.known
+    known, missed = sizes.known, False
     low = max(size for size, cost in known.items() if share(cost) <= 1)
     high = min((s for s, cost in known.items() if share(cost) > 1), default=sizes.most + 1)
     for _ in range(_PROBES):
         if low == sizes.most or share(known[low]) > _FULL:
             break
         size = _furthest(known[low], low, high - 1, share)
+        if missed:  # bytes grow faster, or are not all of them seen: halves instead
+            size = min(size, (low + high) // 2)
         if size <= low:  # nothing larger is sure to fit
             break
         try:
@@ -190,10 +192,10 @@ def _search(sizes: Sizes, share: Share, limit_bytes: int) -> int:
         except (RuntimeError, MemoryError) as error:
             if blamed_encoder(error) is None:
                 raise
-            high = size
+            high, missed = size, True
             continue
         if share(cost) > 1:
-            high = size
+            high, missed = size, True
         else:
             low = size
     return low

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import le
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from cl_compiler.plan.types import MemoryBudget
 from cl_compiler.step.autocast import AutocastState, forget_casts
 from cl_compiler.step.chunks import units_of
 from cl_compiler.step.inputs import Tokens, tensors_of
+from cl_compiler.step.ledger import Ledger
 from cl_compiler.step.loss_share import is_named
 from cl_compiler.step.modules import (
     Buffers,
@@ -81,7 +83,7 @@ class GradientCache:
             the name or definition of a loss, which gets what the embeddings leave of the budget.
         chunk_sizes: samples per chunk, or ``Tokens``; one for all encoders or one for each; "auto"
             or ``Tokens("auto", …)``: the fastest that hold memory_budget, found at the first batch
-            (see ``plan_step``) and again at a larger one.
+            (see ``plan_step``) and again at one with more or larger samples.
         memory_budget: of what a step allocates on one device; with "auto" only.
         embedding: from an encoder's output to the tensor [rows, …] that the loss gets; one or one
             for each; None where the output is that tensor.
@@ -134,6 +136,10 @@ class GradientCache:
         self.device, self.offload = device, parts(offload)
         self.memory_budget = None if memory_budget is None else MemoryBudget.parse(memory_budget)
         self.plan: StepPlan | None = None
+        self._widths: tuple[float, ...] = ()
+        """Of the inputs that were planned for: elements of a sample."""
+        self._lessons: dict[int, int | Tokens] = {}
+        """Chunk sizes after one ran out of memory, by tower: none is larger later."""
         wanted: Any = chunk_sizes if self._units is None else 1  # until the first batch
         sizes: list[int | Tokens] = _for_each(wanted, count, "chunk_sizes")
         for size in sizes:
@@ -176,16 +182,16 @@ class GradientCache:
         if self.memory_budget is not None:
             self._plan(inputs, loss_arguments, self.memory_budget)
         with reporter(self.progress) as report:
-            jobs = self._jobs(inputs)
+            jobs, ledger = self._jobs(inputs), Ledger()
             if not torch.is_grad_enabled():
                 return self._evaluate(jobs, loss_arguments, report)
             try:
-                return self._train(jobs, loss_arguments, report)
+                return self._train(jobs, loss_arguments, report, ledger)
             except (RuntimeError, MemoryError) as error:
-                if not self._learns_from(error, jobs, loss_arguments):
+                if ledger.had_gradients or not self._learns_from(error, jobs, loss_arguments):
                     raise
             # Outside of the handler: the error's traceback holds what the failed step allocated.
-            return self._train(self._jobs(inputs), loss_arguments, report)
+            return self._train(self._jobs(inputs), loss_arguments, report, Ledger())
 
     def _evaluate(
         self, jobs: Sequence[Job], loss_arguments: Mapping[str, Any], report: Report
@@ -194,7 +200,13 @@ class GradientCache:
         encoded = [encode(job, count, on_host="embeddings" in self.offload) for job in jobs]
         return self._loss(*(one.leaf() for one in encoded), **loss_arguments)
 
-    def _train(self, jobs: Sequence[Job], loss_arguments: Mapping[str, Any], report: Report) -> Any:
+    def _train(
+        self,
+        jobs: Sequence[Job],
+        loss_arguments: Mapping[str, Any],
+        report: Report,
+        ledger: Ledger,
+    ) -> Any:
         modules = modules_of(*(job.tower.modules for job in jobs))
         training = [job for job in jobs if job.trains]
         reducers = reducers_of(m for job in training for m in job.tower.modules)
@@ -206,9 +218,9 @@ class GradientCache:
         hold = any(getattr(r, "find_unused_parameters", True) is False for r in reducers)
         # Alone, a scalar's own graph (log_scale.exp()) waits, too: the step can be tried again.
         hold = hold or (not reducers and _are_scalars(loss_arguments))
-        parameters = _trained(jobs, modules, self._loss, loss_arguments)
+        ledger.know(_trained(jobs, modules, self._loss, loss_arguments))
         buffers = Buffers(modules)
-        with _undone_by_errors(parameters, buffers, devices):
+        with _undone_by_errors(ledger, buffers, devices):
             count = _counter(report, "encode", sum(job.samples for job in jobs))
             with without_reduction(reducers):
                 forget_casts()
@@ -222,6 +234,7 @@ class GradientCache:
                     self.scaler,
                     autocast,
                     hold_arguments=hold,
+                    ledger=ledger,
                     link=self._link() if "gradients" in self.offload else None,
                 )
                 forget_casts()
@@ -231,7 +244,7 @@ class GradientCache:
             updated = buffers.forget_unchanged()
             buffers.restore()
             count = _counter(report, "backpropagate", sum(job.samples for job in training))
-            backpropagate(jobs, first, loss, autocast, count)
+            backpropagate(jobs, first, loss, autocast, ledger, count)
             updated.restore()
             # Reading a stream once more may draw random numbers, too.
             if any(s is not None for one in first for s in one.states) or _read_twice(jobs):
@@ -264,13 +277,17 @@ class GradientCache:
         with torch.enable_grad():
             link = self._link()
             jobs = [tower.job(v, link) for tower, v in zip(self.towers, inputs, strict=True)]
-            if self.plan is not None and self.plan.samples >= max(job.samples for job in jobs):
+            widths = tuple(_width(job) for job in jobs)
+            sizes = max(job.samples for job in jobs), *widths
+            if self.plan is not None and all(map(le, sizes, (self.plan.samples, *self._widths))):
                 return
             assert self._units is not None
             self.plan = plan_jobs(jobs, self.loss_fn, budget, loss_arguments, self._units)
+            self._widths = widths
         self.offload = parts(self.plan.offload)
-        sizes = zip(self.towers, self.plan.chunk_sizes, strict=True)
-        self.towers = tuple(replace(tower, chunk_size=size) for tower, size in sizes)
+        lessons = [self._lessons.get(tower.number) for tower in self.towers]
+        chunks = zip(self.towers, map(_smaller, self.plan.chunk_sizes, lessons), strict=True)
+        self.towers = tuple(replace(tower, chunk_size=size) for tower, size in chunks)
 
     def _learns_from(
         self, error: BaseException, jobs: Sequence[Job], loss_arguments: Mapping[str, Any]
@@ -279,8 +296,6 @@ class GradientCache:
         number = blamed_encoder(error)
         modules = modules_of(*(job.tower.modules for job in jobs))
         if number is None or reducers_of(modules) or not _are_scalars(loss_arguments):
-            return False
-        if any(p.grad is not None for p in _trained(jobs, modules, self._loss, loss_arguments)):
             return False
         size, ranges = self.towers[number].chunk_size, jobs[number].ranges
         largest = jobs[number].samples
@@ -296,7 +311,12 @@ class GradientCache:
         else:
             half = largest // 2
         towers = list(self.towers)
-        towers[number] = replace(towers[number], chunk_size=half)
+        for tower in self.towers:
+            same = tower.encoder is self.towers[number].encoder
+            if tower.number == number or (same and type(tower.chunk_size) is type(half)):
+                smaller = _smaller(half, None if tower.number == number else tower.chunk_size)
+                self._lessons[tower.number] = smaller
+                towers[tower.number] = replace(tower, chunk_size=smaller)
         self.towers = tuple(towers)
         return True
 
@@ -307,6 +327,19 @@ def _for_each(value: T | Sequence[T], count: int, name: str) -> list[T]:
     if len(value) != count:
         raise ArgumentError(f"{name} has {len(value)} entries for {count} encoders; give one each.")
     return list(value)
+
+
+def _width(job: Job) -> float:
+    """Elements of a sample in an input that is there whole: tokens and their features."""
+    return sum(t.numel() for t in tensors_of(job.value)) / job.samples
+
+
+def _smaller(size: int | Tokens, other: int | Tokens | None) -> int | Tokens:
+    """The smaller of two chunk sizes in the same unit; the first where there is no such other."""
+    if isinstance(size, Tokens) and isinstance(other, Tokens):
+        assert size.per_chunk != "auto" and other.per_chunk != "auto"
+        return replace(size, per_chunk=min(size.per_chunk, other.per_chunk))
+    return min(size, other) if isinstance(size, int) and isinstance(other, int) else size
 
 
 def _read_twice(jobs: Sequence[Job]) -> bool:
@@ -344,20 +377,18 @@ def _trained(
 
 @contextmanager
 def _undone_by_errors(
-    parameters: Sequence[Tensor], buffers: Buffers, devices: frozenset[torch.device]
+    ledger: Ledger, buffers: Buffers, devices: frozenset[torch.device]
 ) -> Iterator[None]:
     """An error inside leaves generators, buffers and gradients as they were before."""
     before = RandomState.now(devices)
-    empty = [p for p in parameters if p.grad is None]
     try:
         yield
     except BaseException as error:
         before.set()
         buffers.restore()
         forget_casts()
-        for parameter in empty:
-            parameter.grad = None
-        if len(empty) < len(parameters):
+        ledger.clear()
+        if ledger.had_gradients:
             error.add_note(
                 "Gradients that were there before the step may hold a part of its sum: set them to "
                 "zero before the next one."

@@ -1,7 +1,7 @@
 """What an encoder consists of: the modules behind it, their buffers, and who reduces gradients.
 
 An encoder is an ``nn.Module``, a method of one, a ``partial``, or any function; in a function the
-modules are looked for among the names that it uses.
+modules are looked for among the names that it uses, and in objects, lists and mappings there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,6 +30,10 @@ __all__ = [
 
 _SEARCHED_ENTRIES = 64
 """A longer list holds data, not modules."""
+_SEARCHED_DEPTH = 6
+"""Steps from an encoder to what it uses: a method's object, its attribute, an entry of that."""
+_LIBRARIES = frozenset({"builtins", "functools", "logging", "numpy", "pathlib", "torch", "typing"})
+"""Whose objects hold no modules of an encoder."""
 
 
 def owner_of(encoder: Callable[..., Any]) -> nn.Module | None:
@@ -51,29 +55,47 @@ def modules_of(*values: Any) -> tuple[nn.Module, ...]:
     return tuple(found.values())
 
 
-def _search(value: Any, found: dict[int, nn.Module], seen: set[int]) -> None:
-    if id(value) in seen:
+def _search(value: Any, found: dict[int, nn.Module], seen: set[int], depth: int = 0) -> None:
+    if id(value) in seen or depth > _SEARCHED_DEPTH:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module):
         found[id(value)] = value
-    elif isinstance(value, list | tuple) and len(value) <= _SEARCHED_ENTRIES:
-        for part in value:
-            _search(part, found, seen)
-    elif isinstance(value, functools.partial):
-        _search((value.func, *value.args, *value.keywords.values()), found, seen)
-    elif inspect.ismethod(value):
-        _search((value.__self__, value.__func__), found, seen)
-    elif inspect.isfunction(value):
-        try:
-            used = inspect.getclosurevars(value)
-        except ValueError:  # a name that is bound later: nothing of it runs yet
-            return
-        for part in used.nonlocals.values():
-            _search(part, found, seen)
-        for part in used.globals.values():
-            if isinstance(part, nn.Module):
-                _search(part, found, seen)
+        return
+    for part in _parts(value):
+        _search(part, found, seen, depth + 1)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a value that is no module may reach modules through."""
+    if isinstance(value, list | tuple):
+        return value if len(value) <= _SEARCHED_ENTRIES else ()
+    if isinstance(value, Mapping):
+        return value.values() if len(value) <= _SEARCHED_ENTRIES else ()
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if inspect.ismethod(value):
+        return (value.__self__, value.__func__)
+    if inspect.isfunction(value):
+        return _used_by(value)
+    library = type(value).__module__.partition(".")[0] in _LIBRARIES
+    if library or isinstance(value, type) or inspect.ismodule(value):
+        return ()
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _used_by(function: Any) -> Iterable[Any]:
+    """What a function finds by name: outside of it, and of its own file."""
+    try:
+        used = inspect.getclosurevars(function)
+    except ValueError:  # a name that is bound later: nothing of it runs yet
+        return ()
+    here = [
+        v
+        for v in used.globals.values()
+        if not inspect.isfunction(v) or v.__module__ == function.__module__
+    ]
+    return (*used.nonlocals.values(), *here)
 
 
 def leaves_of(values: Iterable[Tensor]) -> list[Tensor]:

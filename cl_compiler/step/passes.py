@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map
 
 from cl_compiler.errors import ArgumentError
 from cl_compiler.step.autocast import AutocastState, forget_casts
-from cl_compiler.step.modules import reducers_of, without_reduction
+from cl_compiler.step.ledger import Ledger
+from cl_compiler.step.modules import owner_of, reducers_of, without_reduction
 from cl_compiler.step.offload import Link, Pending, Room, RowsHere
 from cl_compiler.step.out_of_memory import blame
 from cl_compiler.step.randomness import RandomState
@@ -154,6 +155,7 @@ def differentiate(
     autocast: AutocastState,
     *,
     hold_arguments: bool,
+    ledger: Ledger,
     link: Link | None = None,
 ) -> LossGradients:
     """The second stage: the loss of all embeddings, and one backward down to them.
@@ -165,6 +167,7 @@ def differentiate(
         scaler: multiplies the loss before its backward.
         autocast: what to leave for the backward.
         hold_arguments: keep the backward of keyword arguments for the end of the step.
+        ledger: enters what the loss gives gradients to.
         link: to the host memory where the gradients of embeddings are to wait.
 
     Raises:
@@ -185,6 +188,7 @@ def differentiate(
     value, detached = _value_of(returned)
     if value.requires_grad:
         scaled = value if scaler is None else scaler.scale(value)
+        ledger.meet([scaled], but=[*leaves, *(leaf for _, leaf in held)])
         with autocast.suspended():
             torch.autograd.backward(scaled)
     elif any(one.trains for one in encoded):
@@ -234,6 +238,7 @@ def backpropagate(
     first: Sequence[Encoded],
     loss: LossGradients,
     autocast: AutocastState,
+    ledger: Ledger,
     report: Callable[[int], None],
 ) -> None:
     """The third stage: every chunk again, as it was, with a graph; its gradient goes down it.
@@ -243,6 +248,7 @@ def backpropagate(
         first: what the first pass left; its embeddings are not needed.
         loss: the gradients.
         autocast: what to leave for the backwards.
+        ledger: enters what encoders of unknown parts give gradients to.
         report: told the samples of each chunk.
 
     Raises:
@@ -277,12 +283,15 @@ def backpropagate(
                     roots += [given for given, _ in late]
                     gradients += [leaf for _, leaf in late]
                     late = ()
+                if number == 0 or owner_of(job.tower.encoder) is None:
+                    ledger.meet(roots)
                 with autocast.suspended():
                     torch.autograd.backward(roots, gradients)
                 del part, roots, gradients, gradient, value
                 forget_casts()
             report(chunk.stop - chunk.start)
     if late:
+        ledger.meet(given for given, _ in late)
         with autocast.suspended():
             torch.autograd.backward([given for given, _ in late], [leaf for _, leaf in late])
 

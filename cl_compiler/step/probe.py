@@ -21,9 +21,9 @@ from cl_compiler.runtime.live_bytes import LiveBytes
 from cl_compiler.runtime.signatures import LossSignature
 from cl_compiler.step.autocast import forget_casts
 from cl_compiler.step.inputs import cut, tensors_of
+from cl_compiler.step.ledger import Ledger
 from cl_compiler.step.modules import (
     Buffers,
-    modules_of,
     parts_of,
     reducers_of,
     without_reduction,
@@ -97,7 +97,7 @@ def probe_chunk(
     """
     samples = stop - start
     chunk = fetched(cut(job.value, start, stop), job.link)()
-    with _undisturbed(job) as trained:
+    with _undisturbed(job) as ledger:
         with LiveBytes() as live, torch.no_grad():
             part = job.tower.encode(chunk)
         forward_bytes = live.peak_bytes
@@ -113,10 +113,11 @@ def probe_chunk(
             def train() -> None:
                 part = job.tower.encode(chunk)
                 if part.requires_grad:
+                    ledger.meet([part])
                     torch.autograd.backward(part, gradient)
 
             def train_first() -> None:
-                for parameter in trained:
+                for parameter in ledger.tensors:
                     parameter.grad = None
                 train()
 
@@ -124,7 +125,7 @@ def probe_chunk(
                 with LiveBytes() as live:
                     train()
                 first_bytes = training_bytes = live.peak_bytes
-                gradients = sum(p.numel() * p.element_size() for p in trained)
+                gradients = sum(p.numel() * p.element_size() for p in ledger.tensors)
                 fits = gradients + first_bytes <= limit_bytes
                 if fits:
                     with LiveBytes() as live:
@@ -164,14 +165,14 @@ def probe_loss(
     given = {**_missing(loss_fn, arguments), **arguments}
     devices = sorted({shape.device for shape, _, _ in shapes}, key=str)
     before = RandomState.now(devices)
-    own = [p for module in modules_of(loss_fn) for p in module.parameters()]
-    kept = [(t, t.grad) for t in (*_trained(given.values()), *own)]
+    ledger = Ledger(aside=True)
+    ledger.know(_trained(given.values()))
     try:
-        dry = _dry_bytes(loss_fn, shapes, given)
+        dry = _dry_bytes(loss_fn, shapes, given, ledger)
         if dry is not None and dry > limit_bytes:
             return LossCost(dry, float("nan"))
         embeddings = [_random(*wanted) for wanted in shapes]
-        run = _loss_run(loss_fn, embeddings, given)
+        run = _loss_run(loss_fn, embeddings, given, ledger)
         with LiveBytes() as live:  # what is compiled or kept for good is made here
             run()
         for embedding in embeddings:
@@ -181,8 +182,7 @@ def probe_loss(
         return LossCost(live.peak_bytes, time.perf_counter() - started)
     finally:
         before.set()
-        for tensor, gradient in kept:
-            tensor.grad = gradient
+        ledger.restore()
 
 
 def _missing(loss_fn: Any, arguments: Mapping[str, Any]) -> dict[str, float]:
@@ -205,7 +205,10 @@ def _random(shape: EmbeddingShape, samples: int, trains: bool) -> Tensor:
 
 
 def _loss_run(
-    loss_fn: Callable[..., Any], embeddings: Sequence[Tensor], given: Mapping[str, Any]
+    loss_fn: Callable[..., Any],
+    embeddings: Sequence[Tensor],
+    given: Mapping[str, Any],
+    ledger: Ledger,
 ) -> Callable[[], None]:
     """The loss and its backward; keywords are cut off from their own graphs."""
 
@@ -220,6 +223,7 @@ def _loss_run(
         value = found["loss"] if isinstance(found, Mapping) else found
         value = value[0] if isinstance(value, tuple) else value
         if value.requires_grad:
+            ledger.meet([value], but=embeddings)
             torch.autograd.backward(value)
 
     return run
@@ -229,6 +233,7 @@ def _dry_bytes(
     loss_fn: Callable[..., Any],
     shapes: Sequence[tuple[EmbeddingShape, int, bool]],
     given: Mapping[str, Any],
+    ledger: Ledger,
 ) -> int | None:
     """The peak on the meta device; None for a loss that does not run there."""
 
@@ -245,7 +250,7 @@ def _dry_bytes(
     keywords = {name: tree_map(onto_meta, value) for name, value in given.items()}
     try:
         with LiveBytes() as live:
-            _loss_run(loss_fn, embeddings, keywords)()
+            _loss_run(loss_fn, embeddings, keywords, ledger)()
     except (CompilerError, RuntimeError, NotImplementedError, TypeError, ValueError):
         return None
     return int(live.peak_bytes)
@@ -284,23 +289,20 @@ def _synchronise(devices: Iterable[torch.device]) -> None:
 
 
 @contextmanager
-def _undisturbed(job: Job) -> Iterator[list[Tensor]]:
+def _undisturbed(job: Job) -> Iterator[Ledger]:
     """What trains, without gradients; afterwards all is as before, buffers and draws too."""
     modules = job.tower.modules
-    found: dict[int, Tensor] = {id(t): t for t in _trained([job.value])}
-    found |= {id(p): p for part in parts_of(modules) for p in part.parameters(recurse=False)}
-    kept = [(p, p.grad) for p in found.values() if p.requires_grad]
+    ledger = Ledger(aside=True)
+    parameters = (p for part in parts_of(modules) for p in part.parameters(recurse=False))
+    ledger.know([*_trained([job.value]), *(p for p in parameters if p.requires_grad)])
     before = RandomState.now(job.devices)
     buffers = Buffers(modules)
-    for parameter, _ in kept:
-        parameter.grad = None
     forget_casts()
     try:
         with without_reduction(reducers_of(modules)):
-            yield [parameter for parameter, _ in kept]
+            yield ledger
     finally:
         forget_casts()
-        for parameter, gradient in kept:
-            parameter.grad = gradient
+        ledger.restore()
         buffers.restore()
         before.set()
