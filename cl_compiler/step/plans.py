@@ -217,14 +217,14 @@ class StepPlan:
         """The largest batch whose step would hold the budget with these chunks.
 
         A compiled loss keeps the tiles that it has, while gradients and statistics grow; another
-        one is taken to grow with the batch, which a dense one does faster.
+        one is taken to grow with the square of the batch, as a dense one does.
         """
         least_bytes = least_of(self.loss_fn)
         tiles = 0 if least_bytes is None else max(0, self.loss.peak_bytes - least_bytes(1.0))
 
         def fits(samples: int) -> bool:
             factor = samples / self.samples
-            loss_bytes = math.ceil(self.loss.peak_bytes * factor)
+            loss_bytes = math.ceil(self.loss.peak_bytes * factor**2)
             if least_bytes is not None:
                 loss_bytes = tiles + least_bytes(factor)
             encoders = [encoder.of(factor) for encoder in self.encoders]
@@ -251,7 +251,7 @@ class StepPlan:
             about = "" if encoder.tokens is None else "about "
             lines.append(
                 f"  {encoder.what}: {about}{encoder.chunks} chunks of {encoder.chunk.size}{unit} "
-                f"(the fastest; {encoder.largest} would fit), {passes}; "
+                f"(the fastest of those up to {encoder.largest}), {passes}; "
                 f"{format_seconds(encoder.chunk.forward_s)} forward, "
                 f"{format_seconds(encoder.chunk.training_s)} with its backward, each"
             )

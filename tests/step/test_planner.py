@@ -180,7 +180,7 @@ def test_the_plan_explains_itself():
     frozen = encoder(1, 64, 3).requires_grad_(False)
     plan = plan_step([a, frozen], (batch(2), batch(3)), compile_loss("auto", "600KiB"), "1500KiB")
     text = plan.explain()
-    assert f"chunks of {plan.chunk_sizes[0]} (the fastest; " in text
+    assert f"chunks of {plan.chunk_sizes[0]} (the fastest of those up to " in text
     assert "one pass: it does not train" in text
     assert text.count("<- the step's") == 1
     assert f"{plan.max_batch:,}" in text
