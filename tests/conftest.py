@@ -33,6 +33,17 @@ def signals_as_they_were() -> Iterator[None]:
     assert after is before, "the test changed what Ctrl-C does in its process"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch computes on one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the cache of the person who runs it."""

@@ -22,12 +22,7 @@ from tests import losses_zoo as zoo
 CASES = {case.name: case for case in zoo.cases()}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def asked(rows: int = 512, *, budget: str = "8MiB", loss: str = "clip", **more) -> Request:

@@ -20,12 +20,7 @@ def contest(rows: int, width: int = 16) -> Contest:
     return Contest("step", "clip", rows, rows, width, PROVIDERS, dtype="float32")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_every_provider_leaves_the_same_gradients():
