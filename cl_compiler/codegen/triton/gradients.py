@@ -23,6 +23,13 @@ class GradientPrinter(BlockPrinter):
         """The kernel's variable for a product of scalars."""
         raise NotImplementedError
 
+    def _offsets(self, k: KernelText, where: str) -> list[str]:
+        """By how much a row's positive ("positive"), or itself, is ahead of it: as texts."""
+        if where != "positive" or self.plan.positives != "views":
+            return ["0"]
+        k.halves = True
+        return ["half", "-half"]
+
     def _gradient(self, k: KernelText, value: int, similarity: str, scale: sp.Expr) -> None:
         text = self.expressions.variables[value]
         workspace = f"g_{similarity}"
@@ -51,9 +58,7 @@ class GradientPrinter(BlockPrinter):
         if " " in text:
             k.body.append(f"g_{similarity}_tile = {text}")
             text = f"g_{similarity}_tile"
-        offsets = ["half", "-half"] if self.plan.positives == "views" else ["0"]
-        k.halves |= len(offsets) > 1
-        for offset in offsets:
+        for offset in self._offsets(k, "positive"):
             where = f"offs_m + {offset}".replace("+ -", "- ")
             at = "offs_m" if offset == "0" else "partner"
             touched = f"if _crosses(i, j, {offset}, BLOCK_M, BLOCK_N):"

@@ -252,9 +252,7 @@ class KernelPrinter(GradientPrinter):
             variable = self._variable(d)
             lines = [f"{variable} = {base}"]
         e.variables[d.value] = variable
-        offsets = ["0"]
-        if d.where == "positive" and self.plan.positives == "views":
-            offsets, k.halves = ["half", "-half"], True
+        offsets = self._offsets(k, d.where)
         touched = " | ".join(f"_crosses(i, j, {o}, BLOCK_M, BLOCK_N)" for o in offsets)
         at = f"{self.orientation.along('offs_n', 1)} == {self.orientation.along('offs_m', 0)}"
         on = " | ".join(f"({at}{'' if o == '0' else f' + {o}'})" for o in offsets)

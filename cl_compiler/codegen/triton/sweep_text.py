@@ -11,17 +11,6 @@ from cl_compiler.codegen.triton.text import KernelText, Partial
 
 
 @dataclass
-class ProductText:
-    """``_add_product(total, left, right)``: a gradient tile into an operand's gradient."""
-
-    total: str
-    left: str
-    right: str
-    scale: str
-    mirrored: bool
-
-
-@dataclass
 class SweepText:
     """The host function that launches the kernels of one pass, panel by panel."""
 
@@ -37,6 +26,9 @@ class SweepText:
     symmetric: bool
     leaving: list[RowGradientText] = field(default_factory=list)
     """Gradients of rows that are complete when a block of rows is."""
+    before: list[str] = field(default_factory=list)
+    """Statements before the first launch, and after the last."""
+    after: list[str] = field(default_factory=list)
     visits: ClassVar[str] = "panels"
     """What the launcher's template is for."""
 

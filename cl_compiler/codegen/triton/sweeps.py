@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.symbols import LENGTH, operand_scale, shift_owner
+from cl_compiler.codegen.symbols import LENGTH, shift_owner
 from cl_compiler.codegen.triton.core import Columns, CoreTile
 from cl_compiler.codegen.triton.kernels import KernelPrinter
 from cl_compiler.codegen.triton.owner import (
@@ -17,24 +17,22 @@ from cl_compiler.codegen.triton.owner import (
     owned_operands,
 )
 from cl_compiler.codegen.triton.panel_sweeps import panel_sweep
+from cl_compiler.codegen.triton.products import ProductText, folds_of, products_of
 from cl_compiler.codegen.triton.row_gradients import RowGradientText, inner_of
 from cl_compiler.codegen.triton.row_panels import lse_of
 from cl_compiler.codegen.triton.slots import SlotSweepText, slot_pass
 from cl_compiler.codegen.triton.sweep_text import (
     OwnerSweepText,
-    ProductText,
     StageText,
     SweepCall,
     SweepText,
 )
-from cl_compiler.codegen.triton.text import KernelText, identifiers, low_of, residual_of
+from cl_compiler.codegen.triton.text import KernelText, identifiers, residual_of
 from cl_compiler.codegen.triton.vectors import DeviceStages
-from cl_compiler.lang.ir import View
 from cl_compiler.lang.lower import shift_of
 from cl_compiler.lang.lower_pass import bounded_logits
 from cl_compiler.lang.program import Pass, Program, Stage
 from cl_compiler.lang.tile_ir import GradientTile, Mode
-from cl_compiler.plan.precision import SPLIT
 
 TilesOf = Callable[[Pass, Sequence[Mode]], Mapping[Mode, CoreTile]]
 
@@ -221,7 +219,7 @@ class SweepPrinter:
     def _sweep(self, pass_: Pass, name: str, kernels: list[KernelText]) -> SweepText:
         own = own_dim(self.program, pass_)
         gradients = _code(pass_).gradients if own is None else ()
-        products = [p for g in gradients for p in self.products(pass_, g)]
+        products = [p for g in gradients for p in self._products(pass_, g)]
         leaving = [t for g in gradients for t in self._leaving(g, kernels[0])]
         blocks = {f"{t.total}[i:i1]": t.rows for t in leaving}
         products = [replace(p, total=blocks.get(p.total, p.total)) for p in products]
@@ -246,7 +244,7 @@ class SweepPrinter:
             kernels,
             list(params),
             self._accumulators(pass_, kernels),
-            self._folds(kernels[0], products),
+            folds_of(kernels[0], products),
             LENGTH[pass_.grid[0]],
             LENGTH[pass_.grid[1]],
             pass_.symmetric,
@@ -283,25 +281,10 @@ class SweepPrinter:
         assert same, f"{self.plan.ir.name}: kernels of one launcher must have the same statistics"
         return list(result.values())
 
-    def _folds(self, kernel: KernelText, products: list[ProductText]) -> list[str]:
-        """Partial statistics into vectors, gradient tiles into gradients."""
-        lines = []
-        for p in kernel.partials:
-            at, count, length = ("[i:i1]", "tiles", "m") if p.dim else ("[j:j1]", "strips", "n")
-            if isinstance(kernel, OwnerText):
-                count = "owners" if p.dim == kernel.own_dim else "1"
-            parts = [f"{n}[: {count} * {length}].view({count}, {length})" for n in p.names]
-            targets = [f"{t}{at}" for t in p.targets]
-            name = "_add_sums" if p.kind == "sum" else f"_add_{p.kind}"
-            statement = f"{name}({', '.join([*targets, *parts])})"
-            lines += ["if j != i:", f"    {statement}"] if p.mirrored else [statement]
-        for q in products:
-            scale = f", {q.scale}" if q.scale else ""
-            statement = f"_add_product({q.total}, {q.left}, {q.right}{scale})"
-            lines += ["if j != i:", f"    {statement}"] if q.mirrored else [statement]
-        return lines
-
     # -- gradients -------------------------------------------------------------------------------
+
+    def _products(self, pass_: Pass, g: GradientTile) -> list[ProductText]:
+        return products_of(self.plan, pass_, g, self.names, self.precision)
 
     def _leaving(self, g: GradientTile, kernel: KernelText) -> list[RowGradientText]:
         """The left operand's gradient, where it leaves row block by row block."""
@@ -322,34 +305,6 @@ class SweepPrinter:
             )
         ]
 
-    def products(self, pass_: Pass, g: GradientTile) -> list[ProductText]:
-        """What multiplies a gradient tile into the operands' gradients."""
-        assert not g.row_scale, "row scales belong to panels"
-        leaf = self.plan.leaves[g.similarity]
-        left, right = leaf.left, leaf.right
-        assert left is not None and right is not None
-        workspace = f"g_{g.similarity}"
-        names = [workspace, low_of(workspace)] if self.precision == SPLIT else [workspace]
-        result = []
-        for view, other, at, there, side in (
-            (left, right, "i:i1", "j:j1", "left"),
-            (right, left, "j:j1", "i:i1", "right"),
-        ):
-            if side not in pass_.sides or view.operand not in self.plan.needs or view.stop:
-                continue
-            own = leaf.scale and operand_scale(self.plan, view.operand) == "mixed"
-            tiles = [f"{n}[:m, :n]{'' if side == 'left' else '.T'}" for n in names]
-            result.append(
-                ProductText(
-                    _part(f"d_{view.operand}", at, view),
-                    tiles[0] if len(tiles) == 1 else f"({', '.join(tiles)})",
-                    _part(other.operand, there, other),
-                    self.names(leaf.scale) if own and leaf.scale else "",
-                    pass_.symmetric and side == "right",
-                )
-            )
-        return result
-
 
 def _owner_workspaces(kernel: KernelText, own: int, rows: str, cols: str) -> list[tuple[str, str]]:
     """Partial statistics: of what programs own one value, of the other axis one for each owner."""
@@ -365,7 +320,3 @@ def _owner_workspaces(kernel: KernelText, own: int, rows: str, cols: str) -> lis
 
 def _code(pass_: Pass):  # type: ignore[no-untyped-def]
     return next(iter(pass_.programs.values()))
-
-
-def _part(matrix: str, rows: str, view: View) -> str:
-    return f"{matrix}[{rows}]" if view.prefix is None else f"{matrix}[{rows}, :{view.prefix}]"

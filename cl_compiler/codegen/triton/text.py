@@ -31,7 +31,9 @@ def low_of(workspace: str) -> str:
 def identifiers(text: str) -> list[str]:
     """The names of the caller that a host text reads."""
     found = re.findall(r"(?<![\w.])[A-Za-z_]\w*", text)
-    return [f for f in found if f not in ("LOG2_E", "torch", "math", "DTYPE", "TIE_TOLERANCE")]
+    return [
+        f for f in found if f not in ("LOG2_E", "torch", "math", "DTYPE", "TIE_TOLERANCE", "float")
+    ]
 
 
 def residual_of(similarity: str) -> str:
@@ -85,6 +87,8 @@ class KernelText:
     residuals: list[str] = field(default_factory=list)
     """Vectors of what rounding takes off the gradient at each row's positive."""
     halves: bool = False
+    ahead: bool = False
+    """Columns are counted from another place than rows, which the launcher knows."""
     guarded: bool = False
 
     @property
