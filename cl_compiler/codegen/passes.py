@@ -67,6 +67,9 @@ class PassText:
 class PassPrinter:
     """Prints one pass in one mode."""
 
+    transposed = "j != i"
+    """Of a symmetric pass: when a tile stands for its transpose, which is not made."""
+
     def __init__(
         self,
         program: Program,
@@ -356,7 +359,7 @@ class PassPrinter:
         if self._assigned(a):
             return [printer.fold(a, targets[0])]
         statement = printer.accumulate(a, targets)
-        return ["if j != i:", f"    {statement}"] if a.mirrored else [statement]
+        return [f"if {self.transposed}:", f"    {statement}"] if a.mirrored else [statement]
 
     def _diagonal(self, printer: TilePrinter, d: Diagonal) -> list[str]:
         if d.where == "self":

@@ -56,7 +56,8 @@ class ProductPrinter:
         if to_right:
             first = self._first(right)
             statement = f"{d_right}.addmm_({tile}.T, {x_i}{first}{extra_right})"
-            lines += ["if j != i:", f"    {statement}"] if self.p.pass_.symmetric else [statement]
+            once = [f"if {self.p.transposed}:", f"    {statement}"]
+            lines += once if self.p.pass_.symmetric else [statement]
         return lines
 
     def _slot_products(

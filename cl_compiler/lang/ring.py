@@ -53,10 +53,12 @@ def ring_obstacle(plan: SweepPlan) -> str:
     return ""
 
 
-CLUSTER_SCHEDULES = ("ring_owner", "ring_travel", "all_gather", "two_level")
+HALF_RING = "half_ring"
+CLUSTER_SCHEDULES = ("ring_owner", "ring_travel", "all_gather", "two_level", HALF_RING)
 """ring_owner: operands travel, every gradient is made at its owner; ring_travel: an operand travels
 with its gradient; all_gather: shards are gathered, and gradients sent home, a chunk at a time;
-two_level: as ring_owner, in a ring of nodes and a ring inside each."""
+two_level: as ring_owner, in a ring of nodes and a ring inside each; half_ring: of one set with
+itself, a shard travels half of the ring with its gradient, so that two shards meet once."""
 CANONICAL = "canonical"
 """Every rank meets all chunks in global order, so that results do not depend on the number of
 ranks; what is reduced over a side is made where that side streams past.  Only taken when asked
@@ -78,7 +80,23 @@ def ring_schedules(plan: SweepPlan) -> dict[str, str]:
                 f"{full[0]} is a maximum, whose elements must be found again bit for bit, and the "
                 "sweep at the other operand's owner cuts other tiles"
             )
+    reasons[HALF_RING] = reasons[HALF_RING] or _half_obstacle(plan)
     return reasons
+
+
+def _half_obstacle(plan: SweepPlan) -> str:
+    """Why a tile of a loss does not stand for its transpose too; "" where each does."""
+    for sweep in plan.sweeps:
+        if is_local(sweep.grid):
+            continue
+        if not sweep.symmetric:
+            return (
+                f"it pairs {sweep.grid[0]} with {sweep.grid[1]} in a matrix that is not its own "
+                "transpose; half of the ring is enough for one set with itself"
+            )
+        if len(_needed_sides(plan, sweep.gradients)) == 1:
+            return "one side of its matrix takes no gradient, so a tile differs from its transpose"
+    return ""
 
 
 def canonical_obstacle(plan: SweepPlan) -> str:
@@ -101,7 +119,7 @@ def canonical_obstacle(plan: SweepPlan) -> str:
 
 
 def build_ring_program(
-    plan: SweepPlan, *, owner_computes: bool, canonical: bool = False
+    plan: SweepPlan, *, owner_computes: bool, canonical: bool = False, half: bool = False
 ) -> Program:
     """Lower every pass of a loss on many ranks.
 
@@ -109,12 +127,14 @@ def build_ring_program(
     own, so that no gradient travels; otherwise one sweep makes both gradients and the travelling
     operand's goes with it.  A set paired with itself never needs the second: the tile stands for
     its transpose too.  ``canonical``: statistics likewise, each in a sweep past what it is reduced
-    over.
+    over.  ``half``: of a set paired with itself, every tile gives the statistics and gradients of
+    its transpose too, which travel.
 
     Raises:
-        ScheduleError: the loss cannot run on many ranks; the message says why.
+        ScheduleError: the loss cannot run on many ranks, or not on half rings; the message says
+            why.
     """
-    reason = ring_obstacle(plan)
+    reason = ring_obstacle(plan) or (_half_obstacle(plan) if half else "")
     if reason:
         raise ScheduleError(f"{plan.ir.name} cannot run on a group of ranks: {reason}.")
     modes = modes_of(plan)
@@ -127,6 +147,9 @@ def build_ring_program(
         for sweep in (s for s in plan.sweeps if s.level == level):
             if canonical:
                 passes += _passes_by_side(plan, modes, sweep)
+            elif half and not is_local(sweep.grid):
+                sides = _needed_sides(plan, sweep.gradients)
+                passes.append(_make(plan, modes, sweep, sweep.reductions, sides, half=True))
             else:
                 passes += _passes(plan, modes, sweep, owner_computes=owner_computes)
         target = forward if level <= plan.forward_levels else backward
@@ -182,8 +205,12 @@ def _make(
     reductions: tuple[Reduction, ...],
     sides: tuple[Side, ...],
     made: bool = True,
+    half: bool = False,
 ) -> Pass:
-    """``made``: the pass makes gradients of its sides; otherwise sides say what stays at home."""
+    """``made``: the pass makes gradients of its sides; otherwise sides say what stays at home.
+
+    ``half``: a tile stands for its transpose, which no rank makes.
+    """
     gradients = sweep.gradients if made else ()
     programs = {
         mode: lower_pass(
@@ -192,8 +219,8 @@ def _make(
             mode,
             reductions=reductions,
             gradients=gradients,
-            symmetric=sweep.symmetric and bool(sides) and made,
-            mirrored=False,
+            symmetric=half or (sweep.symmetric and bool(sides) and made),
+            mirrored=half,
         )
         for mode in modes
     }
@@ -207,7 +234,7 @@ def _make(
         reductions=reductions,
         gradients=gradients,
         sides=sides,
-        symmetric=False,
+        symmetric=half,
         whole_rows=False,
         whole=False,
         keep="",
@@ -219,6 +246,7 @@ __all__ = [
     "CANONICAL",
     "CANONICAL_CHUNK",
     "CLUSTER_SCHEDULES",
+    "HALF_RING",
     "LOCAL_AXES",
     "OWNER_COMPUTES",
     "build_ring_program",

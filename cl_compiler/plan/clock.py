@@ -40,12 +40,14 @@ class Links:
     """One hop of every rank: seconds per byte and of latency, and the rank that it leads to.
 
     ``after``: left out, the next rank; ``members``: ranks of one circle, left out all of them.
+    ``beside``: other hops of the same wires, which serve one after the other.
     """
 
     s_per_byte: Vector
     latency_s: Vector
     after: Vector | None = None
     members: int = 0
+    beside: Links | None = None
 
     @property
     def ranks(self) -> int:
@@ -62,8 +64,10 @@ class Links:
         return self.members or self.ranks
 
 
-def links_of(spec: HardwareSpec, ranks: int) -> Links:
-    """Hops of the ring of ranks in order: inside a node, and to the next one."""
+def links_of(
+    spec: HardwareSpec, ranks: int, distance: int = 1, beside: Links | None = None
+) -> Links:
+    """Hops from every rank to the one ``distance`` places on: inside a node, or to another."""
     s_per_byte, latency = np.zeros(ranks), np.zeros(ranks)
     machine = machine_of(hardware_graph(spec))
     for outer in machine.outer:  # from the outside in: a hop within an inner level replaces it
@@ -71,11 +75,12 @@ def links_of(spec: HardwareSpec, ranks: int) -> Links:
             continue
         group = outer.instances * outer.ranks_inside
         for rank in range(ranks):
-            inside = rank // group == ((rank + 1) % ranks) // group
+            inside = rank // group == ((rank + distance) % ranks) // group
             if inside or group >= ranks:
                 s_per_byte[rank] = 1.0 / outer.link_bytes_per_s
                 latency[rank] = outer.link_latency_s
-    return Links(s_per_byte, latency)
+    after = (np.arange(ranks) + distance) % ranks
+    return Links(s_per_byte, latency, after, beside=beside)
 
 
 def links_of_levels(spec: HardwareSpec, ranks: int) -> tuple[Links, Links]:
@@ -144,17 +149,18 @@ class Clock:
     ) -> Vector:
         """Post to the rank after, and a receive from the one before: when it has both."""
         links = links or self.links
+        wires = id(links.beside or links)
         self.now = self.now + self.post_s
         size = np.broadcast_to(np.asarray(sent_bytes, dtype=float), self.now.shape)
         after = links.next_ranks
         none = np.zeros(links.ranks)
-        sends, receives = self._free.get(id(links), (none, none))
+        sends, receives = self._free.get(wires, (none, none))
         ready = np.maximum(self.now, self.now[after])  # both ends have posted
         start = np.maximum(ready, np.maximum(sends, receives[after]))
         end = start + links.latency_s + size * links.s_per_byte
         arrived = np.empty_like(end)
         arrived[after] = end
-        self._free[id(links)] = end, arrived
+        self._free[wires] = end, arrived
         self._draw(what, start, end)
         done: Vector = np.maximum(end, arrived)
         return done

@@ -1,15 +1,8 @@
 """A loss on a group of ranks: which shards travel how, what that takes, and what it costs.
 
 The tiles of one rank's share are chosen as for one device.  Around them, every cluster schedule is
-weighed: bytes that are sent, buffers for what is on its way, and the time that products do not hide
-(schedules A', B and C of ring attention and of gathered losses, with u = rows·D elements a shard,
-e bytes each, P ranks):
-
-    ring_owner    forward (P-1)ue   backward 2(P-1)ue      buffers 2ue of a chunk
-    ring_travel   forward (P-1)ue   backward (P-1)u(e+4)   buffers 2ue + 12u of a chunk
-    all_gather    the same                                 buffers P(2ue + 12u) of a chunk
-    two_level     as ring_owner; of P-1 shards, N-1 travel between N nodes   4ue of a chunk
-    canonical     2(P-1)ue      backward 2(P-1)ue      buffers 2ue of a chunk
+weighed: bytes that are sent, buffers for what is on its way (``travel`` has the formulas), and the
+time that products do not hide.
 """
 
 from __future__ import annotations
@@ -20,25 +13,24 @@ from dataclasses import dataclass, replace
 from cl_compiler.errors import BudgetError, ScheduleError
 from cl_compiler.hardware.graph import hardware_graph
 from cl_compiler.hardware.ranks import one_device
-from cl_compiler.lang.program import Pass, Program
+from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import (
     CANONICAL,
     CANONICAL_CHUNK,
     CLUSTER_SCHEDULES,
+    HALF_RING,
     OWNER_COMPUTES,
     build_ring_program,
     canonical_obstacle,
-    is_local,
     ring_schedules,
 )
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.lang.tile_ir import Accumulate, Compute, VectorRef
 from cl_compiler.plan.exchange import exchange_seconds, hiding_rows, hops_of, levels_of
-from cl_compiler.plan.facts import facts_of
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.memory import compile_memory
 from cl_compiler.plan.search import choose_plan, plan_with_tile
-from cl_compiler.plan.space import at, sizes_of
+from cl_compiler.plan.space import RingProgram, at, sizes_of
+from cl_compiler.plan.travel import Travel, buffer_bytes, posted_bytes, shards_sent, travels_of
 from cl_compiler.plan.types import ClusterPlan, Plan, Problem, Request, Tile
 from cl_compiler.units import format_bytes
 
@@ -46,112 +38,6 @@ PARTS = 8
 """Chunks of a shard where memory allows: an eighth bounds what is on its way to an eighth."""
 LEAST_CHUNK = 512
 """Rows of a chunk, at least: below, a message is mostly latency."""
-
-
-@dataclass(frozen=True)
-class Travel:
-    """What one pass moves, in elements per row of a shard: operands, and gradients with them.
-
-    ``vectors``, ``folds``: statistics that are read with a shard, and made with it.
-    ``side``: 0 where rows travel, 1 where columns do.
-    """
-
-    phase: str
-    operand_width: int
-    gradient_width: int
-    vectors: int = 0
-    folds: int = 0
-    side: int = 1
-
-
-def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
-    """What each pass of a program moves; nothing where a rank has both sides to itself."""
-    backward = {id(p) for stage in program.backward for p in stage.passes}
-    result = []
-    for pass_ in program.passes:
-        phase = "backward" if id(pass_) in backward else "forward"
-        if is_local(pass_.grid):
-            result.append(Travel(phase, 0, 0))
-            continue
-        side = 0 if pass_.sides == ("right",) else 1
-        operands, gradients = _moved(program, pass_, side)
-        result.append(
-            Travel(
-                phase,
-                sum(_width(problem, name) for name in operands),
-                sum(_width(problem, name) for name in gradients),
-                *_statistics(pass_, side),
-                side,
-            )
-        )
-    return tuple(result)
-
-
-def _moved(program: Program, pass_: Pass, side: int) -> tuple[set[str], set[str]]:
-    operands, gradients = set(), set()
-    for name in {*pass_.similarities, *pass_.gradients}:
-        leaf = program.plan.leaves[name]
-        view = (leaf.left, leaf.right)[side]
-        assert view is not None
-        operands.add(view.operand)
-        needed = view.operand in program.plan.needs and not view.stop
-        if name in pass_.gradients and needed and ("left", "right")[side] in pass_.sides:
-            gradients.add(view.operand)
-    return operands, gradients
-
-
-def _statistics(pass_: Pass, side: int) -> tuple[int, int]:
-    """(vectors that are read, accumulators that are made) along the travelling side."""
-    read: set[str] = set()
-    made: set[str] = set()
-    for i in next(iter(pass_.programs.values())).instructions:
-        if isinstance(i, Compute):
-            read |= {a.name for a in i.args if isinstance(a, VectorRef) and a.dim == side}
-            read |= {"ids"} if i.op == "positive_tile" else set()
-        if isinstance(i, Accumulate) and 1 - i.dim == side:
-            made |= set(i.targets)
-    return len(read), len(made)
-
-
-def _width(problem: Problem, operand: str) -> int:
-    return problem.operands.get(operand, problem.D)
-
-
-def posted_bytes(program: Program, problem: Problem, ranks: int) -> tuple[int, int]:
-    """(forward, backward): operands and gradients that a rank sends with shards as ``problem``.
-
-    Statistics, a few numbers per row, are not counted.
-    """
-    sent = {"forward": 0, "backward": 0}
-    rows = max(problem.M, problem.N)
-    for travel in travels_of(program, problem):
-        per_row = (
-            travel.operand_width * problem.input_bytes
-            + travel.gradient_width * problem.compute_bytes
-        )
-        sent[travel.phase] += (ranks - 1) * rows * per_row
-    return sent["forward"], sent["backward"]
-
-
-def buffer_bytes(
-    schedule: str, travel: Travel, problem: Problem, ranks: int, chunk: int, node: int = 0
-) -> tuple[int, int]:
-    """(shards, gradients) on their way in one pass, with their statistics, bytes.
-
-    ``node``: of a ring of rings, the ranks of a node.
-    """
-    if ranks == 1 and schedule != "all_gather":
-        return 0, 0
-    read, made = travel.vectors * problem.compute_bytes, travel.folds * problem.compute_bytes
-    shards = chunk * (travel.operand_width * problem.input_bytes + read)
-    gradients = chunk * (travel.gradient_width * problem.compute_bytes + made)
-    if schedule == "all_gather":
-        return 2 * ranks * shards, 3 * ranks * gradients
-    circles = (ranks // node, node) if node else (ranks,)
-    return (
-        sum(min(2, members - 1) for members in circles) * shards,
-        sum(3 for members in circles if members > 1) * gradients,
-    )
 
 
 @dataclass(frozen=True)
@@ -195,7 +81,10 @@ def choose_cluster_plan(request: Request, sweeps: SweepPlan) -> tuple[Plan, Prog
     obstacles: dict[str, BudgetError] = {}
     for name in usable:
         programs[name] = build_ring_program(
-            sweeps, owner_computes=name in OWNER_COMPUTES, canonical=name == CANONICAL
+            sweeps,
+            owner_computes=name in OWNER_COMPUTES,
+            canonical=name == CANONICAL,
+            half=name == HALF_RING,
         )
         try:
             found[name] = _candidate(request, sweeps, programs[name], name)
@@ -222,6 +111,7 @@ def _candidate(request: Request, sweeps: SweepPlan, program: Program, schedule: 
     problem, ranks = request.problem, request.group_size
     machine = machine_of(hardware_graph(request.hardware))
     node = _node(machine, schedule, ranks)
+    ring = RingProgram(program, ranks)
     last: BudgetError | None = None
     for chunk in [CANONICAL_CHUNK] if schedule == CANONICAL else _chunks(problem):
         shards = max(
@@ -241,9 +131,9 @@ def _candidate(request: Request, sweeps: SweepPlan, program: Program, schedule: 
         )
         try:
             if schedule == CANONICAL:  # sums are cut the same way whatever fits
-                plan = plan_with_tile(share, Tile(chunk, chunk), sweeps)
+                plan = plan_with_tile(share, Tile(chunk, chunk), sweeps, ring)
             else:
-                plan = choose_plan(share, sweeps)
+                plan = choose_plan(share, sweeps, ring=ring)
         except BudgetError as error:
             last = error
             continue
@@ -302,7 +192,7 @@ def memory_of(
     """(phase of the peak, (what, bytes) there) of a program on a group."""
     problem, ranks = request.problem, request.group_size
     casts = problem.dtype in ("bfloat16", "float16")
-    facts = facts_of(program, problem.operands)
+    facts = RingProgram(program, ranks).facts(problem.operands)
     memory = compile_memory(facts, casts=casts)
     node = _node(machine_of(hardware_graph(request.hardware)), schedule, ranks)
     machine = machine_of(hardware_graph(one_device(request.hardware)))
@@ -331,8 +221,8 @@ def _timed(
     """The cluster's part of a plan, and seconds of a forward with its backward."""
     problem, ranks = request.problem, request.group_size
     hops = hops_of(schedule, machine, ranks)
-    forward, backward = posted_bytes(program, problem, ranks)
-    shard_bytes = (forward + backward) / max(1, ranks - 1)
+    forward, backward = posted_bytes(program, problem, ranks, schedule)
+    shard_bytes = (forward + backward) / max(1, shards_sent(schedule, ranks))
     messages = -(-max(problem.M, problem.N) // chunk) * len(program.passes)
     exchange_s = exchange_seconds(hops, shard_bytes, messages)
     compute_s = plan.seconds * ranks
@@ -353,11 +243,4 @@ def _timed(
     return cluster, compute_s + exposed_s
 
 
-__all__ = [
-    "Travel",
-    "buffer_bytes",
-    "choose_cluster_plan",
-    "memory_of",
-    "posted_bytes",
-    "travels_of",
-]
+__all__ = ["choose_cluster_plan", "memory_of"]

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cl_compiler.lang.ring import HALF_RING
 from cl_compiler.plan.machine import Machine, Outer
+from cl_compiler.plan.travel import shards_sent
 from cl_compiler.plan.types import Plan, Problem
 
 PRODUCTS = "matrix products"
@@ -20,8 +22,8 @@ PRODUCTS = "matrix products"
 class Hop:
     """One kind of hop of a schedule.
 
-    ``sends``: shards that a rank sends over it; ``steps``: of products that one of them can hide
-    behind.
+    ``sends``: shards that a rank sends over it; ``steps``: how many of a plan's products one of
+    them can hide behind.
     """
 
     bytes_per_s: float
@@ -54,6 +56,11 @@ def hops_of(schedule: str, machine: Machine, ranks: int) -> tuple[Hop, ...]:
     if ranks == 1 or not linked:
         return ()
     levels = levels_of(machine, ranks) if schedule == "two_level" else None
+    if schedule == HALF_RING:
+        bytes_per_s = min(o.link_bytes_per_s for o in linked)
+        latency_s = max(o.link_latency_s for o in linked)
+        # a plan's products are those of a set with itself, half of those of two shards
+        return (Hop(bytes_per_s, latency_s, shards_sent(schedule, ranks), 2),)
     if levels is None:
         # A ring's slowest hop sets its pace: one rank of every node sends to the next node.
         bytes_per_s = min(o.link_bytes_per_s for o in linked)

@@ -25,7 +25,7 @@ from cl_compiler.lang.tile_ir import (
     Mode,
     TileRef,
 )
-from cl_compiler.plan.sizes import TILE_COLS, TILE_ROWS, D, Sizes, count_of, least
+from cl_compiler.plan.sizes import ONE, TILE_COLS, TILE_ROWS, D, Sizes, count_of, least
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PassFacts:
     """One loop nest: sizes as expressions, work as counts.
 
     ``rows`` x ``cols`` is the grid, ``m`` x ``n`` its tile, ``tiles`` their number and ``area`` the
-    elements that are made (half of the grid and its diagonal tiles where it is symmetric).
+    elements that are made (half of the grid and of its diagonal tiles where it is symmetric).
     ``float_buffers``, ``mask_buffers``: the most that any mode allocates; ``held``: float buffers
     in use in the expected mode, the kept one included.
     ``remade``: what a tile that was not kept costs again.
@@ -153,17 +153,22 @@ class ProgramFacts:
 
 
 def facts_of(
-    program: Program, extra_operands: Iterable[str] = (), *, one_rank: bool = True
+    program: Program,
+    extra_operands: Iterable[str] = (),
+    *,
+    one_rank: bool = True,
+    diagonals: sp.Expr = ONE,
 ) -> ProgramFacts:
     """Count a program.
 
     ``extra_operands``: operands whose width is not D; theirs is the symbol ``D_<name>``.
-    ``one_rank``: rows and columns all belong to this process.
+    ``one_rank``: rows and columns all belong to this process.  ``diagonals``: of the grids that
+    half is made of, the share in which tiles of the diagonal are made whole.
     """
     sizes = Sizes(frozenset(extra_operands), one_rank)
     backward = {id(p) for s in program.backward for p in s.passes}
     passes = tuple(
-        _pass(program, p, "backward" if id(p) in backward else "forward", sizes)
+        _pass(program, p, "backward" if id(p) in backward else "forward", sizes, diagonals)
         for p in program.passes
     )
     forward, late = _vectors(program, sizes)
@@ -183,7 +188,11 @@ def facts_of(
 
 
 def _pass(
-    program: Program, p: Pass, phase: Literal["forward", "backward"], sizes: Sizes
+    program: Program,
+    p: Pass,
+    phase: Literal["forward", "backward"],
+    sizes: Sizes,
+    diagonals: sp.Expr,
 ) -> PassFacts:
     leaves, tile = program.plan.leaves, p.programs[program.modes[0]]
     rows, cols = sizes.outer(p.grid[0]), sizes.length(p.grid[1])
@@ -192,7 +201,7 @@ def _pass(
     down, across = count_of(rows, m), count_of(cols, n)
     tiles, area = down * across, rows * cols
     if p.symmetric:
-        tiles, area = down * (across + 1) / 2, rows * (cols + n) / 2
+        tiles, area = down * (across + diagonals) / 2, rows * (cols + diagonals * n) / 2
     gradients = tuple(
         Product(side, sizes.width(view))
         for name in p.gradients

@@ -15,7 +15,7 @@ from cl_compiler.plan.cost import PARTS
 from cl_compiler.plan.limits import budget_error, smallest
 from cl_compiler.plan.machine import rates_in_words
 from cl_compiler.plan.mapping import map_levels, notes_of
-from cl_compiler.plan.space import STEP, Point, Space, space_of
+from cl_compiler.plan.space import STEP, Point, RingProgram, Space, space_of
 from cl_compiler.plan.types import Candidate, Plan, Request, Tile
 from cl_compiler.units import format_bytes
 
@@ -29,6 +29,7 @@ def choose_plan(
     request: Request,
     sweep_plan: SweepPlan | None = None,
     hardware_graph: nx.DiGraph | None = None,
+    ring: RingProgram | None = None,
 ) -> Plan:
     """The fastest plan that fits the budget.
 
@@ -36,6 +37,7 @@ def choose_plan(
         request: loss, machine, budget and problem.
         sweep_plan: the loss in sweeps, if the caller has it already.
         hardware_graph: the machine as a graph; None builds it from the request's hardware.
+        ring: what the requested schedule does, where it is not what it does on one device.
 
     Raises:
         BudgetError: nothing fits; the message names the smallest budget that would do, and the
@@ -44,7 +46,7 @@ def choose_plan(
         HardwareError: the machine has no rate for the way in which products are computed.
         ArgumentError: the problem lacks the number of slots or the length of the bank.
     """
-    space = space_of(request, sweep_plan, hardware_graph)
+    space = space_of(request, sweep_plan, hardware_graph, ring)
     best = _best_of_each(space)
     if not best:
         raise budget_error(space)
@@ -52,13 +54,17 @@ def choose_plan(
     return _plan(space, chosen, _rejected(space, chosen, best))
 
 
-def plan_with_tile(request: Request, tile: Tile, sweep_plan: SweepPlan) -> Plan:
+def plan_with_tile(
+    request: Request, tile: Tile, sweep_plan: SweepPlan, ring: RingProgram | None = None
+) -> Plan:
     """The plan of the requested schedule with a tile that is given, whether it fits or not.
+
+    ``ring``: as ``choose_plan``.
 
     Raises:
         ScheduleError, HardwareError, ArgumentError: as ``choose_plan``.
     """
-    space = space_of(request, sweep_plan, None)
+    space = space_of(request, sweep_plan, None, ring)
     (schedule,) = space.schedules()
     return _plan(space, space.point(schedule, tile, 1), ())
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.program import Program
+from cl_compiler.lang.ring import HALF_RING
 from cl_compiler.lang.tile_ir import Gemm
 from cl_compiler.plan.clock import Clock, Event, Links, Vector, links_of, links_of_levels
-from cl_compiler.plan.cluster import Travel, travels_of
+from cl_compiler.plan.travel import Travel, travels_of
 from cl_compiler.plan.types import Plan
 
 
@@ -42,10 +43,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Work:
-    """One pass on one rank: what it moves, and seconds for a whole shard against a whole shard."""
+    """One pass on one rank: what it moves, and seconds of a whole shard against a whole shard.
+
+    On half rings two shards meet once; ``diagonal``: of a shard, the length of a tile.
+    """
 
     travel: Travel
     seconds: float
+    diagonal: float = 0.0
 
 
 def work_of(plan: Plan, program: Program) -> tuple[Work, ...]:
@@ -57,9 +62,16 @@ def work_of(plan: Plan, program: Program) -> tuple[Work, ...]:
         gemms = sum(isinstance(i, Gemm) for i in code.instructions)
         weights.append(gemms + len(pass_.sides) * len(code.gradients) or 1)
     share = (plan.seconds - plan.cluster.exposed_s) / plan.cluster.group_size
-    total = sum(weights)
+    total, diagonal = sum(weights), 0.0
+    if plan.cluster.schedule == HALF_RING:  # planned: of half a shard pair, and diagonal tiles
+        diagonal = min(1.0, plan.tile.cols / plan.problem.M)
+        ranks = plan.cluster.group_size
+        whole = 1 if ranks % 2 else 2
+        share *= 2 / (1 + diagonal * whole / ranks)
     travels = travels_of(program, plan.problem)
-    return tuple(Work(t, share * w / total) for t, w in zip(travels, weights, strict=True))
+    return tuple(
+        Work(t, share * w / total, diagonal) for t, w in zip(travels, weights, strict=True)
+    )
 
 
 def simulate(
@@ -86,9 +98,13 @@ def simulate(
     ranks = cluster.group_size
     bandwidth = spec.device_level.bandwidth_bytes_per_s
     pass_s = 1.0 / bandwidth if bandwidth else 0.0
-    clock = Clock(
-        links_of(spec, ranks), np.asarray(speeds or [1.0] * ranks), drawn_ranks, pass_s, 3 * pass_s
-    )
+    links = links_of(spec, ranks)
+    clock = Clock(links, np.asarray(speeds or [1.0] * ranks), drawn_ranks, pass_s, 3 * pass_s)
+    levels: tuple[Links, ...] = ()
+    if cluster.schedule == "two_level":
+        levels = links_of_levels(spec, ranks)
+    if cluster.schedule == HALF_RING:
+        levels = links, links_of(spec, ranks, -(ranks // 2), links)
     return run(
         clock,
         cluster.schedule,
@@ -97,7 +113,7 @@ def simulate(
         cluster.chunk,
         plan.problem.input_bytes,
         plan.problem.compute_bytes,
-        links_of_levels(spec, ranks) if cluster.schedule == "two_level" else (),
+        levels,
         None if not shards else np.asarray(shards) / max(plan.problem.M, 1),
     )
 
@@ -115,8 +131,8 @@ def run(
 ) -> Run:
     """Run passes on a clock; shards of ``rows`` rows travel ``chunk`` rows at a time.
 
-    ``levels``: the circles of a ring of rings, from the outermost to the innermost.  ``shares``:
-    of ``rows``, what each rank has; left out, all of them.
+    ``levels``: the circles of a ring of rings, from the outermost to the innermost; of a half ring,
+    its hops and those home.  ``shares``: of ``rows``, what each rank has; left out, all of them.
     """
     forward_s = 0.0
     phase = "forward"
@@ -132,6 +148,10 @@ def run(
         parts = [min(chunk, rows - start) for start in range(0, rows, chunk)]
         if schedule == "all_gather":
             _gathered(clock, item.seconds / rows, per_row, back, parts, shares)
+            continue
+        if schedule == HALF_RING:
+            assert len(levels) == 2
+            _halfway(clock, levels, item, (per_row, back), rows, parts, shares)
             continue
         _around(
             clock,
@@ -189,6 +209,56 @@ def _around(
                 clock.wait(posted)
             if shares is not None:
                 here = here[before]
+    if arriving is not None:
+        clock.wait(arriving)
+        clock.compute(owed * clock.join_s_per_byte)
+
+
+def _halfway(
+    clock: Clock,
+    levels: Sequence[Links],
+    work: Work,
+    row_bytes: tuple[float, float],
+    rows: int,
+    parts: Sequence[int],
+    shares: Vector | None,
+) -> None:
+    """Chunks travel half of a ring, what is accumulated with them goes home from there.
+
+    ``row_bytes``: sent of a row, and sent back.
+    """
+    links, home = levels
+    ranks = links.ranks
+    steps, every = ranks // 2, np.arange(ranks)
+    share = np.ones(ranks) if shares is None else shares
+    arriving: Vector | None = None
+    owed: Vector | float = 0.0
+    start = 0
+    for count in parts:
+        part, whole = count / rows, row_bytes[0] * count
+        # of the square of a shard, what these columns have on one side of the diagonal
+        beside, diagonal = part * (2 * start + count) / (2 * rows), part * work.diagonal / 2
+        for step in range(steps + 1):
+            size = share[(every - step) % ranks]
+            back = row_bytes[1] * count * size
+            posted = clock.exchange(whole * size, links=links) if step < steps else None
+            if step:
+                clock.compute(back * clock.start_s_per_byte)
+            area: Vector | float = part
+            if step == 0:
+                area = beside + diagonal
+            elif 2 * step == ranks:
+                area = np.where(every < ranks // 2, beside + diagonal, max(beside - diagonal, 0.0))
+            clock.compute(work.seconds * area * share * size)
+            if step:
+                if arriving is not None:
+                    clock.wait(arriving)
+                    clock.compute((back if step > 1 else owed) * clock.join_s_per_byte)
+                arriving = clock.exchange(back, "gradient", links if step < steps else home)
+                owed = row_bytes[1] * count * share
+            if posted is not None:
+                clock.wait(posted)
+        start += count
     if arriving is not None:
         clock.wait(arriving)
         clock.compute(owed * clock.join_s_per_byte)

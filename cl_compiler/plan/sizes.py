@@ -25,6 +25,8 @@ KEPT = sp.Symbol("kept", nonnegative=True)
 SCRATCH = sp.Symbol("scratch", nonnegative=True)
 """1 where a tile that is not kept needs a place of its own, else 0."""
 
+ONE = sp.Integer(1)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -96,6 +98,7 @@ __all__ = [
     "KEPT",
     "M_ALL",
     "N_OWN",
+    "ONE",
     "SCRATCH",
     "TILE_COLS",
     "TILE_ROWS",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import networkx as nx
+import sympy as sp
 
 from cl_compiler.errors import ArgumentError, ScheduleError
 from cl_compiler.hardware.graph import hardware_graph as graph_of
-from cl_compiler.lang.program import SCHEDULES, Schedule, build_program, valid_schedules
+from cl_compiler.lang.program import (
+    SCHEDULES,
+    Program,
+    Schedule,
+    build_program,
+    valid_schedules,
+)
 from cl_compiler.lang.sweeps import SweepPlan, plan_sweeps
 from cl_compiler.plan.cost import CompiledCost, compile_cost
 from cl_compiler.plan.facts import ProgramFacts, facts_of
@@ -137,6 +144,25 @@ def axis_steps(length: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class RingProgram:
+    """What one rank of ``ranks`` does with the shards that it meets.
+
+    Its bytes and seconds are those of one shard at home and, on average, one that is met.
+    """
+
+    program: Program
+    ranks: int
+
+    def facts(self, extra_operands: Iterable[str] = ()) -> ProgramFacts:
+        """Counted; tiles of the diagonal are made whole in the own shard, and in the shard of the
+        rank that faces this one, if there is one.
+        """
+        whole = 1 if self.ranks % 2 else 2
+        share = sp.Rational(min(whole, self.ranks), self.ranks)
+        return facts_of(self.program, extra_operands, diagonals=share)
+
+
+@dataclass(frozen=True)
 class Space:
     """A request, its loss in sweeps, and the machine, with what was computed of them so far."""
 
@@ -146,6 +172,8 @@ class Space:
     options: dict[Schedule, Option]
     blocks: dict[Tile, dict[str, float]]
     """Both are filled when they are first asked for: lowering a loss takes milliseconds."""
+    ring: RingProgram | None = None
+    """Of the one schedule that is asked for, where it is not what ``build_program`` makes."""
 
     @property
     def limit_bytes(self) -> int:
@@ -183,8 +211,12 @@ class Space:
         """
         if schedule not in self.options:
             problem = self.request.problem
-            program = build_program(self.sweep_plan, schedule)
-            facts = facts_of(program, problem.operands, one_rank=self.machine.ranks == 1)
+            one_rank = self.machine.ranks == 1
+            if self.ring is None:
+                program = build_program(self.sweep_plan, schedule)
+                facts = facts_of(program, problem.operands, one_rank=one_rank)
+            else:
+                facts = self.ring.facts(problem.operands)
             casts = problem.input_bytes < problem.compute_bytes
             cost = compile_cost(facts, self.machine, problem, self.request.precision)
             memory = compile_memory(facts, casts=casts)
@@ -233,12 +265,17 @@ class Space:
         return {**self.sizes, **self.tile_values(option, tile, kept)}
 
 
-def space_of(request: Request, sweep_plan: SweepPlan | None, graph: nx.DiGraph | None) -> Space:
+def space_of(
+    request: Request,
+    sweep_plan: SweepPlan | None,
+    graph: nx.DiGraph | None,
+    ring: RingProgram | None = None,
+) -> Space:
     """Prepare a request."""
     if sweep_plan is None:
         sweep_plan = plan_sweeps(request.loss, request.positives, request.needs)
     graph = graph_of(request.hardware) if graph is None else graph
-    return Space(request, sweep_plan, machine_of(graph), {}, {})
+    return Space(request, sweep_plan, machine_of(graph), {}, {}, ring)
 
 
 def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, float]:
@@ -276,4 +313,14 @@ def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, 
     }
 
 
-__all__ = ["STEP", "Option", "Point", "Space", "at", "axis_steps", "sizes_of", "space_of"]
+__all__ = [
+    "STEP",
+    "Option",
+    "Point",
+    "RingProgram",
+    "Space",
+    "at",
+    "axis_steps",
+    "sizes_of",
+    "space_of",
+]

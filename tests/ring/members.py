@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from cl_compiler import GradientCache, compile_loss
+from cl_compiler.lang.ring import HALF_RING
 from cl_compiler.runtime import group_loss
 from cl_compiler.runtime.live_bytes import LiveBytes
 from tests.ring.ranks import shards
@@ -153,7 +154,10 @@ def _digest(tensor: Tensor) -> str:
 
 
 def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, dict[str, Any]]:
-    """Bytes of matrices that this rank sends to each other one, and holds, beside the plan's."""
+    """Bytes of matrices that this rank sends to each other one, and holds, beside the plan's.
+
+    Half rings have a loss of one set.
+    """
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     plain, sent = group_loss.guarded_ring, Counter[int]()
 
@@ -185,13 +189,19 @@ def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, 
     found = {}
     for schedule in schedules:
         loss_fn = compile_loss(
-            "xeon-amx-2c", "64MiB", group=dist.group.WORLD, schedule=schedule, timeout_s=20
+            "xeon-amx-2c",
+            "64MiB",
+            loss="nt_xent" if schedule == HALF_RING else "clip",
+            group=dist.group.WORLD,
+            schedule=schedule,
+            timeout_s=20,
         )
+        one_set = loss_fn.signature.single_set
         for _ in range(2):  # the second call makes nothing that stays
             x, y = shards(rank, rows, width)
             sent.clear()
             with LiveBytes() as live:
-                loss_fn(x, y, logit_scale=SCALE).backward()
+                loss_fn(*((x,) if one_set else (x, y)), logit_scale=SCALE).backward()
         plan = loss_fn.plan
         found[schedule] = {
             "sent": dict(sent),

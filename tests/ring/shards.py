@@ -14,7 +14,13 @@ from torch import Tensor
 
 from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.lang.ir import BANK, COLS, ROWS
-from cl_compiler.lang.ring import CANONICAL, OWNER_COMPUTES, build_ring_program, ring_schedules
+from cl_compiler.lang.ring import (
+    CANONICAL,
+    HALF_RING,
+    OWNER_COMPUTES,
+    build_ring_program,
+    ring_schedules,
+)
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
 from cl_compiler.runtime.loader import load_source
@@ -44,7 +50,10 @@ def emit_ring(
     needs = case.needs if needs is None else needs
     sweeps = plan_sweeps(case.loss, case.positives, needs)
     program = build_ring_program(
-        sweeps, owner_computes=schedule in OWNER_COMPUTES, canonical=schedule == CANONICAL
+        sweeps,
+        owner_computes=schedule in OWNER_COMPUTES,
+        canonical=schedule == CANONICAL,
+        half=schedule == HALF_RING,
     )
     plan = Plan(
         case.loss.name,

@@ -12,6 +12,7 @@ from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.errors import BudgetError, ScheduleError
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
+from cl_compiler.lang.ring import CLUSTER_SCHEDULES
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.cluster import choose_cluster_plan
@@ -162,7 +163,7 @@ def test_plans_say_what_was_weighed_and_survive_json():
     assert plan_from_json(plan_to_json(plan)) == plan
     text = explain(plan)
     assert "group of ranks" in text and plan.cluster.schedule in text
-    others = {"ring_owner", "ring_travel", "all_gather", "two_level"} - {plan.cluster.schedule}
+    others = set(CLUSTER_SCHEDULES) - {plan.cluster.schedule}
     assert {name for name, _ in plan.cluster.rejected} == others
     assert all(f"not {name}" in text for name in others)
 
@@ -190,7 +191,7 @@ def test_a_schedule_that_the_loss_cannot_use_is_refused():
 @pytest.mark.parametrize(
     "schedules",
     [
-        ["two_level"],
+        ["two_level", "half_ring"],
         pytest.param(
             ["ring_owner", "ring_travel", "all_gather", "canonical"], marks=pytest.mark.full
         ),
@@ -206,7 +207,8 @@ def test_processes_send_and_hold_what_was_planned(schedules):
     for rank, found in enumerate(everyone):
         for name, of in found.items():
             forward = 2 * 4 if name == "canonical" else 4
-            assert of["planned_sent"] == (ranks - 1) * u * (forward + backward.get(name, 8)), name
+            shards = ranks // 2 if name == "half_ring" else ranks - 1
+            assert of["planned_sent"] == shards * u * (forward + backward.get(name, 8)), name
             assert sum(of["sent"].values()) == of["planned_sent"], (name, of)
             assert abs(of["live"] - of["planned_live"]) <= 0.05 * of["planned_live"], (name, of)
             assert of["chunk"] < rows
@@ -214,6 +216,8 @@ def test_processes_send_and_hold_what_was_planned(schedules):
         shard, nodes = u * (4 + 8), ranks // node
         if "ring_owner" in found:
             assert found["ring_owner"]["sent"] == {after: (ranks - 1) * shard}
+        if "half_ring" in found:  # two hops of shards, one of gradients, and gradients home
+            assert found["half_ring"]["sent"] == {after: 2 * 2 * u * 4 + u * 4, far: u * 4}
         if "two_level" in found:
             between, inside = (nodes - 1) * shard, nodes * (node - 1) * shard
             assert found["two_level"]["sent"] == {far: between, near: inside}

@@ -66,6 +66,7 @@ GOLDENS = (
     Golden("supcon", "ring_owner", "ids"),
     Golden("clip", "two_level"),
     Golden("clip", "canonical"),
+    Golden("nt_xent", "half_ring", "views"),
 )
 
 

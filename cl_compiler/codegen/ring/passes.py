@@ -24,7 +24,7 @@ class RingNames(Names):
     """Lengths are those of all ranks together; a rank has ``rows`` and ``cols`` of its own."""
 
     reserved = RESERVED | {
-        *("ring", "first", "shard", "parts", "folds", "all_rows", "all_cols"),
+        *("ring", "first", "past", "twice", "shard", "parts", "folds", "all_rows", "all_cols"),
         *("FAR", "CHUNK", "ROWS", "COLS"),
     }
     length = "all_{}"
@@ -72,6 +72,8 @@ class RingPassText(PassText):
 
 class RingPassPrinter(PassPrinter):
     """Prints one pass in one mode; columns travel, or rows if only columns get a gradient."""
+
+    transposed = "twice"
 
     def __init__(
         self,
@@ -154,7 +156,8 @@ class RingPassPrinter(PassPrinter):
         homely = [o for o in outputs[1 - self.travels] if o not in own]
         fixed = [*at_home, "shard", *(["parts"] if folds or outputs[self.travels] else [])]
         fixed += [*own, *homely]
-        fixed += ["first"] if marks else []
+        fixed += ["first"] if marks or p.symmetric else []
+        fixed += ["past"] if p.symmetric else []
         fixed += ["half"] if on_positive and self.plan.positives == "views" else []
         folds += [("SUM", [o]) for o in outputs[self.travels]]
         buffers = sorted(set(self.code.buffers.values()))
@@ -181,7 +184,7 @@ class RingPassPrinter(PassPrinter):
             casts=casts,
             body=body,
             remake=[],
-            symmetric=False,
+            symmetric=p.symmetric,
             whole_rows=False,
             whole=False,
             slots=False,
@@ -191,7 +194,7 @@ class RingPassPrinter(PassPrinter):
             axis=LENGTH[p.grid[self.travels]],
             sent=sent,
             folds=folds,
-            marks_diagonal=marks,
+            marks_diagonal=marks or p.symmetric,
             extents=(self._at(lengths[0], 0), self._at(lengths[1], 1)),
         )
 
@@ -227,6 +230,8 @@ class RingPassPrinter(PassPrinter):
         axes = self.pass_.grid
         how = first.partition(f"{axes[1]} tiles")[2].strip("; ").rstrip(".")
         what = f"Sweep this rank's {home} and the {other} of a shard that is here."
+        if self.pass_.symmetric:
+            what = f"{what[:-1]}; two shards meet once."
         return "\n".join(
             [what, *([""] * bool(how)), *([f"    {how.capitalize()}."] * bool(how)), *rest]
         )

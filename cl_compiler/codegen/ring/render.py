@@ -13,7 +13,7 @@ from cl_compiler.codegen.ring.passes import RingNames, RingPassText, tuple_text
 from cl_compiler.codegen.ring.stages import CanonicalStagePrinter, RingStagePrinter
 from cl_compiler.lang.ir import COLS, ROWS
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import CANONICAL
+from cl_compiler.lang.ring import CANONICAL, HALF_RING
 from cl_compiler.plan.types import Plan
 
 _TEMPLATE = "ring/loss.py.jinja"
@@ -61,6 +61,7 @@ def render_ring(
         "canonical": canonical,
         "gathers": cluster_schedule == "all_gather",
         "two_level": cluster_schedule == "two_level",
+        "half": cluster_schedule == HALF_RING,
         "node": ranks_of_node,
         "chunk": chunk,
         "folds": sorted({how for s in travelling for how, _ in s.folds}),
