@@ -213,7 +213,6 @@ def _on_ranks(request: Request, ranks: int) -> Request:
         request,
         hardware=hardware,
         problem=replace(request.problem, M=m, N=n),
-        precision="ieee" if request.precision == "bf16x3" else request.precision,
         group_size=count,
     )
 
@@ -221,10 +220,10 @@ def _on_ranks(request: Request, ranks: int) -> Request:
 def _simulated(
     request: Request, drawn_ranks: int, advice: _Advice | None, max_batch: bool
 ) -> tuple[dict[str, _Found], dict[str, str]]:
+    from cl_compiler.codegen.ring.backend import plan_group
     from cl_compiler.errors import CompilerError
     from cl_compiler.lang.ring import CLUSTER_SCHEDULES
     from cl_compiler.lang.sweeps import plan_sweeps
-    from cl_compiler.plan.cluster import choose_cluster_plan
     from cl_compiler.plan.shards import largest_shard
     from cl_compiler.plan.simulate import simulate as run
 
@@ -234,7 +233,7 @@ def _simulated(
     for schedule in CLUSTER_SCHEDULES:
         asked = replace(request, schedule=schedule)
         try:
-            plan, program = choose_cluster_plan(asked, sweeps)
+            plan, program = plan_group(asked, sweeps)
         except CompilerError as error:
             refused[schedule] = str(error)
             continue
@@ -245,7 +244,7 @@ def _simulated(
             shards = run(plan, program, hardware, speeds=advice.speeds, shards=advice.rows)
             of = replace(of, even=even, uneven=shards)
         if max_batch:
-            of = replace(of, largest=largest_shard(asked, sweeps) * request.group_size)
+            of = replace(of, largest=largest_shard(asked, sweeps, plan_group) * request.group_size)
         found[schedule] = of
     return found, refused
 

@@ -7,7 +7,7 @@ time that products do not hide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from cl_compiler.errors import BudgetError, ScheduleError
@@ -49,11 +49,87 @@ class _Candidate:
     seconds: float
 
 
-def choose_cluster_plan(request: Request, sweeps: SweepPlan) -> tuple[Plan, Program]:
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a program: which shards travel how, ``chunk`` rows at a time.
+
+    ``node``: of a ring of rings, the ranks of a node.
+    """
+
+    request: Request
+    sweeps: SweepPlan
+    program: Program
+    schedule: str
+    chunk: int
+    node: int
+
+    @property
+    def alone(self) -> Request:
+        """The same products as one device would be asked for."""
+        schedule = self.program.schedule if self.sweeps.gradient_levels else "spill"
+        return replace(
+            self.request,
+            hardware=one_device(self.request.hardware),
+            schedule=schedule,
+            group_size=0,
+        )
+
+    @property
+    def ring(self) -> RingProgram:
+        """What this rank makes of the shards that it meets."""
+        return RingProgram(self.program, self.request.group_size)
+
+    def buffers(self, travel: Travel) -> tuple[int, int]:
+        """(shards, gradients) on their way in one pass, bytes."""
+        problem, ranks = self.request.problem, self.request.group_size
+        return buffer_bytes(self.schedule, travel, problem, ranks, self.chunk, self.node)
+
+    def too_little(self, needed_bytes: int) -> BudgetError:
+        """The budget does not hold what is needed."""
+        p, budget = self.request.problem, self.request.budget.device_bytes
+        return BudgetError(
+            f"{self.request.loss.name} on {self.request.group_size} ranks with shards of {p.M} "
+            f"rows, D={p.D}, needs {format_bytes(needed_bytes)} on each; the budget is "
+            f"{format_bytes(budget)}. Raise it, or give ranks fewer rows."
+        )
+
+
+SharePlanner = Callable[[Share], Plan]
+"""The plan of one rank's share, with the memory of all that it holds; raises BudgetError, or
+ScheduleError where it cannot compute so."""
+
+
+def plan_of_tiles(share: Share) -> Plan:
+    """The plan of a share in PyTorch's tiles.
+
+    Raises:
+        BudgetError: nothing fits; the message says what would.
+    """
+    request, program = share.request, share.program
+    travels = travels_of(program, request.problem) or (Travel("forward", 0, 0),)
+    shards = max(sum(share.buffers(t)) for t in travels)
+    rest = request.budget.device_bytes - shards
+    if rest < 1:
+        raise share.too_little(shards)
+    alone = replace(share.alone, budget=replace(request.budget, device_bytes=rest))
+    if share.schedule == CANONICAL:  # sums are cut the same way whatever fits
+        plan = plan_with_tile(alone, Tile(share.chunk, share.chunk), share.sweeps, share.ring)
+    else:
+        plan = choose_plan(alone, share.sweeps, ring=share.ring)
+    phase, memory = memory_of(share, plan.tile)
+    peak = sum(count for _, count in memory)
+    if peak > request.budget.device_bytes:
+        raise share.too_little(peak)
+    return replace(plan, memory=memory, peak_bytes=peak, peak_phase=phase)
+
+
+def choose_cluster_plan(
+    request: Request, sweeps: SweepPlan, plan_share: SharePlanner = plan_of_tiles
+) -> tuple[Plan, Program]:
     """The fastest cluster schedule that fits the budget, with the program that it runs.
 
     ``request.problem`` is the largest shard of any rank; ``request.hardware`` the whole cluster, or
-    one device where nothing is known of what joins them.
+    one device where nothing is known of what joins them.  ``plan_share``: how one rank computes.
 
     Raises:
         ScheduleError: the loss cannot use the schedule, or cannot run on a group.
@@ -78,7 +154,7 @@ def choose_cluster_plan(request: Request, sweeps: SweepPlan) -> tuple[Plan, Prog
         )
     found: dict[str, _Candidate] = {}
     programs: dict[str, Program] = {}
-    obstacles: dict[str, BudgetError] = {}
+    obstacles: dict[str, BudgetError | ScheduleError] = {}
     for name in usable:
         programs[name] = build_ring_program(
             sweeps,
@@ -87,8 +163,8 @@ def choose_cluster_plan(request: Request, sweeps: SweepPlan) -> tuple[Plan, Prog
             half=name == HALF_RING,
         )
         try:
-            found[name] = _candidate(request, sweeps, programs[name], name)
-        except BudgetError as error:
+            found[name] = _candidate(request, sweeps, programs[name], name, plan_share)
+        except (BudgetError, ScheduleError) as error:
             obstacles[name] = error
     if not found:
         raise next(iter(obstacles.values()))
@@ -107,53 +183,28 @@ def choose_cluster_plan(request: Request, sweeps: SweepPlan) -> tuple[Plan, Prog
     return replace(chosen.plan, cluster=cluster), programs[best]
 
 
-def _candidate(request: Request, sweeps: SweepPlan, program: Program, schedule: str) -> _Candidate:
-    problem, ranks = request.problem, request.group_size
+def _candidate(
+    request: Request, sweeps: SweepPlan, program: Program, schedule: str, plan_share: SharePlanner
+) -> _Candidate:
+    problem = request.problem
     machine = machine_of(hardware_graph(request.hardware))
-    node = _node(machine, schedule, ranks)
-    ring = RingProgram(program, ranks)
+    node = _node(machine, schedule, request.group_size)
     last: BudgetError | None = None
     for chunk in [CANONICAL_CHUNK] if schedule == CANONICAL else _chunks(problem):
-        shards = max(
-            sum(buffer_bytes(schedule, t, problem, ranks, chunk, node))
-            for t in travels_of(program, problem) or (Travel("forward", 0, 0),)
-        )
-        rest = request.budget.device_bytes - shards
-        if rest < 1:
-            last = last or _too_little(request, shards)
-            continue
-        share = replace(
-            request,
-            hardware=one_device(request.hardware),
-            budget=replace(request.budget, device_bytes=rest),
-            schedule=program.schedule if sweeps.gradient_levels else "spill",
-            group_size=0,
-        )
         try:
-            if schedule == CANONICAL:  # sums are cut the same way whatever fits
-                plan = plan_with_tile(share, Tile(chunk, chunk), sweeps, ring)
-            else:
-                plan = choose_plan(share, sweeps, ring=ring)
+            plan = plan_share(Share(request, sweeps, program, schedule, chunk, node))
         except BudgetError as error:
             last = error
-            continue
-        phase, memory = memory_of(request, program, plan.tile, schedule, chunk)
-        peak = sum(count for _, count in memory)
-        if peak > request.budget.device_bytes:
-            last = _too_little(request, peak)
             continue
         cluster, seconds = _timed(request, program, plan, machine, schedule, chunk)
         plan = replace(
             plan,
             hardware_name=request.hardware.name,
             budget=request.budget,
-            memory=memory,
-            peak_bytes=peak,
-            peak_phase=phase,
             seconds=seconds,
             rejected=(),
             levels=tuple(level for level in plan.levels if level.kind != "cluster"),
-            units=plan.units * ranks,
+            units=plan.units * request.group_size,
         )
         return _Candidate(plan, cluster, seconds)
     assert last is not None
@@ -164,15 +215,6 @@ def _node(machine: Machine, schedule: str, ranks: int) -> int:
     """Of a ring of rings, the ranks of a node; 0 for other schedules."""
     levels = levels_of(machine, ranks) if schedule == "two_level" else None
     return 0 if levels is None else levels.node
-
-
-def _too_little(request: Request, needed_bytes: int) -> BudgetError:
-    p = request.problem
-    return BudgetError(
-        f"{request.loss.name} on {request.group_size} ranks with shards of {p.M} rows, D={p.D}, "
-        f"needs {format_bytes(needed_bytes)} on each; the budget is "
-        f"{format_bytes(request.budget.device_bytes)}. Raise it, or give ranks fewer rows."
-    )
 
 
 def _chunks(problem: Problem) -> Iterator[int]:
@@ -186,18 +228,13 @@ def _chunks(problem: Problem) -> Iterator[int]:
         chunk = max(LEAST_CHUNK, chunk // 2)
 
 
-def memory_of(
-    request: Request, program: Program, tile: Tile, schedule: str, chunk: int
-) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """(phase of the peak, (what, bytes) there) of a program on a group."""
-    problem, ranks = request.problem, request.group_size
+def memory_of(share: Share, tile: Tile) -> tuple[str, tuple[tuple[str, int], ...]]:
+    """(phase of the peak, (what, bytes) there) of a share in PyTorch's tiles."""
+    problem, program, chunk = share.request.problem, share.program, share.chunk
     casts = problem.dtype in ("bfloat16", "float16")
-    facts = RingProgram(program, ranks).facts(problem.operands)
-    memory = compile_memory(facts, casts=casts)
-    node = _node(machine_of(hardware_graph(request.hardware)), schedule, ranks)
-    machine = machine_of(hardware_graph(one_device(request.hardware)))
-    share = replace(request, hardware=one_device(request.hardware), group_size=0)
-    sizes = sizes_of(share, problem, machine)
+    memory = compile_memory(share.ring.facts(problem.operands), casts=casts)
+    machine = machine_of(hardware_graph(share.alone.hardware))
+    sizes = sizes_of(share.alone, problem, machine)
     narrow = (Tile(min(tile.rows, chunk), tile.cols), Tile(tile.rows, min(tile.cols, chunk)))
     by_side = [{**sizes, **at(t, 0)} for t in narrow]  # a tile is no longer than a chunk
     values = [{**sizes, **at(tile, 0)}] * len(memory.phases)
@@ -205,14 +242,18 @@ def memory_of(
     extra: dict[int, tuple[int, int]] = {}
     sweeps = [i for i, phase in enumerate(memory.phases) if " sweep " in phase.name]
     for index, travel in zip(sweeps, travels_of(program, problem), strict=True):
-        extra[index] = buffer_bytes(schedule, travel, problem, ranks, chunk, node)
+        extra[index] = share.buffers(travel)
         values[index] = by_side[travel.side]
         totals[index] = memory.totals(values[index])[index] + sum(extra[index])
     peak = max(range(len(totals)), key=totals.__getitem__)
     items = memory.items_of(peak, values[peak])
-    shards, gradients = extra.get(peak, (0, 0))
-    on_their_way = (("shards on their way", shards), ("gradients on their way", gradients))
-    return memory.phases[peak].name, (*items, *(i for i in on_their_way if i[1]))
+    return memory.phases[peak].name, (*items, *on_their_way(*extra.get(peak, (0, 0))))
+
+
+def on_their_way(shards: int, gradients: int) -> tuple[tuple[str, int], ...]:
+    """(what, bytes) of what is between ranks, as far as there is any."""
+    both = (("shards on their way", shards), ("gradients on their way", gradients))
+    return tuple(item for item in both if item[1])
 
 
 def _timed(
@@ -243,4 +284,11 @@ def _timed(
     return cluster, compute_s + exposed_s
 
 
-__all__ = ["choose_cluster_plan", "memory_of"]
+__all__ = [
+    "Share",
+    "SharePlanner",
+    "choose_cluster_plan",
+    "memory_of",
+    "on_their_way",
+    "plan_of_tiles",
+]

@@ -31,6 +31,7 @@ COPIES = sp.Symbol("copies", nonnegative=True)
 GRADIENTS = "gradient accumulators"
 RETURNED = "returned gradients"
 VECTORS = "statistics (vectors)"
+AT_POSITIVES = "products at positives"
 GATHERED = "other ranks' shards"
 
 Item = tuple[str, sp.Expr]
@@ -139,7 +140,7 @@ def _row_gradients(early: Sequence[Output]) -> list[Item]:
         return []
     block = COMPUTE_BYTES * least(TILE_ROWS, M)
     sums, width = sp.Add(*(o.width for o in early)), largest(o.width for o in early)
-    return [("rows of gradients", block * sums), ("products at positives", block * width)]
+    return [("rows of gradients", block * sums), (AT_POSITIVES, block * width)]
 
 
 def _row_block(facts: ProgramFacts, casts: bool) -> list[Item]:
@@ -148,7 +149,7 @@ def _row_block(facts: ProgramFacts, casts: bool) -> list[Item]:
         return []
     width = largest(facts.positive_widths)
     factors = 3 if casts else 1  # both factors are widened before they are multiplied
-    return [("products at positives", factors * least(TILE_ROWS, M) * width * COMPUTE_BYTES)]
+    return [(AT_POSITIVES, factors * least(TILE_ROWS, M) * width * COMPUTE_BYTES)]
 
 
 def _returns(facts: ProgramFacts, rest: Sequence[Item], casts: bool) -> list[Phase]:

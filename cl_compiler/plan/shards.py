@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cl_compiler.errors import ArgumentError, BudgetError
@@ -13,7 +13,11 @@ from cl_compiler.plan.limits import largest, scaled
 from cl_compiler.plan.types import Request
 
 
-def largest_shard(request: Request, sweeps: SweepPlan) -> int:
+def largest_shard(
+    request: Request,
+    sweeps: SweepPlan,
+    plan_of: Callable[[Request, SweepPlan], object] = choose_cluster_plan,
+) -> int:
     """The most rows that every rank of a group can have within its budget; 0: not even one.
 
     Columns stay in proportion, D as it is.  The largest batch is as many times the ranks.
@@ -21,6 +25,7 @@ def largest_shard(request: Request, sweeps: SweepPlan) -> int:
     Args:
         request: of one rank, with ``group_size``; a schedule, or "auto" for the best of them.
         sweeps: the loss in sweeps.
+        plan_of: plans a request, or raises BudgetError.
 
     Raises:
         ScheduleError: the loss cannot use the schedule.
@@ -29,7 +34,7 @@ def largest_shard(request: Request, sweeps: SweepPlan) -> int:
     def fits(rows: int) -> bool:
         asked = replace(request, problem=scaled(request.problem, rows))
         try:
-            choose_cluster_plan(asked, sweeps)
+            plan_of(asked, sweeps)
         except BudgetError:
             return False
         return True

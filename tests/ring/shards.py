@@ -6,13 +6,15 @@ order, positives included, except that without ids rank r's first columns are th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from cl_compiler.codegen.ring.render import render_ring
+from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.lang.ir import BANK, COLS, ROWS
 from cl_compiler.lang.ring import (
     CANONICAL,
@@ -45,8 +47,11 @@ def emit_ring(
     width: int = 6,
     needs: frozenset[str] | None = None,
     node: int = 1,
+    precision: str = "ieee",
+    arch: str = "",
+    core: CoreTile | None = None,
 ) -> str:
-    """The text of the file for one case, without the planner."""
+    """The text of the file for one case, without the planner; ``arch``: as Triton kernels."""
     needs = case.needs if needs is None else needs
     sweeps = plan_sweeps(case.loss, case.positives, needs)
     program = build_ring_program(
@@ -61,7 +66,7 @@ def emit_ring(
         Problem(64, 64, width, dtype),  # type: ignore[arg-type]
         case.positives,
         needs,
-        "ieee",
+        precision,
         MemoryBudget(1 << 30),
         program.schedule,
         tile or Tile(ROW_TILE, COL_TILE),
@@ -73,7 +78,15 @@ def emit_ring(
         4.0,
     )
     return render_ring(
-        plan, program, "test", cluster_schedule=schedule, chunk=chunk, ranks_of_node=node
+        plan,
+        program,
+        "test",
+        cluster_schedule=schedule,
+        chunk=chunk,
+        ranks_of_node=node,
+        device="cuda" if arch else "cpu",
+        arch=arch,
+        core=core,
     )
 
 
@@ -125,7 +138,8 @@ def local(sample: Sample, cut: Split, rank: int, dtype: torch.dtype) -> dict[str
     values: dict[str, Tensor] = {}
     for name, tensor in sample.tensors.items():
         part = tensor.detach() if axes[name] == BANK else tensor.detach()[position[axes[name]]]
-        values[name] = part.to(dtype).requires_grad_(name in case.needs)
+        kind = dtype if part.dim() > 1 or dtype.itemsize > 4 else torch.float32
+        values[name] = part.to(kind).requires_grad_(name in case.needs)
     for name, number in sample.parameters.items():
         values[name] = number.detach().clone().requires_grad_()
     for name, ids in sample.ids.items():
@@ -143,10 +157,17 @@ class GroupResult:
 
 
 def run_group(
-    source: str, sample: Sample, cut: Split, *, dtype: torch.dtype = torch.float64
+    source: str,
+    sample: Sample,
+    cut: Split,
+    *,
+    dtype: torch.dtype = torch.float64,
+    timeout_s: float = 20.0,
+    prepare: Callable[[ModuleType], None] = lambda module: None,
 ) -> GroupResult:
-    """Run a file on as many threads as the split has ranks."""
+    """Run a file on as many threads as the split has ranks; ``prepare`` may change it before."""
     module = load_source(source, "test")
+    prepare(module)
     parts = [local(sample, cut, rank, dtype) for rank in range(len(cut.rows))]
 
     def run(hub, rank):
@@ -158,7 +179,7 @@ def run_group(
             grads = torch.autograd.grad(results[0], [values[n] for n in module.GRADIENTS])
         return results, dict(zip(module.GRADIENTS, grads, strict=True)), ring.posted_bytes
 
-    everyone = run_ranks(len(cut.rows), run, timeout_s=20.0)
+    everyone = run_ranks(len(cut.rows), run, timeout_s=timeout_s)
     gradients = {
         name: together(sample, cut, name, [g[name] for _, g, _ in everyone])
         for name in module.GRADIENTS

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cl_compiler.codegen.ring.kernels import kernel_obstacle
+from cl_compiler.codegen.ring.planning import kernel_planner
 from cl_compiler.codegen.ring.render import render_ring
+from cl_compiler.errors import BudgetError, ScheduleError
+from cl_compiler.lang.program import Program
+from cl_compiler.lang.ring import CANONICAL
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan.cluster import choose_cluster_plan
 from cl_compiler.plan.types import Plan, Request
@@ -13,13 +18,13 @@ from cl_compiler.plan.types import Plan, Request
 def plan_and_print_ring(request: Request, sweeps: SweepPlan, variant: str) -> tuple[Plan, str]:
     """The plan of a request, and the text of the file that runs it.
 
+    On GPUs what Triton serves goes before whatever PyTorch could do.
+
     Raises:
         BudgetError, ScheduleError: no plan exists; the message says why.
     """
-    if request.precision == "bf16x3":  # PyTorch's tiles have no such products
-        request = replace(request, precision="ieee")
-    plan, program = choose_cluster_plan(request, sweeps)
-    device = "cpu" if request.hardware.kind == "cpu" else "cuda"
+    plan, program = plan_group(request, sweeps)
+    on_cpu = request.hardware.kind == "cpu"
     assert plan.cluster is not None
     text = render_ring(
         plan,
@@ -28,9 +33,37 @@ def plan_and_print_ring(request: Request, sweeps: SweepPlan, variant: str) -> tu
         cluster_schedule=plan.cluster.schedule,
         chunk=plan.cluster.chunk,
         ranks_of_node=plan.cluster.node,
-        device=device,
+        device="cpu" if on_cpu else "cuda",
+        arch=request.hardware.arch if plan.template == "triton" else "",
     )
     return plan, text
 
 
-__all__ = ["plan_and_print_ring"]
+def plan_group(request: Request, sweeps: SweepPlan) -> tuple[Plan, Program]:
+    """The plan by which a request is printed, with the program that it runs.
+
+    Raises:
+        BudgetError, ScheduleError: no plan exists; the message says why.
+    """
+    reason = "" if request.hardware.kind == "cpu" else _obstacle(request, sweeps)
+    if request.hardware.kind != "cpu" and not reason:
+        try:
+            return choose_cluster_plan(request, sweeps, kernel_planner(request.hardware.arch))
+        except (BudgetError, ScheduleError) as error:
+            reason = str(error)
+    if request.precision == "bf16x3":  # PyTorch's tiles have no such products
+        request = replace(request, precision="ieee")
+    plan, program = choose_cluster_plan(request, sweeps)
+    if reason:
+        plan = replace(plan, notes=(f"PyTorch's tiles are emitted: {reason}", *plan.notes))
+    return plan, program
+
+
+def _obstacle(request: Request, sweeps: SweepPlan) -> str:
+    """Why a group cannot compute in Triton kernels; "" where it can."""
+    if request.schedule == CANONICAL:
+        return "kernels fold statistics tile by tile, not chunk by chunk in global order"
+    return kernel_obstacle(request.problem, request.precision, sweeps)
+
+
+__all__ = ["plan_and_print_ring", "plan_group"]

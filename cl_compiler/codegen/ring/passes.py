@@ -26,6 +26,7 @@ class RingNames(Names):
     reserved = RESERVED | {
         *("ring", "first", "past", "twice", "shard", "parts", "folds", "all_rows", "all_cols"),
         *("FAR", "CHUNK", "ROWS", "COLS"),
+        *("ahead", "tiles", "strips", "height", "width", "grid", "ragged", "block_m", "block_n"),
     }
     length = "all_{}"
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cl_compiler.codegen.context import build_context, is_cast
 from cl_compiler.codegen.layout import drop_unused, fit
 from cl_compiler.codegen.library import library_products
 from cl_compiler.codegen.render import environment, tidy_text
+from cl_compiler.codegen.ring.kernels import (
+    KernelStagePrinter,
+    kernel_context,
+    launch_tile,
+    target_of,
+)
 from cl_compiler.codegen.ring.passes import RingNames, RingPassText, tuple_text
 from cl_compiler.codegen.ring.stages import CanonicalStagePrinter, RingStagePrinter
+from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.lang.ir import COLS, ROWS
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import CANONICAL, HALF_RING
@@ -28,6 +36,8 @@ def render_ring(
     chunk: int,
     ranks_of_node: int = 0,
     device: str = "cpu",
+    arch: str = "",
+    core: CoreTile | None = None,
 ) -> str:
     """The text of the file that every rank runs.
 
@@ -39,14 +49,25 @@ def render_ring(
         chunk: rows of a shard that travel together.
         ranks_of_node: with "two_level", how many there are.
         device: "cpu", or "cuda" where what is allocated must lie beside the operands.
+        arch: of a GPU, for Triton kernels; "": PyTorch's tiles.
+        core: one tile for every kernel, for tests.
+
+    Raises:
+        ScheduleError: kernels do not serve the program; the message says why.
     """
     names = RingNames(program.plan)
     canonical = cluster_schedule == CANONICAL
-    kind = CanonicalStagePrinter if canonical else RingStagePrinter
-    printer = kind(program, names, is_cast(plan))
+    printer: RingStagePrinter
+    if arch:
+        printer = KernelStagePrinter(target_of(plan, program, arch, core), program, names, False)
+    else:
+        kind = CanonicalStagePrinter if canonical else RingStagePrinter
+        printer = kind(program, names, is_cast(plan))
     context = build_context(plan, program, printer)
     sweeps = context["sweeps"]
     travelling = [s for s in sweeps if isinstance(s, RingPassText)]
+    if arch:
+        plan = replace(plan, tile=launch_tile(plan, sweeps))
     header = [(key, text) for key, text in context["header"] if key != "schedule"]
     header.insert(
         3, ("schedule", f"{cluster_schedule}; M, N of each rank; chunks of {chunk} rows travel")
@@ -56,7 +77,9 @@ def render_ring(
         "device": device,
         "products": library_products(device, plan.precision),
         "scalar_home": '"cpu", ',
-        "beside": "" if device == "cpu" else f"{context['arguments'][0]}.device, ",
+        "beside": _beside(device, context["arguments"][0], bool(arch)),
+        "kernels": kernel_context(plan, arch, context) if arch else {},
+        "tile": plan.tile,
         "header": header,
         "canonical": canonical,
         "gathers": cluster_schedule == "all_gather",
@@ -75,6 +98,13 @@ def render_ring(
     context["reduces_logsumexp"] = "_of_all(" in vectors
     text = environment().get_template(_TEMPLATE).render(context)
     return fit(drop_unused(tidy_text(text)))
+
+
+def _beside(device: str, argument: str, launches: bool) -> str:
+    """Context managers in which everything lies, and is launched, on an argument's device."""
+    if device == "cpu":
+        return ""
+    return f"torch.cuda.device_of({argument}), " * launches + f"{argument}.device, "
 
 
 def _gradients(context: Mapping[str, Any]) -> dict[str, Any]:

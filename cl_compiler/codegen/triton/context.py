@@ -23,7 +23,7 @@ from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Mode
 from cl_compiler.plan.precision import SPLIT, rounded_operands
-from cl_compiler.plan.types import DTYPE_BYTES, Plan
+from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem
 
 HELPERS = (
     "_exp",
@@ -79,7 +79,7 @@ def build_triton_context(
             return dict.fromkeys(modes, core)
         return tiles_of_pass(plan.problem, plan.precision, program, pass_, modes, arch)
 
-    descriptors = has_descriptors(arch) and _aligned(operands.values(), plan)
+    descriptors = has_descriptors(arch) and has_aligned_rows(operands.values(), plan.problem)
     printer = SweepPrinter(
         program,
         names,
@@ -125,7 +125,7 @@ def build_triton_context(
         "adds_at_positives": bool(own["late"])
         or any(r.residual for s in sweeps for r in s.leaving),
         "saved": [names(n) for n in program.plan.saved],
-        "helpers": _helpers("\n".join(lines)),
+        "helpers": helpers_in("\n".join(lines)),
         "kinds": {p.kind for k in kernels for p in k.partials},
         "has_strips": any(k.in_strips for k in kernels),
         "has_products": any(k.gradients for k in kernels),
@@ -139,9 +139,9 @@ def build_triton_context(
     }
 
 
-def _aligned(widths: Iterable[int], plan: Plan) -> bool:
+def has_aligned_rows(widths: Iterable[int], problem: Problem) -> bool:
     """Whether rows start at multiples of 16 bytes, as descriptors require."""
-    return all(w * DTYPE_BYTES[plan.problem.dtype] % 16 == 0 for w in widths)
+    return all(w * DTYPE_BYTES[problem.dtype] % 16 == 0 for w in widths)
 
 
 def _ops(program: Program) -> tuple[Any, ...]:
@@ -278,11 +278,12 @@ def _strings(value: object) -> list[str]:
     return [t for v in value for t in _strings(v)] if isinstance(value, (list, tuple)) else []
 
 
-def _helpers(text: str) -> set[str]:
+def helpers_in(text: str) -> set[str]:
+    """The helpers that a text calls, and those that they call."""
     found = {h for h in HELPERS if (f"{h}(" in text or (h == "TIE_TOLERANCE" and h in text))}
     for name in tuple(found):
         found.update(NEEDED_BY.get(name, ()))
     return found
 
 
-__all__ = ["StageText", "build_triton_context"]
+__all__ = ["StageText", "build_triton_context", "has_aligned_rows", "helpers_in"]

@@ -41,7 +41,17 @@ IDENTITY["softmean"] = IDENTITY["logsumexp"]
 LOCALS = frozenset(
     {"i", "j", "k", "g", "tl", "tile", "first", "strip", "column", "offs_m", "offs_n", "offs_d"}
     | {"scalars", "unsafe", "row_start", "row_stop", "col_start", "col_stop", "strip_tiles"}
-    | {"at_edge", "inside", "row_slot", "col_slot", "g_slot", "g_width", "products", "half"}
+    | {
+        "at_edge",
+        "inside",
+        "row_slot",
+        "col_slot",
+        "g_slot",
+        "g_width",
+        "products",
+        "half",
+        "ahead",
+    }
     | {"BLOCK_M", "BLOCK_N", "BLOCK_D", "ROW_WARPS", "RAGGED", "LOG2E", "D"}
 )
 """What kernels call their own things."""

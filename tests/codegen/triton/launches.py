@@ -55,10 +55,12 @@ class FakeDescriptor:
 
 
 class Recorder:
-    """Takes a kernel's place and notes its launches."""
+    """Takes a kernel's place and notes its launches, of tensors on a device."""
 
-    def __init__(self, name: str, kernel: Any, launches: list[Launch]) -> None:
-        self.name, self.kernel, self.launches = name, kernel, launches
+    def __init__(
+        self, name: str, kernel: Any, launches: list[Launch], device: str = "meta"
+    ) -> None:
+        self.name, self.kernel, self.launches, self.device = name, kernel, launches, device
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*positional: Any, **named: Any) -> None:
@@ -74,7 +76,11 @@ class Recorder:
                 Launch(
                     self.name,
                     grid,
-                    {n: kind_of(values[n]) for n in self.kernel.arg_names if n not in constants},
+                    {
+                        n: kind_of(values[n], self.device)
+                        for n in self.kernel.arg_names
+                        if n not in constants
+                    },
                     {n: values[n] for n in self.kernel.arg_names if n in constants},
                     options,
                     {
@@ -88,11 +94,11 @@ class Recorder:
         return launch
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: Any, device: str) -> str:
     """Triton's name of an argument's type."""
     match value:
         case Tensor():
-            assert value.device.type == "meta", "an argument on the host"
+            assert value.device.type == device, f"an argument on {value.device}"
             return f"*{SHORT[value.dtype]}"
         case FakeDescriptor():
             return f"tensordesc<{SHORT[value.base.dtype]}{list(value.block)}>"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,9 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from cl_compiler.runtime.loader import load_source
-from tests.codegen.triton.emit import RESIDENT, SMALL, emit
+from tests.codegen.triton.emit import PANEL, RESIDENT, SMALL, emit
 from tests.losses_zoo import cases
+from tests.ring.shards import emit_ring, run_group, split
 from tests.zoo_case import Sample, sample
 
 CASES = {case.name: case for case in cases()}
@@ -102,6 +105,27 @@ def draw(request: dict[str, Any]) -> Sample:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Errors of the value and of every gradient against float64, and whether a guard tripped."""
     inputs = draw(request)
+    run = run_on_ranks if "ring" in request else run_alone
+    value, gradients, tripped = run(request, inputs)
+    wanted_value = inputs.reference()
+    wanted = inputs.gradients(wanted_value)
+    largest = max(float(g.norm()) for g in wanted.values())
+    expected = float(wanted_value.detach())
+    errors = {"value": abs(value - expected) / max(1.0, abs(expected))}
+    for name, gradient in gradients.items():
+        # a scalar is an inner product of an operand with its gradient, whose rounding it has
+        share = 1.0 if wanted[name].dim() == 0 and request["dtype"] != "float32" else 1e-2
+        size = max(float(wanted[name].norm()), share * largest)
+        errors[name] = float((gradient.double() - wanted[name]).norm()) / size
+    return {"errors": errors, "tripped": tripped, "gradients": list(gradients)}
+
+
+Found = tuple[float, dict[str, Tensor], bool]
+"""The value, gradients by name, whether a guard tripped."""
+
+
+def run_alone(request: dict[str, Any], inputs: Sample) -> Found:
+    """On one device."""
     dtype = getattr(torch, request["dtype"])
     source = emit(
         inputs.case,
@@ -132,23 +156,63 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         values[name] = tensor.detach().clone().requires_grad_()
     arguments = {**values, **inputs.ids}
     value = module.Loss.apply(*(arguments[name] for name in module.ARGUMENTS))[0]
-    wanted_value = inputs.reference()
-    wanted = inputs.gradients(wanted_value)
     gradients = torch.autograd.grad(value, [values[name] for name in module.GRADIENTS])
-    largest = max(float(g.norm()) for g in wanted.values())
-    expected = float(wanted_value.detach())
-    errors = {"value": abs(float(value.detach()) - expected) / max(1.0, abs(expected))}
-    for name, gradient in zip(module.GRADIENTS, gradients, strict=True):
-        # a scalar is an inner product of an operand with its gradient, whose rounding it has
-        share = 1.0 if wanted[name].dim() == 0 and dtype != torch.float32 else 1e-2
-        size = max(float(wanted[name].norm()), share * largest)
-        errors[name] = float((gradient.double() - wanted[name]).norm()) / size
-    return {"errors": errors, "tripped": tripped[0], "gradients": list(module.GRADIENTS)}
+    by_name = dict(zip(module.GRADIENTS, gradients, strict=True))
+    return float(value.detach()), by_name, tripped[0]
+
+
+def run_on_ranks(request: dict[str, Any], inputs: Sample) -> Found:
+    """On threads, a rank each: ``ring`` says by which schedule, ``shares`` how rows are cut."""
+    rows, cols = inputs.is_positive.shape
+    cut = split(inputs.case, rows, cols, request["shares"])
+    source = emit_ring(
+        inputs.case,
+        request["ring"],
+        dtype=request["dtype"],
+        chunk=request.get("chunk", 8),
+        tile=PANEL,
+        width=request["d"],
+        precision=request.get("precision", "ieee"),
+        node=request.get("node", 1),
+        arch=request["arch"],
+        core=SMALL,
+    )
+    tripped = [False]
+
+    def watch(module: ModuleType) -> None:
+        if hasattr(module, "_in_range"):
+            judge = module._in_range
+
+            def watched(*arguments: Any) -> bool:
+                verdict = judge(*arguments) and not request.get("force")
+                tripped[0] |= not verdict
+                return verdict
+
+            module._in_range = watched
+
+    dtype = getattr(torch, request["dtype"])
+    if request.get("force"):
+        source = source.replace("return max(0.0, math.ceil(", "return max(1e-9, math.ceil(")
+    found = run_group(source, inputs, cut, dtype=dtype, timeout_s=120.0, prepare=watch)
+    assert len(set(found.values)) == 1, found.values
+    return found.values[0], dict(found.result.gradients), tripped[0]
+
+
+def take_turns() -> None:
+    """The interpreter runs one program at a time; ranks are threads."""
+    run, turn = interpreter.GridExecutor.__call__, threading.RLock()
+
+    def alone(self: Any, *arguments: Any, **options: Any) -> Any:
+        with turn:
+            return run(self, *arguments, **options)
+
+    interpreter.GridExecutor.__call__ = alone
 
 
 def main() -> None:
     torch.set_num_threads(1)
     mend_bfloat16()
+    take_turns()
     for line in sys.stdin:
         try:
             result = answer(json.loads(line))

@@ -1,0 +1,352 @@
+"""Passes on many ranks as Triton kernels: one launcher for each, called shard by shard.
+
+A launcher is given what a sweep over PyTorch's tiles is given (``passes.py``): what is at home by
+name, and the shard that is here for now, whose tensors are called ``…_peer``.  Which mode runs is
+known on the host, where the ranks agree about it, so a kernel has no guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from cl_compiler.codegen.names import Names
+from cl_compiler.codegen.passes import PassPrinter
+from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText
+from cl_compiler.codegen.ring.stages import RingStagePrinter
+from cl_compiler.codegen.symbols import LENGTH, PythonNumbers, operand_scale
+from cl_compiler.codegen.triton.context import has_aligned_rows, helpers_in
+from cl_compiler.codegen.triton.core import (
+    Columns,
+    CoreTile,
+    column_sums,
+    core_tiles,
+    has_descriptors,
+)
+from cl_compiler.codegen.triton.kernels import KernelPrinter
+from cl_compiler.codegen.triton.products import folds_of, part_of, products_of
+from cl_compiler.codegen.triton.sweep_text import SweepText
+from cl_compiler.codegen.triton.text import KernelText, identifiers, residual_of
+from cl_compiler.errors import ScheduleError
+from cl_compiler.lang.ir import COLS, ROWS, View
+from cl_compiler.lang.program import Pass, Program
+from cl_compiler.lang.ring import is_local
+from cl_compiler.lang.sweeps import SweepPlan
+from cl_compiler.lang.tile_ir import Mode
+from cl_compiler.plan.precision import SPLIT, rounded_operands
+from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem, Tile
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are printed for.
+
+    ``widths``: columns of each operand; ``core``: one tile for every kernel, for tests.
+    """
+
+    arch: str
+    problem: Problem
+    precision: str
+    widths: Mapping[str, int]
+    descriptors: bool
+    columns: Columns
+    core: CoreTile | None = None
+
+    @property
+    def dot_precision(self) -> str:
+        """Of products of fp32 operands; "" for others."""
+        return self.precision if self.problem.dtype == "float32" else ""
+
+    def tile(self, pass_: Pass, mode: Mode) -> CoreTile:
+        """What one program holds in registers."""
+        if self.core is not None:
+            return self.core
+        return core_tiles(self.problem, self.precision, pass_, (mode,), self.arch)[mode]
+
+
+@dataclass
+class LauncherText(SweepText):
+    """The host function that launches one kernel on the panels of two shards."""
+
+    text: str = ""
+    anchor: str = ""
+    """A tensor at home, on whose device it all happens."""
+
+    @property
+    def doc(self) -> str:
+        return self.text
+
+
+@dataclass
+class KernelPassText(RingPassText):
+    """Also: the launcher that stands for the sweep."""
+
+    launcher: LauncherText = field(kw_only=True)
+
+
+class PeerKernelPrinter(KernelPrinter):
+    """Prints the kernel of a pass in which one side's shards travel.
+
+    ``travels``: 0 where rows do, 1 where columns do; ``sent``: vectors that do; ``table``: what a
+    sweep calls the symbols that are evaluated before it.
+    """
+
+    def __init__(
+        self, *args: Any, travels: int, sent: Sequence[str], table: Mapping[str, str]
+    ) -> None:
+        self.travels, self.sent, self.hoisted_names = travels, sent, dict(table)
+        super().__init__(*args)
+        self.is_python = PythonNumbers(self.plan, self.code.hoisted)  # type: ignore[assignment]
+        self.own_parts: dict[str, None] = {}
+        """Vectors along the travelling side that are read at positives only, which are at home."""
+
+    def _name_hoisted(self) -> None:
+        self.table = dict(self.hoisted_names)
+
+    def lies(self, tensor: str, dim: int) -> str:
+        """What the launcher calls a tensor of rows (0) or of columns (1)."""
+        return f"{tensor}_peer" if dim == self.travels else tensor
+
+    def views(self, similarity: str) -> tuple[View, View]:
+        left, right = super().views(similarity)
+        return tuple(  # type: ignore[return-value]
+            replace(view, operand=self.lies(view.operand, dim))
+            for dim, view in enumerate((left, right))
+        )
+
+    def vector(self, name: str, dim: int, log2e: bool) -> str:
+        text = self._ids(dim) if name in ("row_ids", "col_ids") else self.symbol(name)
+        if dim == self.travels and text not in self.sent:
+            self.own_parts.setdefault(text)
+        text = self.lies(text, dim)
+        variable = f"{text}_{'log2_' if log2e else ''}{'ij'[dim]}"
+        self.vectors[text, dim, log2e] = variable
+        return variable
+
+    def _offsets(self, k: KernelText, where: str) -> list[str]:
+        k.ahead = True
+        offsets = super()._offsets(k, where)
+        return ["ahead" if o == "0" else f"({o} + ahead)" for o in offsets]
+
+    def _declare(self, k: KernelText) -> None:
+        """All scalars are Python numbers: they are on the host, where ranks agree about them."""
+        super()._declare(k)
+        k.numbers = [
+            (name, host if python else f"float({host})")
+            for name, (host, python) in self.scalars.items()
+        ]
+        k.scalars = []
+        k.partials = [
+            replace(p, targets=tuple(self.lies(t, 1 - p.dim) for t in p.targets))
+            for p in k.partials
+        ]
+
+
+class KernelPassPrinter(RingPassPrinter):
+    """Prints one pass in one mode: names and what travels as for PyTorch's tiles."""
+
+    def __init__(self, target: Target, *args: Any) -> None:
+        super().__init__(*args)
+        self.target = target
+
+    def text(self) -> KernelPassText:
+        base, target = super().text(), self.target
+        fixed = [p for p in base.params if p not in self.params]
+        kernel_printer = PeerKernelPrinter(
+            self.program,
+            self.pass_,
+            self.mode,
+            self.names,
+            self.name,
+            target.tile(self.pass_, self.mode),
+            target.descriptors,
+            target.columns,
+            travels=self.travels,
+            sent=base.sent,
+            table=self.hoisted_names,
+        )
+        widths = {kernel_printer.lies(o, d): w for o, w in target.widths.items() for d in (0, 1)}
+        kernel = kernel_printer.text({**widths, **target.widths}, target.dot_precision)
+        launcher = self._launcher(base, fixed, kernel_printer, kernel)
+        fields = {**vars(base), "params": launcher.params, "body": [], "remake": []}
+        return KernelPassText(**fields, launcher=launcher)
+
+    def _launcher(
+        self, base: RingPassText, fixed: list[str], printer: PeerKernelPrinter, kernel: KernelText
+    ) -> LauncherText:
+        products = [
+            product
+            for g in self.code.gradients
+            for product in products_of(
+                self.plan, self.pass_, g, self.names, self.target.dot_precision, printer.lies
+            )
+        ]
+        anchor = base.extents[1 - self.travels]
+        for product in products:
+            product.scale = f"{product.scale}.to({anchor}.device)" * bool(product.scale)
+        after = [line for r in kernel.residuals for line in self._residuals(printer, r)]
+        here = {f"{name}_peer" for name in (*base.sent, *printer.own_parts)} | {"ahead"}
+        read = [n for _, host in (*kernel.pointers, *kernel.numbers) for n in identifiers(host)]
+        read += printer.own_parts
+        read += [n for p in products for n in identifiers(p.scale)]
+        read += [n for line in after for n in self._scales_in(line)]
+        params = [*fixed, *(n for n in dict.fromkeys(read) if n not in here and n not in fixed)]
+        if (kernel.ahead or printer.own_parts) and "first" not in params:
+            params.append("first")
+        if kernel.halves and "half" not in params:
+            params.append("half")
+        return LauncherText(
+            self.name,
+            [kernel],
+            params,
+            [],
+            folds_of(kernel, products),
+            "rows",
+            "cols",
+            False,
+            before=self._before(base, printer, kernel, anchor),
+            after=after,
+            text=base.doc,
+            anchor=anchor,
+        )
+
+    def _before(
+        self, base: RingPassText, printer: PeerKernelPrinter, kernel: KernelText, anchor: str
+    ) -> list[str]:
+        lines = [f"{base.peers} = shard"]
+        if base.folds:
+            lines.append(f"{base.fold_peers} = parts")
+        lines.append(f"rows, cols = {base.extents[0]}.shape[0], {base.extents[1]}.shape[0]")
+        lines += ["if not rows or not cols:", "    return"]
+        length = ("rows", "cols")[self.travels]
+        lines += [f"{name}_peer = _own_part({name}, first, {length})" for name in printer.own_parts]
+        if kernel.ahead:
+            lines.append(f"ahead = {'first' if self.travels == 0 else '-first'}")
+        lines += [
+            f"{name} = torch.zeros(rows, dtype=torch.float32, device={anchor}.device)"
+            for name in kernel.residuals
+        ]
+        return lines
+
+    def _residuals(self, printer: PeerKernelPrinter, name: str) -> list[str]:
+        """Add what rounding took off a shard's gradients at positives, times their partners."""
+        sim = next(g for g in self.pass_.gradients if residual_of(g) == name)
+        leaf = self.plan.leaves[sim]
+        left, right = leaf.left, leaf.right
+        assert left is not None and right is not None
+        operands = [part_of(printer.lies(v.operand, d), v, ":") for d, v in ((0, left), (1, right))]
+        lines = []
+        texts: dict[str, list[str]] = {}
+        for dim, (side, view) in enumerate((("left", left), ("right", right))):
+            if side not in self.pass_.sides or view.operand not in self.plan.needs or view.stop:
+                continue
+            own = leaf.scale and operand_scale(self.plan, view.operand) == "mixed"
+            lost = f"{name} * float({self.names(leaf.scale)})" if own and leaf.scale else name
+            target = part_of(printer.lies(f"d_{view.operand}", dim), view, ":")
+            texts.setdefault(lost, ["None", "None"])[dim] = target.replace("[:]", "")
+        views = self.plan.positives == "views"
+        for lost, targets in texts.items():
+            arguments = [lost, *(o.replace("[:]", "") for o in operands), *targets]
+            for offset in ("ahead + half", "ahead - half") if views else ("ahead",):
+                lines.append(f"_add_lost({', '.join([*arguments, offset])})")
+        return lines
+
+    def _scales_in(self, line: str) -> list[str]:
+        return [n for n in map(self.names, self.plan.ir.parameters) if n in identifiers(line)]
+
+
+def kernel_pass_printer(
+    target: Target,
+    program: Program,
+    pass_: Pass,
+    mode: Mode,
+    names: Names,
+    name: str,
+    cast: bool,
+    fresh: set[str],
+) -> PassPrinter:
+    """The printer of a pass whose tiles are a kernel's."""
+    assert not is_local(pass_.grid)
+    return KernelPassPrinter(target, program, pass_, mode, names, name, cast, fresh)
+
+
+class KernelStagePrinter(RingStagePrinter):
+    """Prints the statements around kernels; all ranks and both sides bound a sum alike."""
+
+    def __init__(self, target: Target, *args: Any) -> None:
+        super().__init__(*args)
+        self.pass_printer = partial(kernel_pass_printer, target)
+
+    def _terms(self, name: str, pass_: Pass) -> str:
+        both = [LENGTH[axis] for axis in pass_.grid]
+        lengths = dict.fromkeys(f"all_{n}" if n in (ROWS, COLS) else n for n in both)
+        return f"max({', '.join(lengths)})" if len(lengths) > 1 else next(iter(lengths))
+
+
+def target_of(plan: Plan, program: Program, arch: str, core: CoreTile | None) -> Target:
+    """What the kernels of a plan are printed for.
+
+    Raises:
+        ScheduleError: kernels do not serve the program; the message says why.
+    """
+    problem = plan.problem
+    reason = kernel_obstacle(problem, plan.precision, program.plan)
+    if reason:
+        raise ScheduleError(f"{plan.loss_name} on a group cannot be emitted as Triton: {reason}.")
+    widths = {op.name: problem.operands.get(op.name, problem.D) for op in program.plan.ir.operands}
+    descriptors = has_descriptors(arch) and has_aligned_rows(widths.values(), problem)
+    return Target(arch, problem, plan.precision, widths, descriptors, column_sums(arch), core)
+
+
+def launch_tile(plan: Plan, sweeps: Sequence[object]) -> Tile:
+    """Rows and columns of one launch: what the plan says, in whole tiles of every kernel."""
+    cores = [s.launcher.kernels[0].tile for s in sweeps if isinstance(s, KernelPassText)]
+    step = max((side for core in cores for side in (core.rows, core.cols)), default=1)
+    return Tile(*(-(-side // step) * step for side in (plan.tile.rows, plan.tile.cols)))
+
+
+def kernel_context(plan: Plan, arch: str, context: Mapping[str, Any]) -> dict[str, Any]:
+    """What the templates read of kernels, from the context without them."""
+    sweeps = context["sweeps"]
+    found = [s.launcher for s in sweeps if isinstance(s, KernelPassText)]
+    kernels = [k for launcher in found for k in launcher.kernels]
+    lines = [t for k in kernels for t in (*k.body, *k.start, *k.finish)]
+    return {
+        "nvidia": arch.startswith("sm_"),
+        "descriptors": any(k.descriptors for k in kernels),
+        "has_products": any(k.gradients for k in kernels),
+        "has_strips": any(k.in_strips for k in kernels),
+        "has_residuals": any(k.residuals for k in kernels),
+        "has_own_parts": any("_own_part(" in t for launcher in found for t in launcher.before),
+        "needs_rows": bool(context["positive_sims"] or context["dots"]),
+        "sixteen": DTYPE_BYTES[plan.problem.dtype] == 2,
+        "split": plan.precision == SPLIT,
+        "kinds": {p.kind for k in kernels for p in k.partials},
+        "helpers": helpers_in("\n".join(lines)),
+    }
+
+
+def kernel_obstacle(problem: Problem, precision: str, sweeps: SweepPlan) -> str:
+    """Why a loss on a group cannot run as Triton kernels; "" where it can."""
+    if problem.dtype == "float64":
+        return "float64 has no tensor cores"
+    if rounded_operands(problem.dtype, precision):
+        return f"{problem.dtype} operands are not rounded to {precision} before they travel"
+    for sweep in sweeps.sweeps:
+        if is_local(sweep.grid):
+            axes = " by ".join(sweep.grid)
+            return f"a sweep over {axes}, which a rank has to itself, has no kernel in a group"
+    return ""
+
+
+__all__ = [
+    "KernelPassText",
+    "KernelStagePrinter",
+    "Target",
+    "kernel_context",
+    "kernel_obstacle",
+    "launch_tile",
+    "target_of",
+]

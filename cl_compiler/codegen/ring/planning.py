@@ -1,0 +1,90 @@
+"""What one rank's share takes as Triton kernels: the panel of a launch, its bytes and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from cl_compiler.codegen.triton.panel import kernel_plan, smallest_bytes
+from cl_compiler.codegen.triton.workload import OF_TILES, Workload
+from cl_compiler.errors import ScheduleError
+from cl_compiler.lang.ring import HALF_RING
+from cl_compiler.plan.cluster import Share, on_their_way
+from cl_compiler.plan.memory import AT_POSITIVES, CompiledMemory, Phase, phases_of
+from cl_compiler.plan.tape import tape_of
+from cl_compiler.plan.travel import Travel, travels_of
+from cl_compiler.plan.types import Plan, Tile
+
+
+@dataclass(frozen=True)
+class ShareWorkload(Workload):
+    """A rank's share: panels are no longer than the chunks that travel, which lie beside them."""
+
+    share: Share
+
+    @cached_property
+    def memory(self) -> CompiledMemory:
+        """What PyTorch's tiles allocate, without the tiles, and without the products of rows and
+        their positives: only gradients that are known late are made of blocks."""
+        problem = self.request.problem
+        casts = problem.input_bytes < problem.compute_bytes
+        late = casts and bool(self.program.plan.late_positives)
+        phases = [
+            Phase(
+                phase.name,
+                tuple(
+                    (what, bytes_ / 3 if what == AT_POSITIVES else bytes_)
+                    for what, bytes_ in phase.items
+                    if what not in OF_TILES and (what != AT_POSITIVES or late)
+                ),
+            )
+            for phase in phases_of(self.facts, casts=casts)
+        ]
+        return CompiledMemory(tuple(phases), tape_of([p.total for p in phases]).bind(self.sizes))
+
+    @cached_property
+    def _travels(self) -> tuple[Travel, ...]:
+        return travels_of(self.program, self.request.problem)
+
+    def _beside_of(self, index: int, tile: Tile) -> list[tuple[str, int]]:
+        if index >= len(self._travels):
+            return []
+        travel, chunk = self._travels[index], self.share.chunk
+        rows, cols = tile.rows, tile.cols
+        narrow = Tile(rows, min(cols, chunk)) if travel.side else Tile(min(rows, chunk), cols)
+        items = [*self._workspace(index, narrow), *on_their_way(*self.share.buffers(travel))]
+        if self.program.passes[index].gradients and self.operand_bytes == 2:
+            found = self._pass_sizes(index, narrow)
+            block = min(found.rows, found.cols, chunk) * max(found.widths)
+            items.append(("rows at positives", round(4 * block)))
+        return items
+
+
+def kernel_planner(arch: str) -> Callable[[Share], Plan]:
+    """How a rank of a group computes on a GPU of this architecture."""
+
+    def plan(share: Share) -> Plan:
+        """The fastest panel within the budget.
+
+        Raises:
+            BudgetError: not even the smallest fits.
+            ScheduleError: two shards meet once, which kernels do not do.
+        """
+        if share.schedule == HALF_RING:
+            raise ScheduleError(
+                f"{share.request.loss.name} with schedule={HALF_RING!r} has no Triton kernels: "
+                "tiles that stand for their transposes are PyTorch's. Use another schedule."
+            )
+        # every gradient tile leaves its kernel, whoever's gradient it goes into
+        program = replace(share.program, schedule="spill")
+        workload = ShareWorkload(share.alone, program, arch, share)
+        found = kernel_plan(workload)
+        if found is None:
+            raise share.too_little(smallest_bytes(workload))
+        return replace(found, schedule=share.program.schedule)
+
+    return plan
+
+
+__all__ = ["ShareWorkload", "kernel_planner"]
