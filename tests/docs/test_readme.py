@@ -69,7 +69,7 @@ PRINTED = {
     "inspect --schedule spill --diff": r" +this plan +the other\nschedule +spill +recompute\n"
     r"(.*\n)+-# schedule  spill\n",
     "inspect --loss infonce --graph": r"loss graph: infonce\.png\nhardware graph: infonce-hard",
-    "simulate": r"clip on a800-4x8: 32 ranks(.*\n)+ring_owner +1024(.*\n)+fastest: ring_",
+    "simulate": r"clip on a800-4x8: 32 ranks(.*\n)+ring_owner +1024(.*\n)+fastest: \w+, bound by",
     "compile": r"compiled: .*/cache/[0-9a-f]{16}/clip-[0-9a-f]{12}/kernels\.py\nwritten: clip\.py",
     "cache list": r"0 variants, 0 B, in .*/cache\n",
     "doctor": r"what +found(.*\n)+Python +3\.(.*\n)+presets: .*h100x8",

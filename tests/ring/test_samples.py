@@ -35,23 +35,32 @@ class Golden:
     loss: str
     schedule: str
     positives: Positives = "paired"
+    hardware: str = ""
+    """A preset of many GPUs, in place of many small CPUs: the architecture of its kernels."""
+
+    @property
+    def arch(self) -> str:
+        """Of the kernels; "" where there are none."""
+        return load_hardware(self.hardware).arch if self.hardware else ""
 
     @property
     def name(self) -> str:
-        return f"{self.loss}-{self.schedule}{'-ids' if self.positives == 'ids' else ''}"
+        ids = "-ids" if self.positives == "ids" else ""
+        return f"{self.loss}-{self.schedule}{ids}{f'-{self.arch}' * bool(self.arch)}"
 
     def text(self) -> str:
         """What the planner and the templates make of it."""
         ir = find(self.loss)
         per_node = RANKS // 2 if self.schedule == "two_level" else RANKS
+        hardware = with_ranks(load_hardware(self.hardware or "xeon-amx-2c"), RANKS, per_node)
         request = Request(
             ir,
-            with_ranks(load_hardware("xeon-amx-2c"), RANKS, per_node),
+            hardware,
             MemoryBudget.parse("256MiB"),
-            Problem(8192, 8192, 512),
+            Problem(8192, 8192, 512, "bfloat16" if self.hardware else "float32"),
             self.positives,
             frozenset({op.name for op in ir.operands} | set(ir.parameters)),
-            "ieee",
+            "bf16" if self.hardware else "ieee",
             self.schedule,
             0,
             RANKS,
@@ -66,6 +75,7 @@ GOLDENS = (
     Golden("supcon", "ring_owner", "ids"),
     Golden("clip", "two_level"),
     Golden("clip", "canonical"),
+    Golden("clip", "ring_travel", hardware="h100x8"),
     Golden("nt_xent", "half_ring", "views"),
 )
 
@@ -87,14 +97,15 @@ def test_folder_has_no_other_files():
     assert {p.name for p in FOLDER.iterdir()} == {f"{g.name}.py" for g in GOLDENS}
 
 
-def test_samples_import_torch_alone():
-    for path in FOLDER.iterdir():
-        names = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            assert not isinstance(node, ast.ImportFrom)
-        assert names == {"math", "torch"}
+@pytest.mark.parametrize("golden", GOLDENS, ids=lambda golden: golden.name)
+def test_samples_import_torch_alone_and_kernels_triton(golden: Golden):
+    names = set()
+    for node in ast.walk(ast.parse((FOLDER / f"{golden.name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    assert names == {"math", "torch"} | ({"triton"} if golden.hardware else set())
 
 
 @pytest.mark.full

@@ -110,17 +110,23 @@ def kind_of(value: Any, device: str) -> str:
             raise AssertionError(f"{value!r} as a kernel's argument")
 
 
-def record(
-    module: ModuleType, case: Case, m: int, n: int, d: int, dtype: torch.dtype
-) -> list[Launch]:
-    """The launches of forward and backward on [m, d] and [n, d] operands."""
+def watch(module: ModuleType, device: str = "meta") -> list[Launch]:
+    """Let a file run no kernel from now on, and note here what it launches."""
     launches: list[Launch] = []
     for name, kernel in list(vars(module).items()):
         if name.endswith("_kernel"):
             kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
-            setattr(module, name, Recorder(name, kernel, launches))
+            setattr(module, name, Recorder(name, kernel, launches, device))
     if hasattr(module, "TensorDescriptor"):
         module.TensorDescriptor = FakeDescriptor  # type: ignore[attr-defined]
+    return launches
+
+
+def record(
+    module: ModuleType, case: Case, m: int, n: int, d: int, dtype: torch.dtype
+) -> list[Launch]:
+    """The launches of forward and backward on [m, d] and [n, d] operands."""
+    launches = watch(module)
     length = {"rows": m, "cols": n, "bank": n}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "is_cuda", property(lambda t: t.device.type == "meta"))
