@@ -292,8 +292,8 @@ class _MatmulPrecision:
 def _shift(bound, terms):
     """What to subtract from logits of at most ``bound``; None: use running maxima.
 
-    A whole number in base 2: no exponential exceeds 2**HEADROOM, and the inverse of a sum of so many
-    terms, times a weight of 1 / terms, is still a normal number.  0 where none can underflow.
+    A whole number in base 2: a sum of ``terms`` exponentials stays finite, and its inverse times a
+    weight of 1 / terms is still a normal number.  0 where no exponential can underflow.
     """
     if not math.isfinite(bound):
         return None
