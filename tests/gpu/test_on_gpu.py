@@ -6,14 +6,18 @@ Run with ``pytest -m gpu`` on a machine that has one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
 from cl_compiler import compile_loss
+from cl_compiler.hardware import load_hardware
+from cl_compiler.plan.types import Tile
 from cl_compiler.runtime.measure import planted_pairs
 from tests import losses_zoo as zoo
+from tests.ring.shards import emit_ring, run_group, split
 from tests.zoo_case import Sample, sample
 
 pytestmark = [
@@ -55,6 +59,11 @@ def errors_on_device(drawn: Sample, dtype: torch.dtype, **options) -> dict[str, 
     found = dict(
         zip(leaves, torch.autograd.grad(value, [arguments[n] for n in leaves]), strict=True)
     )
+    return errors_of(value, found, drawn)
+
+
+def errors_of(value: Tensor, found: Mapping[str, Tensor], drawn: Sample) -> dict[str, float]:
+    """Relative errors against the float64 reference."""
     wanted_value = drawn.reference()
     wanted = drawn.gradients(wanted_value)
     largest = max(float(g.norm()) for g in wanted.values())
@@ -107,6 +116,29 @@ def test_schedules(name: str, schedule: str):
     except ScheduleError:
         pytest.skip("the loss cannot use it")
     assert_close(errors, bound=12.0, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel", "all_gather"])
+@pytest.mark.parametrize("name", ["clip", "nt_xent", "siglip", "supcon"])
+def test_four_ranks_on_one_device(name: str, schedule: str):
+    """Ranks are threads, their shards uneven; every one launches the kernels of a group."""
+    drawn = rounded(sample(CASES[name], 333, 517, 128, seed=5), torch.bfloat16)
+    cut = split(drawn.case, *drawn.is_positive.shape, (2, 1, 0, 3))
+    source = emit_ring(
+        drawn.case,
+        schedule,
+        dtype="bfloat16",
+        chunk=64,
+        tile=Tile(256, 256),
+        width=128,
+        precision="bf16",
+        arch=load_hardware("auto").arch,
+    )
+    found = run_group(source, drawn, cut, dtype=torch.bfloat16, device=DEVICE, timeout_s=120.0)
+    assert len(set(found.values)) == 1
+    result = found.result
+    wrong = errors_of(result.value, result.gradients, drawn)
+    assert_close(wrong, bound=12.0, dtype=torch.bfloat16)
 
 
 # ---- one size of training -----------------------------------------------------------------------

@@ -130,7 +130,9 @@ def _cut(positions: Tensor, shares: Sequence[int]) -> tuple[Tensor, ...]:
     return positions.split(sizes)
 
 
-def local(sample: Sample, cut: Split, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def local(
+    sample: Sample, cut: Split, rank: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
     """One rank's arguments by name; those that need a gradient are leaves."""
     case, position = sample.case, {ROWS: cut.rows[rank], COLS: cut.cols[rank]}
     axes = {op.name: op.axes[0] for op in case.loss.operands}
@@ -139,11 +141,11 @@ def local(sample: Sample, cut: Split, rank: int, dtype: torch.dtype) -> dict[str
     for name, tensor in sample.tensors.items():
         part = tensor.detach() if axes[name] == BANK else tensor.detach()[position[axes[name]]]
         kind = dtype if part.dim() > 1 or dtype.itemsize > 4 else torch.float32
-        values[name] = part.to(kind).requires_grad_(name in case.needs)
+        values[name] = part.to(device, kind).requires_grad_(name in case.needs)
     for name, number in sample.parameters.items():
         values[name] = number.detach().clone().requires_grad_()
     for name, ids in sample.ids.items():
-        values[name] = ids[cut.cols[rank] if name == "col_ids" else cut.rows[rank]]
+        values[name] = ids[cut.cols[rank] if name == "col_ids" else cut.rows[rank]].to(device)
     return values
 
 
@@ -162,13 +164,14 @@ def run_group(
     cut: Split,
     *,
     dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
     timeout_s: float = 20.0,
     prepare: Callable[[ModuleType], None] = lambda module: None,
 ) -> GroupResult:
     """Run a file on as many threads as the split has ranks; ``prepare`` may change it before."""
     module = load_source(source, "test")
     prepare(module)
-    parts = [local(sample, cut, rank, dtype) for rank in range(len(cut.rows))]
+    parts = [local(sample, cut, rank, dtype, device) for rank in range(len(cut.rows))]
 
     def run(hub, rank):
         ring = LoopbackRing(hub, rank, cut.lengths)
@@ -202,5 +205,5 @@ def together(sample: Sample, cut: Split, name: str, parts: Sequence[Tensor]) -> 
     whole = torch.zeros_like(sample.tensors[name], dtype=parts[0].dtype)
     positions = cut.cols if axes[name] == COLS else cut.rows
     for position, part in zip(positions, parts, strict=True):
-        whole[position] = part
+        whole[position] = part.cpu()
     return whole
