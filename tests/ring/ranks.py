@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import itertools
 import os
@@ -10,6 +12,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -173,22 +177,68 @@ def disagreements(rank: int) -> dict[str, tuple[str, float]]:
     return found
 
 
-def again_and_again(rank: int, cycles: int) -> tuple[list[int], list[int]]:
-    """Make a group and take it down, or forget it: (descriptors, threads) after each cycle."""
+@dataclass(frozen=True)
+class Held:
+    """What a process holds: open files, threads, resident memory, and storages of live tensors."""
+
+    descriptors: int
+    threads: int
+    resident_bytes: int
+    storages: int
+    storage_bytes: int
+
+
+def held() -> Held:
+    """What this process holds now."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # freed memory goes back, where that exists
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return Held(
+        len(os.listdir("/proc/self/fd")),
+        len(os.listdir("/proc/self/task")),
+        pages * os.sysconf("SC_PAGE_SIZE"),
+        len(storages),
+        sum(storages.values()),
+    )
+
+
+CYCLE_ROWS, CYCLE_WIDTH = 512, 1024
+"""Of a shard in a cycle: 2 MiB, as much as a chunk that is received."""
+
+
+def again_and_again(rank: int, cycles: int, folder: str) -> list[Held]:
+    """Make a group and take it down, or forget it: what is held after each cycle.
+
+    With a ``folder``, to meet in, all groups of the process are taken down and made anew.
+    """
     forgotten = compiled()
     watched = weakref.ref(forgotten.ranks)
     del forgotten
     gc.collect()
     assert watched() is None
     assert "cl_compiler watch" not in {thread.name for thread in threading.enumerate()}
-    descriptors, threads = [], []
-    x, y = shards(rank)
-    for _ in range(cycles):
-        loss_fn = compiled()
+    found, ranks = [], dist.get_world_size()
+    x, y = shards(rank, CYCLE_ROWS, CYCLE_WIDTH)
+    for cycle in range(cycles):
+        if folder:
+            dist.destroy_process_group()
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/{cycle}",
+                rank=rank,
+                world_size=ranks,
+                timeout=timedelta(seconds=20),
+            )
+        loss_fn = compiled(memory_budget="64MiB")
         loss_fn(x, y, logit_scale=10.0).backward()
+        assert loss_fn.plan.cluster.chunk == CYCLE_ROWS
         loss_fn.close()
+        del loss_fn
+        x.grad = y.grad = None
         dist.barrier()
-        descriptors.append(len(os.listdir("/proc/self/fd")))
-        threads.append(len(os.listdir("/proc/self/task")))
+        found.append(held())
     dist.destroy_process_group()
-    return descriptors, threads
+    return found

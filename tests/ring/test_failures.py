@@ -139,9 +139,23 @@ def test_an_exception_of_one_rank_reaches_the_others(victim, caught, store, tmp_
     survive(3.0, victim, words, 3, *args, store=store)
 
 
-@pytest.mark.parametrize("cycles", [6, pytest.param(50, marks=pytest.mark.full)])
-def test_groups_leave_nothing_behind(cycles):
-    for outcome in launch(ranks.again_and_again, 2, cycles, seconds=60.0 + cycles):
-        descriptors, threads = outcome.needed()
-        assert descriptors[-1] <= descriptors[1], descriptors
-        assert threads[-1] <= threads[1], threads
+GROWTH_BYTES = 4 << 20
+"""Of resident memory, over all cycles after the first few: two chunks of one cycle."""
+
+
+@pytest.mark.parametrize(
+    ("cycles", "anew"),
+    [(6, False), *(pytest.param(50, anew, marks=pytest.mark.full) for anew in (False, True))],
+)
+def test_groups_leave_nothing_behind(cycles, anew, tmp_path):
+    """Made and taken down again and again, alone or with all groups of the process."""
+    folder, warm = str(tmp_path) if anew else "", max(3, cycles // 10)
+    outcomes = launch(ranks.again_and_again, 2, cycles, folder, seconds=60.0 + 4 * cycles)
+    for outcome in outcomes:
+        found = outcome.needed()
+        before, after = found[:warm], found[warm:]
+        for what in ("descriptors", "threads", "storages", "storage_bytes"):
+            most = max(getattr(held, what) for held in before)
+            assert all(getattr(held, what) <= most for held in after), (what, found)
+        grown = after[-1].resident_bytes - before[-1].resident_bytes
+        assert grown < GROWTH_BYTES, (grown, found)
