@@ -179,7 +179,10 @@ def disagreements(rank: int) -> dict[str, tuple[str, float]]:
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds: open files, threads, resident memory, and storages of live tensors."""
+    """What a process holds: open files, threads, resident memory, and storages of live tensors.
+
+    Tensors are those that were made since ``gc.freeze()``.
+    """
 
     descriptors: int
     threads: int
@@ -222,6 +225,7 @@ def again_and_again(rank: int, cycles: int, folder: str) -> list[Held]:
     assert "cl_compiler watch" not in {thread.name for thread in threading.enumerate()}
     found, ranks = [], dist.get_world_size()
     x, y = shards(rank, CYCLE_ROWS, CYCLE_WIDTH)
+    gc.freeze()  # what was imported is not looked at in every cycle
     for cycle in range(cycles):
         if folder:
             dist.destroy_process_group()
