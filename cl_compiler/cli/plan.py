@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from cl_compiler.cli import options as opt
-from cl_compiler.cli.output import working, write, write_json, write_report
+from cl_compiler.cli.output import Table, working, write, write_json, write_report, write_table
+from cl_compiler.cli.ranks import Budgets, Speeds, on_ranks, ranks_of, table_of
 from cl_compiler.cli.requests import ask, request_of
+from cl_compiler.units import format_bytes
 
 __all__ = ["plan"]
 
@@ -32,13 +34,23 @@ def plan(
     max_batch: Annotated[
         bool, typer.Option("--max-batch", help="Also find the largest M that fits the budget.")
     ] = False,
+    speeds: Speeds = None,
+    budgets: Budgets = None,
     json: opt.Json = False,
 ) -> None:
     """Show how a loss would run: schedule, tiles, bytes, seconds, and what was rejected.
 
     Nothing is compiled or measured, and any machine can be planned for: preset names are in
-    `cl-compiler doctor`.
+    `cl-compiler doctor`. With --speeds or --budgets, of every rank one, the problem is that of a
+    group of ranks: which of them gets how many rows, and the plan of the largest shard.
     """
+    differing = ranks_of(speeds, budgets, budget)
+    if differing is not None and (schedule != "auto" or max_batch):
+        raise typer.BadParameter(
+            "--speeds and --budgets plan a group of ranks: leave out --schedule and --max-batch, "
+            "which are of one device (`cl-compiler simulate` has every cluster schedule, and the "
+            "largest batch)"
+        )
     question = ask(
         hardware=hardware, budget=budget, loss=loss, problem=problem, M=M, N=N, D=D, dtype=dtype,
         precision=precision, schedule=schedule, positives=positives, gradients=gradients,
@@ -48,22 +60,44 @@ def plan(
     with working("planning", steps) as step:
         from cl_compiler.codegen.backend import max_batch as find_largest
         from cl_compiler.codegen.backend import plan_of
+        from cl_compiler.codegen.ring.backend import plan_group
         from cl_compiler.lang.sweeps import plan_sweeps
         from cl_compiler.plan.record import plan_to_json
         from cl_compiler.plan.report import explain
+        from cl_compiler.plan.shards import shares_of_ranks
 
         step()
         request = request_of(question)
         step()
         sweeps = plan_sweeps(request.loss, request.positives, request.needs)
-        chosen = plan_of(request, sweeps)
+        shares = None
+        if differing is not None:
+            asked = on_ranks(request, 0, differing)
+            total = request.problem.M
+            shares = shares_of_ranks(
+                asked, sweeps, total, differing.speeds, differing.budgets, plan_group
+            )
+        chosen = plan_of(request, sweeps) if shares is None else shares.plan
         largest = None
         if max_batch:
             step()
             largest = find_largest(request, sweeps)
     if json:
+        if shares is not None:
+            of_ranks = {
+                "rows_of_ranks": list(shares.rows),
+                "peak_bytes_of_ranks": list(shares.peak_bytes),
+                "memory_budget_bytes": shares.plan.peak_bytes,
+            }
+            write_json(plan_to_json(chosen) | of_ranks)
+            return
         write_json(plan_to_json(chosen) | ({} if largest is None else {"max_batch": largest}))
         return
     write_report(explain(chosen))
+    if differing is not None and shares is not None:
+        write("\nranks")
+        columns = ("rank", "speed", "rows", "memory", "budget")
+        write_table(Table("", columns, tuple(table_of(differing, shares)), frozenset(range(1, 5))))
+        write(f"memory_budget for all of them: {format_bytes(shares.plan.peak_bytes)}")
     if largest is not None:
         write(f"\nlargest batch that fits this budget: M = {largest:,}")

@@ -11,11 +11,14 @@ import typer
 
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import Table, working, write, write_json, write_table
+from cl_compiler.cli.ranks import Budgets, Ranks, Speeds, in_words, on_ranks, ranks_of, table_of
 from cl_compiler.cli.requests import ask, request_of
 from cl_compiler.cli.simulate_report import draw, write_page
 from cl_compiler.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from cl_compiler.lang.sweeps import SweepPlan
+    from cl_compiler.plan.shards import RankShares
     from cl_compiler.plan.simulate import Run
     from cl_compiler.plan.types import ClusterPlan, Plan, Request
 
@@ -47,14 +50,8 @@ def simulate(
         Path | None,
         typer.Option("--html", help="Write a page: the tables, and a chart of every schedule."),
     ] = None,
-    speeds: Annotated[
-        str | None,
-        typer.Option(
-            "--speeds",
-            help="Of each rank, as 1,1,0.5,1: shards are weighed for ranks that differ.",
-            show_default=False,
-        ),
-    ] = None,
+    speeds: Speeds = None,
+    budgets: Budgets = None,
     max_batch: Annotated[
         bool, typer.Option("--max-batch", help="Also the largest batch within the budget.")
     ] = False,
@@ -62,9 +59,10 @@ def simulate(
 ) -> None:
     """Run every cluster schedule of a loss on a described cluster, event by event.
 
-    The problem is that of all ranks together, spread evenly. Seconds rest on the rates of the
-    preset, or of `cl-compiler calibrate`.
+    The problem is that of all ranks together, spread evenly, or as --speeds and --budgets advise.
+    Seconds rest on the rates of the preset, or of `cl-compiler calibrate`.
     """
+    differing = ranks_of(speeds, budgets, budget)
     question = ask(
         hardware=hardware, budget=budget, loss=loss, problem=problem, M=None, N=None, D=None,
         dtype=dtype, precision=precision, schedule="auto", positives=positives,
@@ -72,20 +70,24 @@ def simulate(
     )  # fmt: skip
     with working("simulating", ["plans", "events"]) as step:
         step()
-        asked = _on_ranks(request_of(question), ranks)
-        rows = _advised(asked, speeds)
+        whole = request_of(question)
+        asked = on_ranks(whole, ranks, differing)
         step()
         found, refused = _simulated(
-            asked, 0 if gantt is None and page is None else _GANTT_RANKS, rows, max_batch
+            asked,
+            whole.problem.M,
+            0 if gantt is None and page is None else _GANTT_RANKS,
+            differing,
+            max_batch,
         )
     best = min(found, key=lambda name: found[name].run.seconds) if found else ""
     title = f"{loss} on {asked.hardware.name}"
     if gantt is not None and best:
         draw(found[best].run, f"{title}: {best}", gantt)
     if json:
-        _write_json(asked, found, refused, best, rows)
+        _write_json(asked, found, refused, best)
     else:
-        _write_text(asked, found, refused, best, rows)
+        _write_text(asked, found, refused, best, differing)
     if page is not None:
         notes = [f"not {name}: {why}" for name, why in refused.items()]
         notes += [_fastest(found[best])] if best else []
@@ -95,12 +97,17 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Found:
-    """One schedule: its plan and run; with shards as advised; the largest batch that fits."""
+    """One schedule: its plan and run; the largest batch that fits.
+
+    Where ranks differ, ``shares`` are advised and ``uneven`` is their run; ``even`` that of even
+    shards, if they fit.
+    """
 
     plan: Plan
     run: Run
     even: Run | None = None
     uneven: Run | None = None
+    shares: RankShares | None = None
     largest: int | None = None
 
     @property
@@ -114,8 +121,8 @@ def _write_json(
     found: dict[str, _Found],
     refused: dict[str, str],
     best: str,
-    rows: _Advice | None,
 ) -> None:
+    advised = _advised(found)
     write_json(
         {
             "hardware": asked.hardware.name,
@@ -124,7 +131,7 @@ def _write_json(
             "schedules": {name: _record(of) for name, of in found.items()},
             "refused": refused,
             "other_losses_bytes": dict(_others(asked)),
-            **({} if rows is None else {"advised_rows": list(rows.rows)}),
+            **({} if advised is None else {"advised_rows": _record(advised)["advised_rows"]}),
         }
     )
 
@@ -134,7 +141,7 @@ def _write_text(
     found: dict[str, _Found],
     refused: dict[str, str],
     best: str,
-    rows: _Advice | None,
+    ranks: Ranks | None,
 ) -> None:
     write(f"{asked.loss.name} on {asked.hardware.name}: {_shards(asked)}\n")
     schedules, others = _tables(asked, found)
@@ -144,13 +151,22 @@ def _write_text(
     if not best:
         return
     write(f"\nfastest: {best}, {_fastest(found[best])}")
-    if rows is not None:
-        of = min(found.values(), key=lambda f: f.uneven.seconds if f.uneven else math.inf)
-        assert of.even is not None and of.uneven is not None
+    of = _advised(found)
+    if ranks is not None and of is not None:
+        assert of.uneven is not None and of.shares is not None
+        even = "; even shards do not fit"
+        if of.even is not None:
+            even = f", {format_seconds(of.even.seconds)} with even shards"
         write(
-            f"ranks of these speeds: {of.cluster.schedule} takes {format_seconds(of.even.seconds)} "
-            f"with even shards, {format_seconds(of.uneven.seconds)} with rows {rows}"
+            f"ranks that differ: {of.cluster.schedule} takes {format_seconds(of.uneven.seconds)} "
+            f"with rows {in_words(of.shares.rows)}{even}"
         )
+        if ranks.budgets:
+            asks = format_bytes(of.shares.plan.peak_bytes)
+            write(f"memory_budget of all of them, so that each keeps within its own: {asks}\n")
+            columns = ("ranks", "speed", "rows", "memory", "budget")
+            rows = tuple(table_of(ranks, of.shares))
+            write_table(Table("", columns, rows, frozenset(range(1, 5))))
     write_table(others)
 
 
@@ -166,66 +182,20 @@ def _fastest(of: _Found) -> str:
     return f"bound by {of.run.bound_by}; hides its exchange {hides}"
 
 
-@dataclass(frozen=True)
-class _Advice:
-    """Shards for ranks that differ."""
-
-    speeds: tuple[float, ...]
-    rows: tuple[int, ...]
-
-    def __str__(self) -> str:
-        counted: dict[int, int] = {}
-        for n in self.rows:
-            counted[n] = counted.get(n, 0) + 1
-        return ", ".join(f"{n} on {count} of them" for n, count in counted.items())
-
-
-def _advised(asked: Request, speeds: str | None) -> _Advice | None:
-    if speeds is None:
-        return None
-    from cl_compiler.plan.shards import advised_rows
-
-    try:
-        numbers = tuple(float(text) for text in speeds.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"--speeds {speeds}: give numbers, as 1,1,0.5,1") from None
-    if len(numbers) != asked.group_size:
-        raise typer.BadParameter(
-            f"--speeds has {len(numbers)} numbers for {asked.group_size} ranks"
-        )
-    fastest = max(numbers)
-    total = asked.problem.M * asked.group_size
-    return _Advice(tuple(n / fastest for n in numbers), advised_rows(total, numbers))
-
-
-def _on_ranks(request: Request, ranks: int) -> Request:
-    """The request of one rank of the cluster."""
-    from cl_compiler.hardware.ranks import one_device, with_ranks
-
-    hardware = request.hardware
-    if ranks:
-        if ranks < 1:
-            raise typer.BadParameter(f"--ranks {ranks}: give at least 1")
-        hardware = with_ranks(one_device(hardware), ranks, ranks)
-    count = hardware.world_size
-    m, n = (-(-length // count) for length in (request.problem.M, request.problem.N))
-    return replace(
-        request,
-        hardware=hardware,
-        problem=replace(request.problem, M=m, N=n),
-        group_size=count,
-    )
+def _advised(found: dict[str, _Found]) -> _Found | None:
+    """The fastest with shards for ranks that differ."""
+    uneven = [of for of in found.values() if of.uneven is not None]
+    return min(uneven, key=lambda of: of.uneven.seconds if of.uneven else math.inf, default=None)
 
 
 def _simulated(
-    request: Request, drawn_ranks: int, advice: _Advice | None, max_batch: bool
+    request: Request, total: int, drawn_ranks: int, ranks: Ranks | None, max_batch: bool
 ) -> tuple[dict[str, _Found], dict[str, str]]:
     from cl_compiler.codegen.ring.backend import plan_group
     from cl_compiler.errors import CompilerError
     from cl_compiler.lang.ring import CLUSTER_SCHEDULES
     from cl_compiler.lang.sweeps import plan_sweeps
     from cl_compiler.plan.shards import largest_shard
-    from cl_compiler.plan.simulate import simulate as run
 
     sweeps = plan_sweeps(request.loss, request.positives, request.needs)
     found: dict[str, _Found] = {}
@@ -233,20 +203,44 @@ def _simulated(
     for schedule in CLUSTER_SCHEDULES:
         asked = replace(request, schedule=schedule)
         try:
-            plan, program = plan_group(asked, sweeps)
+            of = _one(asked, sweeps, total, drawn_ranks, ranks)
         except CompilerError as error:
             refused[schedule] = str(error)
             continue
-        hardware = request.hardware
-        of = _Found(plan, run(plan, program, hardware, drawn_ranks=drawn_ranks))
-        if advice is not None:
-            even = run(plan, program, hardware, speeds=advice.speeds)
-            shards = run(plan, program, hardware, speeds=advice.speeds, shards=advice.rows)
-            of = replace(of, even=even, uneven=shards)
         if max_batch:
             of = replace(of, largest=largest_shard(asked, sweeps, plan_group) * request.group_size)
         found[schedule] = of
     return found, refused
+
+
+def _one(
+    asked: Request, sweeps: SweepPlan, total: int, drawn_ranks: int, ranks: Ranks | None
+) -> _Found:
+    """One schedule, planned and run.
+
+    Raises:
+        CompilerError: the loss or the ranks cannot use it.
+    """
+    from cl_compiler.codegen.ring.backend import plan_group
+    from cl_compiler.errors import BudgetError
+    from cl_compiler.plan.shards import shares_of_ranks
+    from cl_compiler.plan.simulate import simulate as run
+
+    hardware = asked.hardware
+    if ranks is None:
+        plan, program = plan_group(asked, sweeps)
+        return _Found(plan, run(plan, program, hardware, drawn_ranks=drawn_ranks))
+    speeds = ranks.relative_speeds
+    shares = shares_of_ranks(asked, sweeps, total, ranks.speeds, ranks.budgets, plan_group)
+    plan, program, rows = shares.plan, shares.program, shares.rows
+    uneven = run(plan, program, hardware, speeds=speeds, shards=rows, drawn_ranks=drawn_ranks)
+    try:
+        plan, program = plan_group(asked, sweeps)
+    except BudgetError:
+        alone = run(plan, program, hardware, shards=rows, drawn_ranks=drawn_ranks)
+        return _Found(plan, alone, None, uneven, shares)
+    even = run(plan, program, hardware, speeds=speeds)
+    return _Found(plan, run(plan, program, hardware, drawn_ranks=drawn_ranks), even, uneven, shares)
 
 
 def _record(of: _Found) -> dict[str, Any]:
@@ -259,8 +253,14 @@ def _record(of: _Found) -> dict[str, Any]:
         "chunk_rows": of.cluster.chunk,
         "hiding_rows": of.cluster.hiding_rows,
     }
-    if of.even is not None and of.uneven is not None:
-        record |= {"even_shards_s": of.even.seconds, "advised_shards_s": of.uneven.seconds}
+    if of.uneven is not None and of.shares is not None:
+        record |= {
+            "advised_rows": list(of.shares.rows),
+            "advised_shards_s": of.uneven.seconds,
+            "even_shards_s": None if of.even is None else of.even.seconds,
+            "peak_bytes_of_ranks": list(of.shares.peak_bytes),
+            "memory_budget_bytes": of.shares.plan.peak_bytes,
+        }
     return record if of.largest is None else record | {"max_batch": of.largest}
 
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cl_compiler.errors import ArgumentError, BudgetError
+from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.plan.cluster import choose_cluster_plan
+from cl_compiler.plan.cluster import Share, choose_cluster_plan, memory_of
 from cl_compiler.plan.limits import largest, scaled
-from cl_compiler.plan.types import Request
+from cl_compiler.plan.memory import GRADIENTS, RETURNED
+from cl_compiler.plan.types import MemoryBudget, Plan, Request
+from cl_compiler.units import format_bytes
+
+GroupPlanner = Callable[[Request, SweepPlan], tuple[Plan, Program]]
+"""Plans a request of a group; raises BudgetError where nothing fits."""
+OF_ROWS = (GRADIENTS, RETURNED)
+"""What is in proportion to a rank's own rows; tiles and what is on its way are not."""
+ROUNDS = 16
+"""Of looking for shards and a plan that fit each other, at most."""
 
 
 def largest_shard(
     request: Request,
     sweeps: SweepPlan,
-    plan_of: Callable[[Request, SweepPlan], object] = choose_cluster_plan,
+    plan_of: GroupPlanner = choose_cluster_plan,
+    enough: int = 0,
 ) -> int:
     """The most rows that every rank of a group can have within its budget; 0: not even one.
 
@@ -26,6 +37,7 @@ def largest_shard(
         request: of one rank, with ``group_size``; a schedule, or "auto" for the best of them.
         sweeps: the loss in sweeps.
         plan_of: plans a request, or raises BudgetError.
+        enough: rows beyond which nobody looks; 0: there are none.
 
     Raises:
         ScheduleError: the loss cannot use the schedule.
@@ -39,7 +51,7 @@ def largest_shard(
             return False
         return True
 
-    return largest(fits)
+    return enough if enough and fits(enough) else largest(fits)
 
 
 def advised_rows(total: int, speeds: Sequence[float], most: Sequence[int] = ()) -> tuple[int, ...]:
@@ -58,7 +70,11 @@ def advised_rows(total: int, speeds: Sequence[float], most: Sequence[int] = ()) 
     """
     if not speeds or not all(math.isfinite(s) and s > 0 for s in speeds):
         raise ArgumentError(f"speeds={list(speeds)}: give a positive number for every rank.")
-    if most and (len(most) != len(speeds) or sum(most) < total):
+    if most and len(most) != len(speeds):
+        raise ArgumentError(
+            f"{len(speeds)} speeds and {len(most)} limits of rows: give one of each for every rank."
+        )
+    if most and sum(most) < total:
         raise ArgumentError(
             f"{total} rows do not fit on ranks that hold {sum(most)} together; give them fewer, "
             "or a larger budget."
@@ -81,4 +97,117 @@ def advised_rows(total: int, speeds: Sequence[float], most: Sequence[int] = ()) 
     return tuple(rows)
 
 
-__all__ = ["advised_rows", "largest_shard"]
+@dataclass(frozen=True)
+class RankShares:
+    """Shards for ranks that differ, and what all of them run.
+
+    ``plan``: of the largest shard; its budget is what every rank asks for, so that each of them
+    stays within its own.  ``rows``, ``peak_bytes``: of each rank.
+    """
+
+    plan: Plan
+    program: Program
+    rows: tuple[int, ...]
+    peak_bytes: tuple[int, ...]
+
+
+def shares_of_ranks(
+    request: Request,
+    sweeps: SweepPlan,
+    total: int,
+    speeds: Sequence[float],
+    budgets: Sequence[int] = (),
+    plan_of: GroupPlanner = choose_cluster_plan,
+) -> RankShares:
+    """Shards in proportion to speed where memory allows, and one plan that fits on every rank.
+
+    All ranks run the same code, so tiles and chunks are those that the tightest rank has room for.
+
+    Args:
+        request: of a rank with an even share; its budget counts where there are no ``budgets``.
+        sweeps: the loss in sweeps.
+        total: rows of all ranks; columns stay in proportion.
+        speeds: of each rank, in any unit.
+        budgets: bytes of each rank.
+        plan_of: plans a request, or raises BudgetError.
+
+    Raises:
+        ArgumentError: as ``advised_rows``.
+        BudgetError: the rows do not fit on these ranks.
+        ScheduleError: the loss cannot use the schedule.
+    """
+    if not budgets:
+        budgets = [request.budget.device_bytes] * len(speeds)
+    found = _common_plan(request, sweeps, advised_rows(total, speeds), budgets, plan_of)
+    if isinstance(found, RankShares):
+        return found
+    by_budget = {
+        b: largest_shard(_within(request, b), sweeps, plan_of, total) for b in sorted(set(budgets))
+    }
+    most = [by_budget[b] for b in budgets]
+    for _ in range(ROUNDS):
+        if sum(most) < total:
+            break
+        rows = advised_rows(total, speeds, most)
+        found = _common_plan(request, sweeps, rows, budgets, plan_of)
+        if isinstance(found, RankShares):
+            return found
+        # the rank that was found has too little room for the tiles of the others: fewer rows
+        most[found] = min(most[found], rows[found]) * 7 // 8
+    held = ", ".join(f"{format_bytes(b)}: {n} rows" for b, n in by_budget.items())
+    raise BudgetError(
+        f"{request.loss.name} with {total} rows and D={request.problem.D} does not fit on ranks "
+        f"with these budgets, which hold at most ({held}); give them fewer rows, or more memory."
+    )
+
+
+def _within(request: Request, device_bytes: int) -> Request:
+    return replace(request, budget=MemoryBudget(device_bytes, request.budget.host_bytes))
+
+
+def _common_plan(
+    request: Request,
+    sweeps: SweepPlan,
+    rows: Sequence[int],
+    budgets: Sequence[int],
+    plan_of: GroupPlanner,
+) -> RankShares | int:
+    """What all ranks can run with these shards; else the rank that has least room for it."""
+    widest = max(range(len(rows)), key=lambda r: (rows[r], -budgets[r]))
+    budget, tightest = budgets[widest], widest
+    asked = replace(request, problem=scaled(request.problem, max(rows[widest], 1)))
+    for _ in range(ROUNDS):
+        try:
+            plan, program = plan_of(_within(asked, budget), sweeps)
+        except BudgetError:
+            return tightest
+        peaks = _peaks(request, sweeps, plan, program, rows)
+        over = [peak - most for peak, most in zip(peaks, budgets, strict=True)]
+        tightest = max(range(len(over)), key=over.__getitem__)
+        if over[tightest] <= 0:
+            return RankShares(plan, program, tuple(rows), peaks)
+        budget = plan.peak_bytes - over[tightest]
+        if budget < 1:
+            return tightest
+    return tightest
+
+
+def _peaks(
+    request: Request, sweeps: SweepPlan, plan: Plan, program: Program, rows: Sequence[int]
+) -> tuple[int, ...]:
+    """Bytes of each rank at its peak; of kernels, what they are at most."""
+    assert plan.cluster is not None
+    cluster, found = plan.cluster, dict[int, int]()
+    for n in set(rows):
+        asked = replace(request, problem=scaled(request.problem, max(n, 1)))
+        if plan.template == "torch":
+            share = Share(asked, sweeps, program, cluster.schedule, cluster.chunk, cluster.node)
+            _, items = memory_of(share, plan.tile)
+            found[n] = sum(count for _, count in items)
+        else:
+            of_rows = sum(count for what, count in plan.memory if what in OF_ROWS)
+            found[n] = plan.peak_bytes - math.floor(of_rows * (1 - n / plan.problem.M))
+    return tuple(found[n] for n in rows)
+
+
+__all__ = ["GroupPlanner", "RankShares", "advised_rows", "largest_shard", "shares_of_ranks"]

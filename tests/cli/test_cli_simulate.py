@@ -46,8 +46,39 @@ def test_ranks_that_differ_get_shards_that_differ(cli, cli_json):
     for of in found["schedules"].values():
         assert of["seconds"] < of["advised_shards_s"] < 0.85 * of["even_shards_s"]
     assert "8000 on 3 of them, 4000 on 1 of them" in cli("simulate", *machine).stdout
-    for wrong, words in (("1,2", "2 numbers for 4 ranks"), ("1,x", "give numbers")):
-        assert words in cli("simulate", *machine, "--speeds", wrong).output
+
+
+def test_ranks_of_little_memory_get_fewer_rows(cli, cli_json):
+    machine = ["--hardware", "xeon-amx-2c", "--problem", "16384x256", "--dtype", "float32"]
+    budgets = ["--budgets", "64MiB,64MiB,8MiB,64MiB"]
+    found = cli_json("simulate", *machine, *budgets)
+    assert found["ranks"] == 4 and "ring_owner" in found["schedules"]
+    for of in found["schedules"].values():
+        rows, peaks = of["advised_rows"], of["peak_bytes_of_ranks"]
+        assert sum(rows) == 16384 and rows[2] < 4096 < min(rows[0], rows[1], rows[3])
+        assert peaks[2] <= 8 << 20 and of["even_shards_s"] is None
+    text = cli("plan", *machine, *budgets).stdout
+    assert "64.0 MiB" in text and "memory_budget for all of them" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--speeds 1,2 --ranks 4", "2 numbers for 4 ranks"),
+        ("--speeds 1,x", "give numbers"),
+        ("--speeds 1,0", "a number above 0"),
+        ("--speeds 1,inf", "a number above 0"),
+        ("--budgets 1GiB,2Gig", "cannot read '2Gig'"),
+        ("--budgets 1GiB,2GiB --speeds 1,2,3", "one of each for every rank"),
+        ("--budgets 1GiB,1GiB --budget 1GiB", "leave out --budget"),
+        ("--budgets 1GiB,1GiB --ranks 3", "2 amounts for 3 ranks"),
+    ],
+)
+def test_what_is_no_list_of_ranks(cli, options, words):
+    result = cli("simulate", "--hardware", "xeon-amx-2c", *options.split())
+    assert result.exit_code == 2 and words in " ".join(result.output.replace("│", " ").split())
+    if "--ranks" not in options:
+        assert cli("plan", "--hardware", "xeon-amx-2c", *options.split()).exit_code == 2
 
 
 @pytest.mark.full

@@ -12,8 +12,9 @@ from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
-from cl_compiler.plan.cluster import choose_cluster_plan
-from cl_compiler.plan.shards import advised_rows, largest_shard
+from cl_compiler.plan.cluster import Share, choose_cluster_plan, memory_of
+from cl_compiler.plan.limits import scaled
+from cl_compiler.plan.shards import advised_rows, largest_shard, shares_of_ranks
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
 
 
@@ -51,6 +52,39 @@ def test_a_full_rank_leaves_its_part_to_the_others():
         and rows[1] == 30
         and all(n <= m for n, m in zip(rows, (40, 30, 40), strict=True))
     )
+
+
+def group_of(ranks: int, rows: int, width: int):
+    loss, needs = find("clip"), frozenset({"x", "y", "logit_scale"})
+    machine = with_ranks(load_hardware("xeon-amx-2c"), ranks, ranks)
+    problem, budget = Problem(rows, rows, width), MemoryBudget.parse("1GiB")
+    asked = Request(loss, machine, budget, problem, "paired", needs, "ieee", "auto", 0, ranks)
+    return asked, plan_sweeps(loss, "paired", needs)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "mebibytes"),
+    [((1, 1, 1, 1), (64, 64, 12, 30)), ((1, 1, 1, 2), (64, 64, 14, 64)), ((1, 3), (4096, 21))],
+)
+def test_every_rank_keeps_within_its_own_memory(speeds, mebibytes):
+    """With one plan for all, made for the budget that is advised; and no row is lost."""
+    asked, sweeps = group_of(len(speeds), 4096, 256)
+    budgets, total = [n << 20 for n in mebibytes], 4096 * len(speeds)
+    found = shares_of_ranks(asked, sweeps, total, speeds, budgets)
+    assert sum(found.rows) == total
+    widest = scaled(asked.problem, max(found.rows))
+    again = replace(asked, problem=widest, budget=MemoryBudget(found.plan.peak_bytes))
+    plan, program = choose_cluster_plan(again, sweeps)
+    for rows, most, peak in zip(found.rows, budgets, found.peak_bytes, strict=True):
+        mine = replace(asked, problem=scaled(asked.problem, rows))
+        of = plan.cluster
+        share = Share(mine, sweeps, program, of.schedule, of.chunk, of.node)
+        _, items = memory_of(share, plan.tile)
+        assert sum(count for _, count in items) <= most and peak <= most
+    roomy = shares_of_ranks(asked, sweeps, total, speeds)
+    assert roomy.rows == advised_rows(total, speeds)
+    with pytest.raises(BudgetError, match="does not fit on ranks with these budgets"):
+        shares_of_ranks(asked, sweeps, total, speeds, [1 << 20] * len(speeds))
 
 
 def test_what_cannot_be():
