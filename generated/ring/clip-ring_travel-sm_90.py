@@ -748,10 +748,10 @@ def _backward_sweep_bounded(x, shard, parts, d_x, first, a1, logit_scale, s2, s3
     y_peer, b0_peer = shard
     (d_y_peer,) = parts
     rows, cols = x.shape[0], y_peer.shape[0]
-    if not rows or not cols:
-        return
     ahead = -first
     residual_logits = torch.zeros(rows, dtype=torch.float32, device=x.device)
+    if not rows or not cols:
+        return
     b0_peer = b0_peer.contiguous().float()
     a1 = a1.contiguous().float()
     block_m = BACKWARD_SWEEP_BOUNDED_TILE["BLOCK_M"]
@@ -871,10 +871,10 @@ def _backward_sweep_running(
     y_peer, b1_peer = shard
     (d_y_peer,) = parts
     rows, cols = x.shape[0], y_peer.shape[0]
-    if not rows or not cols:
-        return
     ahead = -first
     residual_logits = torch.zeros(rows, dtype=torch.float32, device=x.device)
+    if not rows or not cols:
+        return
     a0_log2 = (a0 * LOG2_E).contiguous().float()
     b1_peer_log2 = (b1_peer * LOG2_E).contiguous().float()
     block_m = BACKWARD_SWEEP_RUNNING_TILE["BLOCK_M"]

@@ -45,7 +45,7 @@ def plan_group(request: Request, sweeps: SweepPlan) -> tuple[Plan, Program]:
     Raises:
         BudgetError, ScheduleError: no plan exists; the message says why.
     """
-    reason = "" if request.hardware.kind == "cpu" else _obstacle(request, sweeps)
+    reason = "" if request.hardware.kind == "cpu" else _obstacle(request)
     if request.hardware.kind != "cpu" and not reason:
         try:
             return choose_cluster_plan(request, sweeps, kernel_planner(request.hardware.arch))
@@ -59,11 +59,11 @@ def plan_group(request: Request, sweeps: SweepPlan) -> tuple[Plan, Program]:
     return plan, program
 
 
-def _obstacle(request: Request, sweeps: SweepPlan) -> str:
+def _obstacle(request: Request) -> str:
     """Why a group cannot compute in Triton kernels; "" where it can."""
     if request.schedule == CANONICAL:
         return "kernels fold statistics tile by tile, not chunk by chunk in global order"
-    return kernel_obstacle(request.problem, request.precision, sweeps)
+    return kernel_obstacle(request.problem, request.precision)
 
 
 __all__ = ["plan_and_print_ring", "plan_group"]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.passes import PassPrinter
+from cl_compiler.codegen.passes import PassPrinter, PassText
 from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText
 from cl_compiler.codegen.ring.stages import RingStagePrinter
 from cl_compiler.codegen.symbols import LENGTH, PythonNumbers, operand_scale
@@ -27,13 +27,13 @@ from cl_compiler.codegen.triton.core import (
 )
 from cl_compiler.codegen.triton.kernels import KernelPrinter
 from cl_compiler.codegen.triton.products import folds_of, part_of, products_of
+from cl_compiler.codegen.triton.slots import SLOT_ROWS
 from cl_compiler.codegen.triton.sweep_text import SweepText
 from cl_compiler.codegen.triton.text import KernelText, identifiers, residual_of
 from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.ir import COLS, ROWS, View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.ring import is_local
-from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Mode
 from cl_compiler.plan.precision import SPLIT, rounded_operands
 from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem, Tile
@@ -86,15 +86,22 @@ class KernelPassText(RingPassText):
     launcher: LauncherText = field(kw_only=True)
 
 
+@dataclass
+class LocalKernelText(PassText):
+    """The same of a pass in which nothing travels."""
+
+    launcher: LauncherText = field(kw_only=True)
+
+
 class PeerKernelPrinter(KernelPrinter):
-    """Prints the kernel of a pass in which one side's shards travel.
+    """Prints the kernel of a pass in which one side's shards travel, or none.
 
     ``travels``: 0 where rows do, 1 where columns do; ``sent``: vectors that do; ``table``: what a
     sweep calls the symbols that are evaluated before it.
     """
 
     def __init__(
-        self, *args: Any, travels: int, sent: Sequence[str], table: Mapping[str, str]
+        self, *args: Any, travels: int | None, sent: Sequence[str], table: Mapping[str, str]
     ) -> None:
         self.travels, self.sent, self.hoisted_names = travels, sent, dict(table)
         super().__init__(*args)
@@ -126,6 +133,8 @@ class PeerKernelPrinter(KernelPrinter):
         return variable
 
     def _offsets(self, k: KernelText, where: str) -> list[str]:
+        if self.travels is None:
+            return super()._offsets(k, where)
         k.ahead = True
         offsets = super()._offsets(k, where)
         return ["ahead" if o == "0" else f"({o} + ahead)" for o in offsets]
@@ -144,6 +153,68 @@ class PeerKernelPrinter(KernelPrinter):
         ]
 
 
+def kernel_of(
+    target: Target, sweep: PassPrinter, travels: int | None, sent: Sequence[str]
+) -> tuple[PeerKernelPrinter, KernelText]:
+    """The kernel that does what a sweep over PyTorch's tiles does, and its printer."""
+    printer = PeerKernelPrinter(
+        sweep.program,
+        sweep.pass_,
+        sweep.mode,
+        sweep.names,
+        sweep.name,
+        target.tile(sweep.pass_, sweep.mode),
+        target.descriptors,
+        target.columns,
+        travels=travels,
+        sent=sent,
+        table=sweep.hoisted_names,
+    )
+    widths = {printer.lies(o, d): w for o, w in target.widths.items() for d in (0, 1)}
+    return printer, printer.text({**widths, **target.widths}, target.dot_precision)
+
+
+class LocalKernelPrinter(PassPrinter):
+    """Prints one pass in one mode where a rank has both sides to itself: a queue."""
+
+    def __init__(self, target: Target, *args: Any) -> None:
+        super().__init__(*args)
+        self.target = target
+
+    def text(self) -> LocalKernelText:
+        base, target = super().text(), self.target
+        lengths = [base.row_length, base.col_length]
+        fixed = [p for p in base.params if p in lengths or p not in self.params]
+        printer, kernel = kernel_of(target, self, None, ())
+        products = [
+            product
+            for g in self.code.gradients
+            for product in products_of(
+                self.plan, self.pass_, g, self.names, target.dot_precision, printer.lies
+            )
+        ]
+        anchor = fixed[0]
+        for product in products:
+            product.scale = f"{product.scale}.to({anchor}.device)" * bool(product.scale)
+        read = [n for _, host in (*kernel.pointers, *kernel.numbers) for n in identifiers(host)]
+        read += [n for p in products for n in identifiers(p.scale)]
+        launcher = LauncherText(
+            self.name,
+            [kernel],
+            list(dict.fromkeys([*fixed, *read])),
+            base.accumulators,
+            folds_of(kernel, products),
+            base.row_length,
+            base.col_length,
+            False,
+            may_be_empty=True,
+            text=base.doc,
+            anchor=anchor,
+        )
+        fields = {**vars(base), "params": launcher.params, "results": launcher.results}
+        return LocalKernelText(**fields | {"body": [], "remake": []}, launcher=launcher)
+
+
 class KernelPassPrinter(RingPassPrinter):
     """Prints one pass in one mode: names and what travels as for PyTorch's tiles."""
 
@@ -154,22 +225,8 @@ class KernelPassPrinter(RingPassPrinter):
     def text(self) -> KernelPassText:
         base, target = super().text(), self.target
         fixed = [p for p in base.params if p not in self.params]
-        kernel_printer = PeerKernelPrinter(
-            self.program,
-            self.pass_,
-            self.mode,
-            self.names,
-            self.name,
-            target.tile(self.pass_, self.mode),
-            target.descriptors,
-            target.columns,
-            travels=self.travels,
-            sent=base.sent,
-            table=self.hoisted_names,
-        )
-        widths = {kernel_printer.lies(o, d): w for o, w in target.widths.items() for d in (0, 1)}
-        kernel = kernel_printer.text({**widths, **target.widths}, target.dot_precision)
-        launcher = self._launcher(base, fixed, kernel_printer, kernel)
+        printer, kernel = kernel_of(target, self, self.travels, base.sent)
+        launcher = self._launcher(base, fixed, printer, kernel)
         fields = {**vars(base), "params": launcher.params, "body": [], "remake": []}
         return KernelPassText(**fields, launcher=launcher)
 
@@ -208,6 +265,7 @@ class KernelPassPrinter(RingPassPrinter):
             False,
             before=self._before(base, printer, kernel, anchor),
             after=after,
+            may_be_empty=True,
             text=base.doc,
             anchor=anchor,
         )
@@ -219,7 +277,6 @@ class KernelPassPrinter(RingPassPrinter):
         if base.folds:
             lines.append(f"{base.fold_peers} = parts")
         lines.append(f"rows, cols = {base.extents[0]}.shape[0], {base.extents[1]}.shape[0]")
-        lines += ["if not rows or not cols:", "    return"]
         length = ("rows", "cols")[self.travels]
         lines += [f"{name}_peer = _own_part({name}, first, {length})" for name in printer.own_parts]
         if kernel.ahead:
@@ -267,9 +324,12 @@ def kernel_pass_printer(
     cast: bool,
     fresh: set[str],
 ) -> PassPrinter:
-    """The printer of a pass whose tiles are a kernel's."""
-    assert not is_local(pass_.grid)
-    return KernelPassPrinter(target, program, pass_, mode, names, name, cast, fresh)
+    """The printer of a pass whose tiles are a kernel's; slots, which share nothing between rows,
+    are PyTorch's."""
+    if pass_.is_slots:
+        return PassPrinter(program, pass_, mode, names, name, cast, fresh)
+    kind = LocalKernelPrinter if is_local(pass_.grid) else KernelPassPrinter
+    return kind(target, program, pass_, mode, names, name, cast, fresh)
 
 
 class KernelStagePrinter(RingStagePrinter):
@@ -292,7 +352,7 @@ def target_of(plan: Plan, program: Program, arch: str, core: CoreTile | None) ->
         ScheduleError: kernels do not serve the program; the message says why.
     """
     problem = plan.problem
-    reason = kernel_obstacle(problem, plan.precision, program.plan)
+    reason = kernel_obstacle(problem, plan.precision)
     if reason:
         raise ScheduleError(f"{plan.loss_name} on a group cannot be emitted as Triton: {reason}.")
     widths = {op.name: problem.operands.get(op.name, problem.D) for op in program.plan.ir.operands}
@@ -302,15 +362,19 @@ def target_of(plan: Plan, program: Program, arch: str, core: CoreTile | None) ->
 
 def launch_tile(plan: Plan, sweeps: Sequence[object]) -> Tile:
     """Rows and columns of one launch: what the plan says, in whole tiles of every kernel."""
-    cores = [s.launcher.kernels[0].tile for s in sweeps if isinstance(s, KernelPassText)]
+    cores = [launcher.kernels[0].tile for launcher in _launchers(sweeps)]
     step = max((side for core in cores for side in (core.rows, core.cols)), default=1)
     return Tile(*(-(-side // step) * step for side in (plan.tile.rows, plan.tile.cols)))
+
+
+def _launchers(sweeps: Sequence[object]) -> list[LauncherText]:
+    return [s.launcher for s in sweeps if isinstance(s, (KernelPassText, LocalKernelText))]
 
 
 def kernel_context(plan: Plan, arch: str, context: Mapping[str, Any]) -> dict[str, Any]:
     """What the templates read of kernels, from the context without them."""
     sweeps = context["sweeps"]
-    found = [s.launcher for s in sweeps if isinstance(s, KernelPassText)]
+    found = _launchers(sweeps)
     kernels = [k for launcher in found for k in launcher.kernels]
     lines = [t for k in kernels for t in (*k.body, *k.start, *k.finish)]
     return {
@@ -320,6 +384,7 @@ def kernel_context(plan: Plan, arch: str, context: Mapping[str, Any]) -> dict[st
         "has_strips": any(k.in_strips for k in kernels),
         "has_residuals": any(k.residuals for k in kernels),
         "has_own_parts": any("_own_part(" in t for launcher in found for t in launcher.before),
+        "slot_rows": SLOT_ROWS if any(getattr(s, "slots", False) for s in sweeps) else 0,
         "needs_rows": bool(context["positive_sims"] or context["dots"]),
         "sixteen": DTYPE_BYTES[plan.problem.dtype] == 2,
         "split": plan.precision == SPLIT,
@@ -328,16 +393,12 @@ def kernel_context(plan: Plan, arch: str, context: Mapping[str, Any]) -> dict[st
     }
 
 
-def kernel_obstacle(problem: Problem, precision: str, sweeps: SweepPlan) -> str:
-    """Why a loss on a group cannot run as Triton kernels; "" where it can."""
+def kernel_obstacle(problem: Problem, precision: str) -> str:
+    """Why operands of a group cannot be multiplied by Triton kernels; "" where it can."""
     if problem.dtype == "float64":
         return "float64 has no tensor cores"
     if rounded_operands(problem.dtype, precision):
         return f"{problem.dtype} operands are not rounded to {precision} before they travel"
-    for sweep in sweeps.sweeps:
-        if is_local(sweep.grid):
-            axes = " by ".join(sweep.grid)
-            return f"a sweep over {axes}, which a rank has to itself, has no kernel in a group"
     return ""
 
 

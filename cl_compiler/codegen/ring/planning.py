@@ -9,7 +9,7 @@ from functools import cached_property
 from cl_compiler.codegen.triton.panel import kernel_plan, smallest_bytes
 from cl_compiler.codegen.triton.workload import OF_TILES, Workload
 from cl_compiler.errors import ScheduleError
-from cl_compiler.lang.ring import HALF_RING
+from cl_compiler.lang.ring import HALF_RING, is_local
 from cl_compiler.plan.cluster import Share, on_their_way
 from cl_compiler.plan.memory import AT_POSITIVES, CompiledMemory, Phase, phases_of
 from cl_compiler.plan.tape import tape_of
@@ -53,6 +53,8 @@ class ShareWorkload(Workload):
         travel, chunk = self._travels[index], self.share.chunk
         rows, cols = tile.rows, tile.cols
         narrow = Tile(rows, min(cols, chunk)) if travel.side else Tile(min(rows, chunk), cols)
+        if is_local(self.program.passes[index].grid):
+            return self._workspace(index, tile)
         items = [*self._workspace(index, narrow), *on_their_way(*self.share.buffers(travel))]
         if self.program.passes[index].gradients and self.operand_bytes == 2:
             found = self._pass_sizes(index, narrow)

@@ -59,7 +59,9 @@ def render_ring(
     canonical = cluster_schedule == CANONICAL
     printer: RingStagePrinter
     if arch:
-        printer = KernelStagePrinter(target_of(plan, program, arch, core), program, names, False)
+        printer = KernelStagePrinter(
+            target_of(plan, program, arch, core), program, names, is_cast(plan)
+        )
     else:
         kind = CanonicalStagePrinter if canonical else RingStagePrinter
         printer = kind(program, names, is_cast(plan))

@@ -27,7 +27,9 @@ class SweepText:
     leaving: list[RowGradientText] = field(default_factory=list)
     """Gradients of rows that are complete when a block of rows is."""
     before: list[str] = field(default_factory=list)
-    """Statements before the first launch, and after the last."""
+    """Statements before everything else, and after the last launch."""
+    may_be_empty: bool = False
+    """There may be no rows."""
     after: list[str] = field(default_factory=list)
     visits: ClassVar[str] = "panels"
     """What the launcher's template is for."""
