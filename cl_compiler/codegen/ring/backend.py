@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cl_compiler.codegen.ring.kernels import kernel_obstacle
 from cl_compiler.codegen.ring.planning import kernel_planner
 from cl_compiler.codegen.ring.render import render_ring
+from cl_compiler.codegen.ring.target import kernel_obstacle
 from cl_compiler.errors import BudgetError, ScheduleError
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import CANONICAL

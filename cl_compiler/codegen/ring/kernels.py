@@ -16,54 +16,20 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.passes import PassPrinter, PassText
 from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText
 from cl_compiler.codegen.ring.stages import RingStagePrinter
+from cl_compiler.codegen.ring.target import Target
 from cl_compiler.codegen.symbols import LENGTH, PythonNumbers, operand_scale
-from cl_compiler.codegen.triton.context import has_aligned_rows, helpers_in
-from cl_compiler.codegen.triton.core import (
-    Columns,
-    CoreTile,
-    column_sums,
-    core_tiles,
-    has_descriptors,
-)
+from cl_compiler.codegen.triton.context import helpers_in
 from cl_compiler.codegen.triton.kernels import KernelPrinter
 from cl_compiler.codegen.triton.products import folds_of, part_of, products_of
 from cl_compiler.codegen.triton.slots import SLOT_ROWS
 from cl_compiler.codegen.triton.sweep_text import SweepText
 from cl_compiler.codegen.triton.text import KernelText, identifiers, residual_of
-from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.ir import COLS, ROWS, View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.ring import is_local
 from cl_compiler.lang.tile_ir import Mode
-from cl_compiler.plan.precision import SPLIT, rounded_operands
-from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem, Tile
-
-
-@dataclass(frozen=True)
-class Target:
-    """What kernels are printed for.
-
-    ``widths``: columns of each operand; ``core``: one tile for every kernel, for tests.
-    """
-
-    arch: str
-    problem: Problem
-    precision: str
-    widths: Mapping[str, int]
-    descriptors: bool
-    columns: Columns
-    core: CoreTile | None = None
-
-    @property
-    def dot_precision(self) -> str:
-        """Of products of fp32 operands; "" for others."""
-        return self.precision if self.problem.dtype == "float32" else ""
-
-    def tile(self, pass_: Pass, mode: Mode) -> CoreTile:
-        """What one program holds in registers."""
-        if self.core is not None:
-            return self.core
-        return core_tiles(self.problem, self.precision, pass_, (mode,), self.arch)[mode]
+from cl_compiler.plan.precision import SPLIT
+from cl_compiler.plan.types import DTYPE_BYTES, Plan, Tile
 
 
 @dataclass
@@ -345,21 +311,6 @@ class KernelStagePrinter(RingStagePrinter):
         return f"max({', '.join(lengths)})" if len(lengths) > 1 else next(iter(lengths))
 
 
-def target_of(plan: Plan, program: Program, arch: str, core: CoreTile | None) -> Target:
-    """What the kernels of a plan are printed for.
-
-    Raises:
-        ScheduleError: kernels do not serve the program; the message says why.
-    """
-    problem = plan.problem
-    reason = kernel_obstacle(problem, plan.precision)
-    if reason:
-        raise ScheduleError(f"{plan.loss_name} on a group cannot be emitted as Triton: {reason}.")
-    widths = {op.name: problem.operands.get(op.name, problem.D) for op in program.plan.ir.operands}
-    descriptors = has_descriptors(arch) and has_aligned_rows(widths.values(), problem)
-    return Target(arch, problem, plan.precision, widths, descriptors, column_sums(arch), core)
-
-
 def launch_tile(plan: Plan, sweeps: Sequence[object]) -> Tile:
     """Rows and columns of one launch: what the plan says, in whole tiles of every kernel."""
     cores = [launcher.kernels[0].tile for launcher in _launchers(sweeps)]
@@ -393,21 +344,9 @@ def kernel_context(plan: Plan, arch: str, context: Mapping[str, Any]) -> dict[st
     }
 
 
-def kernel_obstacle(problem: Problem, precision: str) -> str:
-    """Why operands of a group cannot be multiplied by Triton kernels; "" where it can."""
-    if problem.dtype == "float64":
-        return "float64 has no tensor cores"
-    if rounded_operands(problem.dtype, precision):
-        return f"{problem.dtype} operands are not rounded to {precision} before they travel"
-    return ""
-
-
 __all__ = [
     "KernelPassText",
     "KernelStagePrinter",
-    "Target",
     "kernel_context",
-    "kernel_obstacle",
     "launch_tile",
-    "target_of",
 ]

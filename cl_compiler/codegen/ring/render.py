@@ -14,10 +14,10 @@ from cl_compiler.codegen.ring.kernels import (
     KernelStagePrinter,
     kernel_context,
     launch_tile,
-    target_of,
 )
 from cl_compiler.codegen.ring.passes import RingNames, RingPassText, tuple_text
 from cl_compiler.codegen.ring.stages import CanonicalStagePrinter, RingStagePrinter
+from cl_compiler.codegen.ring.target import target_of
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.lang.ir import COLS, ROWS
 from cl_compiler.lang.program import Program
