@@ -69,6 +69,8 @@ class PassPrinter:
 
     transposed = "j != i"
     """Of a symmetric pass: when a tile stands for its transpose, which is not made."""
+    on_device = False
+    """Scalars stay tensors, which the host would have to wait for."""
 
     def __init__(
         self,
@@ -332,7 +334,7 @@ class PassPrinter:
 
     def body(self, code: TileProgram) -> list[str]:
         self.active = code
-        printer = TilePrinter(code.buffers, self.scalar, self.vector, self.numbers)
+        printer = TilePrinter(code.buffers, self.scalar, self.vector, self.numbers, self.on_device)
         lines: list[str] = []
         for instruction in code.instructions:
             match instruction:

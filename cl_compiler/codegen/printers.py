@@ -210,6 +210,7 @@ class TilePrinter:
     """Prints the instructions of a tile program.
 
     ``scalar`` and ``vector`` give the text of a name; ``tile`` that of a buffer.
+    ``on_device``: scalars stay tensors, which the host would have to wait for.
     """
 
     def __init__(
@@ -218,18 +219,24 @@ class TilePrinter:
         scalar: Callable[[sp.Expr], str],
         vector: Callable[[str, int], str],
         is_python: Callable[[sp.Expr], bool],
+        on_device: bool = False,
     ) -> None:
         self.buffers, self.scalar, self.vector, self.is_python = buffers, scalar, vector, is_python
+        self.on_device = on_device
 
     def tile(self, value: int) -> str:
         return self.buffers[value]
 
     def number(self, expr: sp.Expr) -> str:
-        """A scalar as a Python number."""
+        """A scalar that multiplies a tile, or is added to it."""
         if expr.is_number:
             return number(expr)
         text = self.scalar(expr)
-        return text if self.is_python(expr) else f"{text}.item()"
+        return text if self.is_python(expr) else self._value(text)
+
+    def _value(self, scalar: str) -> str:
+        """A tensor [] as an operator's argument."""
+        return scalar if self.on_device else f"{scalar}.item()"
 
     def _is_literal(self, ref: Ref) -> bool:
         """Whether a scalar's text is a Python number."""
@@ -304,7 +311,7 @@ class TilePrinter:
     def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
         """The similarity tile, its scale and offset in the same call."""
         out = self.tile(g.value)
-        factors = [] if scale is None else [f"{scale}.item()"]
+        factors = [] if scale is None else [self._value(scale)]
         if g.alpha != 1:
             factors.append(self.number(g.alpha))
         alpha = " * ".join(factors)

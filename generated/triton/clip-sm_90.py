@@ -556,8 +556,8 @@ def _backward_sweep_bounded_kernel(
     g = (b0_j[None, :] + a1_i[:, None]) * _exp2(_fma(products, logit_scale_log2, s2_log2))
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None]
+        lost = tl.sum(tl.where(on_positive, g + s3, 0.0), 1)
         g = tl.where(on_positive, g + s3, g)
-        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
         here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
         here = here & (offs_m < row_stop)
@@ -612,8 +612,8 @@ def _backward_sweep_running_kernel(
     g = t3 + t6
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None]
+        lost = tl.sum(tl.where(on_positive, g + s2_2, 0.0), 1)
         g = tl.where(on_positive, g + s2_2, g)
-        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
         here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
         here = here & (offs_m < row_stop)

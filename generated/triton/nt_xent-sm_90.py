@@ -632,12 +632,10 @@ def _backward_sweep_running_kernel(
         z_col_tile = z_cols.load([j, k])
         products = tl.dot(z_row_tile, z_col_tile.T, products)
     t2 = _exp2(_fma(products, logit_scale_log2, a0_2_log2_j[None, :]))
-    if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
-        on_self = offs_n[None, :] == offs_m[:, None]
-        t2 = tl.where(on_self, 0.0, t2)
     t6 = _exp2(_fma(products, logit_scale_log2, a0_2_log2_i[:, None]))
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
         on_self = offs_n[None, :] == offs_m[:, None]
+        t2 = tl.where(on_self, 0.0, t2)
         t6 = tl.where(on_self, 0.0, t6)
     g = t2 * d_row_total + t6 * d_row_total
     if _crosses(i, j, half, BLOCK_M, BLOCK_N) | _crosses(i, j, -half, BLOCK_M, BLOCK_N):

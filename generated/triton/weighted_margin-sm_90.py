@@ -385,8 +385,8 @@ def _backward_sweep_kernel(
     g = t7 * a0_i[:, None]
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None]
+        lost = tl.sum(tl.where(on_positive, g + a3_i[:, None], 0.0), 1)
         g = tl.where(on_positive, g + a3_i[:, None], g)
-        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
         here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
         here = here & (offs_m < row_stop)

@@ -30,7 +30,8 @@ class CoreTile:
     """One program's tile: rows, columns, depth of a step over the operands' columns.
 
     ``part``: columns of a gradient that a program owns, if it owns any.  ``resident``: the tile is
-    as deep as its operands are wide, so that what a program owns is loaded once.
+    as deep as its operands are wide, so that what a program owns is loaded once.  ``most``:
+    registers of a thread; 0 leaves it to the compiler, which may spill a few for occupancy.
     """
 
     rows: int
@@ -40,6 +41,7 @@ class CoreTile:
     stages: int
     part: int = SMALLEST_DOT
     resident: bool = False
+    most: int = 0
 
     def launch(self, folds: bool, fuse: bool, owns: bool = False) -> str:
         """As the keyword arguments of a launch.
@@ -54,6 +56,7 @@ class CoreTile:
         if folds:
             values["ROW_WARPS"] = min(self.warps, self.rows // SMALLEST_DOT)
         values |= {"num_warps": self.warps, "num_stages": self.stages}
+        values |= {"maxnreg": self.most} if self.most else {}
         texts = [f'"{name}": {value}' for name, value in values.items()]
         return "{" + ", ".join([*texts, f'"enable_fp_fusion": {fuse}']) + "}"
 
@@ -93,10 +96,7 @@ def core_tiles(
     for shape in dict.fromkeys((t.rows, t.cols) for t in tiles):
         alike = [t for t in tiles if (t.rows, t.cols) == shape]
         found = {
-            mode: next(
-                (t for t in alike if registers(pass_.programs[mode], t, arch) <= most(mode, modes)),
-                None,
-            )
+            mode: next((t for t in alike if _fits(pass_.programs[mode], t, arch, modes)), None)
             for mode in modes
         }
         if all(found.values()):
@@ -120,23 +120,29 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
         steps = (min(depth, 32), stages + 1) if capability(arch) < 90 else (SMALLEST_DOT, stages)
         return [CoreTile(128, cols, steps[0], 8, steps[1]) for cols in (64, 32, 16)]
     if arch.startswith("gfx"):
-        return [CoreTile(128, cols, min(depth, 32), 8, 2) for cols in (128, 64, 32)]
+        # a warp's part has at least 32 rows and columns: of less, eight warps would make copies
+        shapes = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4))
+        return [CoreTile(rows, cols, min(depth, 32), w, 2) for rows, cols, w in shapes]
     if capability(arch) < 90:
         return [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32)]
     if capability(arch) >= 100:
-        return [CoreTile(128, cols, depth, 8, stages) for cols in (128, 64, 32, 16)]
+        narrow = [CoreTile(128, cols, depth, 8, stages, most=255) for cols in (32, 16)]
+        return [*(CoreTile(128, cols, depth, 8, stages) for cols in (128, 64)), *narrow]
     wide = [CoreTile(128, 256, depth, 8, stages)] if width >= 1024 and bytes_ == 2 else []
     shared = [] if bytes_ == 4 else [CoreTile(128, 128, depth, 4, stages)]
     narrow = [CoreTile(128, cols, depth, 8, stages) for cols in (128, 64, 32)]
     return [*wide, *shared, *narrow]
 
 
-def most(mode: Mode, modes: Sequence[Mode]) -> int:
-    """Registers to aim for, of 255, by an estimate that is off by up to 40.
+def _fits(code: TileProgram, tile: CoreTile, arch: str, modes: Sequence[Mode]) -> bool:
+    """Whether a kernel has the registers for a tile, by an estimate that is off by up to 40.
 
     Safe kernels run rarely and may be tight, so that they do not decide the tile that others share.
+    Four warps of AMD's have a multiprocessor to themselves, and twice the registers.
     """
-    return 250 if mode == "running" and len(modes) > 1 else 216
+    most = 250 if code.mode == "running" and len(modes) > 1 else 216
+    most += 256 * (arch.startswith("gfx") and tile.warps == 4)
+    return registers(code, tile, arch) <= most
 
 
 def registers(code: TileProgram, tile: CoreTile, arch: str, flipped: bool = False) -> int:
@@ -164,11 +170,13 @@ def registers(code: TileProgram, tile: CoreTile, arch: str, flipped: bool = Fals
     columns = sum(dim == 1 - flipped for _, dim in reads)
     columns += any(isinstance(i, Compute) and i.op == "positive_tile" for i in code.instructions)
     folds = sum(len(i.targets) for i in sums if not i.dim)
-    if column_sums(arch) == "whole":  # a column's sum is a tile, and its maximum crosses threads
+    whole = column_sums(arch) == "whole"
+    if whole:  # a column's sum is a tile, and its maximum crosses threads
         live, column = live + folds * (3 if code.mode == "running" else 2) // 2, 0
     total = 40 if has_descriptors(arch) else 52  # addresses
     total += element * live + column * (columns + folds)
     if folds and (several or code.mode == "running"):
         total += element // 2
+    total += element // 2 * (whole and bool(folds) and bool(code.gradients) and steps > 7)
     total += element // 4 * (diagonals > 1)
     return total + 10 * sum(len(i.targets) for i in sums if several)

@@ -66,8 +66,10 @@ class GradientPrinter(BlockPrinter):
                 on = "offs_m[:, None]" if offset == "0" else f"({where})[:, None]"
                 k.body += [touched, f"    on_positive = offs_n[None, :] == {on}"]
             k.body += [f"    partner = {where}"] if at == "partner" else []
+            value, late = _value_on_positive(k.body, text)
             k.body += [
-                f"    lost = tl.sum(tl.where(on_positive, {text}, 0.0), 1)",
+                f"    lost = tl.sum(tl.where(on_positive, {value}, 0.0), 1)",
+                *late,
                 "    lost -= lost.to(tl.bfloat16).to(tl.float32)",
                 f"    here = ({at} >= j) & ({at} < min(j + BLOCK_N, col_stop))",
                 "    here = here & (offs_m < row_stop)",
@@ -89,6 +91,15 @@ class GradientPrinter(BlockPrinter):
             k.body.append(
                 f"tl.store({workspace} + g_slot, {text}.to({workspace}.dtype.element_ty))"
             )
+
+
+def _value_on_positive(body: list[str], variable: str) -> tuple[str, list[str]]:
+    """What a tile has at positives, and the statement that puts it there, taken from the body: the
+    tile's last change would otherwise be live twice."""
+    start, end = f"    {variable} = tl.where(on_positive, ", f", {variable})"
+    if body[-1].startswith(start) and body[-1].endswith(end):
+        return body[-1][len(start) : -len(end)], [body.pop()]
+    return variable, []
 
 
 def _is_last_block(body: list[str], condition: str) -> bool:

@@ -19,6 +19,7 @@ from cl_compiler.codegen.triton.expressions import (
 )
 from cl_compiler.codegen.triton.expressions import Names as KernelNames
 from cl_compiler.codegen.triton.gradients import GradientPrinter
+from cl_compiler.codegen.triton.order import diagonals_together, goes_on
 from cl_compiler.codegen.triton.orientation import Orientation
 from cl_compiler.codegen.triton.text import KernelText, Partial
 from cl_compiler.codegen.triton.vectors import DeviceNumbers
@@ -186,7 +187,9 @@ class KernelPrinter(GradientPrinter):
         """The product first: what is made before it would hold registers through its loop."""
         code = list(self.code.instructions)
         gemms = [i for i in code if isinstance(i, Gemm)]
-        return [*gemms, *(i for i in code if i is not gemms[0])] if len(gemms) == 1 else code
+        if len(gemms) == 1:
+            code = [*gemms, *(i for i in code if i is not gemms[0])]
+        return diagonals_together(code)
 
     def _declare(self, k: KernelText) -> None:
         if not self.descriptors:
@@ -287,7 +290,10 @@ class KernelPrinter(GradientPrinter):
                 texts = {s.name: self._on_diagonal(r) for s, r in d.reads}
                 printer = DiagonalPrinter(texts, lambda s, log2e: self.scalar([s], log2e))
                 new = f"tl.where({name}, {printer.text(d.expr)}, {variable})"
-        return [*lines, f"if {touched}:", f"    {name} = {bare(on)}", f"    {variable} = {new}"]
+        block = [f"if {touched}:", f"    {name} = {bare(on)}"]
+        if not lines and goes_on(k.body, block):
+            block = []
+        return [*lines, *block, f"    {variable} = {new}"]
 
     def _on_diagonal(self, ref: object) -> str:
         match ref:

@@ -61,9 +61,9 @@ class PanelKernelPrinter(KernelPrinter):
         k.takes = True
         filled = super()._diagonal(k, replace(d, how="fill", expr=sp.Integer(0)))
         tile = filled[-1].split("=")[0].strip()
-        lines = filled[:-3]  # a copy of the tile, if it is read elsewhere
+        copies = [line for line in filled if not line.startswith(("if ", " "))]
         return [
-            *lines,
+            *copies,  # of the tile, if it is read elsewhere
             "if _crosses(i, j, 0, BLOCK_M, BLOCK_N):",
             "    on_positive = offs_n[None, :] == offs_m[:, None]",
             "    is_here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))",

@@ -51,11 +51,11 @@ class _SlotProducts(ProductPrinter):
 class _SlotPrinter(PassPrinter):
     """Prints one pass over slots."""
 
+    on_device = True
+
     def text(self) -> PassText:
         self.products = _SlotProducts(self, set())
-        text = super().text()
-        text.body = [line.replace(".item()", "") for line in text.body]
-        return text
+        return super().text()
 
 
 def slot_pass(program: Program, pass_: Pass, names: Names, name: str, cast: bool) -> PassPrinter:

@@ -66,7 +66,7 @@ class Recorder:
         def launch(*positional: Any, **named: Any) -> None:
             options = {
                 k: named.pop(k)
-                for k in ("num_warps", "num_stages", "enable_fp_fusion")
+                for k in ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
                 if k in named
             }
             values = dict(zip(self.kernel.arg_names, positional, strict=False)) | named

@@ -76,6 +76,20 @@ def test_positives_of_two_views_lie_on_two_diagonals():
     )
 
 
+def test_slots_multiply_scalars_where_they_lie():
+    text = emit(CASES["hard_negatives"], dtype="bfloat16")
+    assert ".item()" not in text
+    assert "        t0.mul_(logit_scale)\n" in text
+
+
+def test_changes_on_one_diagonal_share_a_branch():
+    """Else everything that the second tile is made of would live through the first branch."""
+    lines = body("mnrl_joint", "_backward_sweep_a_running_kernel", "sm_100")
+    start = lines.index("t2 = tl.where(on_self, 0.0, t2)")
+    assert lines[start + 1] == "t6 = tl.where(on_self, 0.0, t6)"
+    assert sum(line.startswith("if _crosses(") for line in lines) == 1
+
+
 def test_no_program_before_hopper_has_descriptors():
     assert "TensorDescriptor" not in emit(CASES["clip"], arch="sm_80")
     assert "TensorDescriptor" in emit(CASES["clip"], arch="sm_90")
