@@ -75,7 +75,7 @@ def compile_loss(
             inputs as two bf16 numbers each, three products.  "auto": 16-bit inputs in their own
             type where the machine multiplies in it; fp32 inputs in bf16x3 on a GPU, else in ieee.
         schedule: "auto", or one of recompute, spill, panel, retain, dense; with a group, one of
-            ring_owner, ring_travel, all_gather, two_level, half_ring.
+            ring_owner, ring_travel, all_gather, two_level, half_ring, both_ways.
         deterministic: bitwise repeatable on the same machine with the same number of threads (the
             emitted CPU code always is).  "canonical", with a group: bitwise the same value and
             gradients for any number of ranks, where every shard is a multiple of 256 rows and

@@ -69,6 +69,9 @@ def hardware_graph(spec: HardwareSpec) -> nx.DiGraph:
             bandwidth_bytes_per_s=float(bandwidth),
             latency_s=latency,
         )
+        if link is not None:
+            ways = {"full_duplex": link.full_duplex, "point_to_point": link.point_to_point}
+            graph.edges[outer.name, inner.name].update(ways)
     if spec.host is not None:
         _add_host(graph, spec, spec.host)
     return graph

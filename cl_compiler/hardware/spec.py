@@ -83,6 +83,8 @@ class Link:
         latency_s: of one hop, seconds.
         full_duplex: whether both directions reach the bandwidth at once.
         source: where the numbers come from.
+        point_to_point: whether every two neighbours have wires of their own, so that an instance
+            sends to two of them at once as fast as to one; false behind a switch.
     """
 
     level: str
@@ -91,16 +93,18 @@ class Link:
     latency_s: float
     full_duplex: bool
     source: str
+    point_to_point: bool = False
 
     def __post_init__(self) -> None:
         where = f"the link between {self.level!r} instances"
         check_text(where, "kind", self.kind)
         check_number(where, "bandwidth_bytes_per_s", self.bandwidth_bytes_per_s)
         check_number(where, "latency_s", self.latency_s, zero_allowed=True)
-        if not isinstance(self.full_duplex, bool):
-            raise HardwareError(
-                f"{where} has full_duplex = {self.full_duplex!r}; write true or false"
-            )
+        for name in ("full_duplex", "point_to_point"):
+            if not isinstance(getattr(self, name), bool):
+                raise HardwareError(
+                    f"{where} has {name} = {getattr(self, name)!r}; write true or false"
+                )
         check_text(where, "source", self.source)
 
 

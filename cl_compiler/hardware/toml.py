@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -229,7 +229,8 @@ def _part(kind: type[Part], where: str, what: str, item: Any) -> Part:
     name = item.get("name", item.get("level"))
     label = f"{where}: {what}" + (f" {name!r}" if name is not None else "")
     names = [field.name for field in fields(kind)]
-    _check_keys(label, item, names, required=names)
+    required = [field.name for field in fields(kind) if field.default is MISSING]
+    _check_keys(label, item, names, required=required)
     values = dict(item)
     if isinstance(values.get("memory_bytes"), str):
         try:

@@ -53,19 +53,23 @@ def ring_obstacle(plan: SweepPlan) -> str:
     return ""
 
 
-HALF_RING = "half_ring"
-CLUSTER_SCHEDULES = ("ring_owner", "ring_travel", "all_gather", "two_level", HALF_RING)
+HALF_RING, BOTH_WAYS = "half_ring", "both_ways"
+CLUSTER_SCHEDULES = (
+    *("ring_owner", "ring_travel", "all_gather", "two_level"),
+    *(HALF_RING, BOTH_WAYS),
+)
 """ring_owner: operands travel, every gradient is made at its owner; ring_travel: an operand travels
 with its gradient; all_gather: shards are gathered, and gradients sent home, a chunk at a time;
 two_level: as ring_owner, in a ring of nodes and a ring inside each; half_ring: of one set with
-itself, a shard travels half of the ring with its gradient, so that two shards meet once."""
+itself, a shard travels half of the ring with its gradient, so that two shards meet once; both_ways:
+as ring_owner, half of the ranks in each direction at once."""
 CANONICAL = "canonical"
 """Every rank meets all chunks in global order, so that results do not depend on the number of
 ranks; what is reduced over a side is made where that side streams past.  Only taken when asked
 for."""
 CANONICAL_CHUNK = 256
 """Rows of a chunk; every shard is a whole number of them."""
-OWNER_COMPUTES = frozenset({"ring_owner", "two_level", CANONICAL})
+OWNER_COMPUTES = frozenset({"ring_owner", "two_level", BOTH_WAYS, CANONICAL})
 """Schedules in which no gradient travels."""
 
 
@@ -243,6 +247,7 @@ def _make(
 
 
 __all__ = [
+    "BOTH_WAYS",
     "CANONICAL",
     "CANONICAL_CHUNK",
     "CLUSTER_SCHEDULES",

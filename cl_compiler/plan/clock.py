@@ -21,6 +21,8 @@ from cl_compiler.plan.exchange import levels_of
 from cl_compiler.plan.machine import machine_of
 
 Vector = np.ndarray
+WIRES = 16
+"""Kinds of wires of a rank, at most: two for each level around it."""
 EVENTS = 20_000
 """Events that are kept for drawing, at most."""
 
@@ -40,14 +42,15 @@ class Links:
     """One hop of every rank: seconds per byte and of latency, and the rank that it leads to.
 
     ``after``: left out, the next rank; ``members``: ranks of one circle, left out all of them.
-    ``beside``: other hops of the same wires, which serve one after the other.
+    ``wires``: what each hop leaves its rank by, and arrives at the other by: any two transfers of
+    one rank on the same wires come one after the other.
     """
 
     s_per_byte: Vector
     latency_s: Vector
     after: Vector | None = None
     members: int = 0
-    beside: Links | None = None
+    wires: Vector | None = None
 
     @property
     def ranks(self) -> int:
@@ -64,13 +67,12 @@ class Links:
         return self.members or self.ranks
 
 
-def links_of(
-    spec: HardwareSpec, ranks: int, distance: int = 1, beside: Links | None = None
-) -> Links:
+def links_of(spec: HardwareSpec, ranks: int, distance: int = 1) -> Links:
     """Hops from every rank to the one ``distance`` places on: inside a node, or to another."""
     s_per_byte, latency = np.zeros(ranks), np.zeros(ranks)
+    wires = np.zeros(ranks, dtype=int)
     machine = machine_of(hardware_graph(spec))
-    for outer in machine.outer:  # from the outside in: a hop within an inner level replaces it
+    for level, outer in enumerate(machine.outer):  # from the outside in: an inner level replaces it
         if not outer.is_linked:
             continue
         group = outer.instances * outer.ranks_inside
@@ -79,8 +81,10 @@ def links_of(
             if inside or group >= ranks:
                 s_per_byte[rank] = 1.0 / outer.link_bytes_per_s
                 latency[rank] = outer.link_latency_s
+                own_wires = outer.point_to_point and outer.full_duplex and distance < 0
+                wires[rank] = 2 * level + own_wires
     after = (np.arange(ranks) + distance) % ranks
-    return Links(s_per_byte, latency, after, beside=beside)
+    return Links(s_per_byte, latency, after, wires=wires)
 
 
 def links_of_levels(spec: HardwareSpec, ranks: int) -> tuple[Links, Links]:
@@ -90,9 +94,12 @@ def links_of_levels(spec: HardwareSpec, ranks: int) -> tuple[Links, Links]:
     place, node = np.arange(ranks) % two.node, np.arange(ranks) // two.node
     nodes = ranks // two.node
 
-    def every(bytes_per_s: float, latency_s: float, after: Vector, members: int) -> Links:
+    def every(
+        bytes_per_s: float, latency_s: float, after: Vector, members: int, wires: int
+    ) -> Links:
         one = np.ones(ranks)
-        return Links(one / bytes_per_s, one * latency_s, after, members)
+        wire = np.full(ranks, wires)
+        return Links(one / bytes_per_s, one * latency_s, after, members, wire)
 
     return (
         every(
@@ -100,12 +107,14 @@ def links_of_levels(spec: HardwareSpec, ranks: int) -> tuple[Links, Links]:
             two.between.link_latency_s,
             (node + 1) % nodes * two.node + place,
             nodes,
+            0,
         ),
         every(
             two.inside.link_bytes_per_s,
             two.inside.link_latency_s,
             node * two.node + (place + 1) % two.node,
             two.node,
+            1,
         ),
     )
 
@@ -134,7 +143,7 @@ class Clock:
         ranks = self.links.ranks
         self.now = np.zeros(ranks)
         self.compute_s, self.waiting_s = np.zeros(ranks), np.zeros(ranks)
-        self._free: dict[int, tuple[Vector, Vector]] = {}
+        self._sends, self._receives = np.zeros((WIRES, ranks)), np.zeros((WIRES, ranks))
         self._collective = 0.0
 
     def compute(self, seconds: Vector | float) -> None:
@@ -149,18 +158,18 @@ class Clock:
     ) -> Vector:
         """Post to the rank after, and a receive from the one before: when it has both."""
         links = links or self.links
-        wires = id(links.beside or links)
         self.now = self.now + self.post_s
         size = np.broadcast_to(np.asarray(sent_bytes, dtype=float), self.now.shape)
-        after = links.next_ranks
-        none = np.zeros(links.ranks)
-        sends, receives = self._free.get(wires, (none, none))
+        after, every = links.next_ranks, np.arange(links.ranks)
+        wires = np.zeros(links.ranks, dtype=int) if links.wires is None else links.wires
         ready = np.maximum(self.now, self.now[after])  # both ends have posted
-        start = np.maximum(ready, np.maximum(sends, receives[after]))
+        free = np.maximum(self._sends[wires, every], self._receives[wires, after])
+        start = np.maximum(ready, free)
         end = start + links.latency_s + size * links.s_per_byte
         arrived = np.empty_like(end)
         arrived[after] = end
-        self._free[wires] = end, arrived
+        self._sends[wires, every] = end
+        self._receives[wires, after] = end
         self._draw(what, start, end)
         done: Vector = np.maximum(end, arrived)
         return done

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cl_compiler.lang.ring import HALF_RING
+from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING
 from cl_compiler.plan.machine import Machine, Outer
 from cl_compiler.plan.travel import shards_sent
 from cl_compiler.plan.types import Plan, Problem
@@ -61,6 +61,13 @@ def hops_of(schedule: str, machine: Machine, ranks: int) -> tuple[Hop, ...]:
         latency_s = max(o.link_latency_s for o in linked)
         # a plan's products are those of a set with itself, half of those of two shards
         return (Hop(bytes_per_s, latency_s, shards_sent(schedule, ranks), 2),)
+    if schedule == BOTH_WAYS:  # two shards are met at a time; where wires are shared, half as fast
+        return tuple(
+            Hop(o.link_bytes_per_s, o.link_latency_s, ranks // 2, 2)
+            if o.both_ways
+            else Hop(o.link_bytes_per_s, o.link_latency_s, ranks - 1, 1)
+            for o in linked
+        )
     if levels is None:
         # A ring's slowest hop sets its pace: one rank of every node sends to the next node.
         bytes_per_s = min(o.link_bytes_per_s for o in linked)

@@ -50,7 +50,8 @@ class Outer:
     """A level around the device: ``instances`` of the next level in one of it.
 
     ``ranks_inside``: devices in one instance of the next level.  ``link_bytes_per_s``: what one
-    device reaches in one direction; 0 where nothing is moved.
+    device reaches in one direction; 0 where nothing is moved.  ``full_duplex``,
+    ``point_to_point``: see ``Link``.
     """
 
     name: str
@@ -60,10 +61,21 @@ class Outer:
     link_kind: str
     link_bytes_per_s: float
     link_latency_s: float
+    full_duplex: bool = True
+    point_to_point: bool = False
 
     @property
     def is_linked(self) -> bool:
         return self.instances > 1 and self.link_bytes_per_s > 0
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether a ring that is used both ways at once is twice as fast over these links.
+
+        Either neighbours have wires of their own, or what leaves an instance one way does so
+        through another device than what leaves it the other way.
+        """
+        return self.full_duplex and (self.point_to_point or self.ranks_inside > 1)
 
     def share(self, ranks: int) -> float:
         """Of the shards that a rank gathers, those that cross this level's links."""
@@ -174,6 +186,8 @@ def machine_of(graph: nx.DiGraph) -> Machine:
                 edge["kind"],
                 edge["bandwidth_bytes_per_s"] if linked else 0.0,
                 edge["latency_s"] if linked else 0.0,
+                linked and edge["full_duplex"],
+                linked and edge["point_to_point"],
             )
         )
     inner = []

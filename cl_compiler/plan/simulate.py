@@ -14,7 +14,7 @@ import numpy as np
 
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import HALF_RING
+from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING
 from cl_compiler.lang.tile_ir import Gemm
 from cl_compiler.plan.clock import Clock, Event, Links, Vector, links_of, links_of_levels
 from cl_compiler.plan.travel import Travel, travels_of
@@ -100,11 +100,7 @@ def simulate(
     pass_s = 1.0 / bandwidth if bandwidth else 0.0
     links = links_of(spec, ranks)
     clock = Clock(links, np.asarray(speeds or [1.0] * ranks), drawn_ranks, pass_s, 3 * pass_s)
-    levels: tuple[Links, ...] = ()
-    if cluster.schedule == "two_level":
-        levels = links_of_levels(spec, ranks)
-    if cluster.schedule == HALF_RING:
-        levels = links, links_of(spec, ranks, -(ranks // 2), links)
+    levels = links_of_levels(spec, ranks) if cluster.schedule == "two_level" else ()
     return run(
         clock,
         cluster.schedule,
@@ -115,6 +111,7 @@ def simulate(
         plan.problem.compute_bytes,
         levels,
         None if not shards else np.asarray(shards) / max(plan.problem.M, 1),
+        lines_of(spec, cluster.schedule, ranks),
     )
 
 
@@ -128,11 +125,13 @@ def run(
     compute_bytes: int,
     levels: Sequence[Links] = (),
     shares: Vector | None = None,
+    lines: Sequence[Line] = (),
 ) -> Run:
     """Run passes on a clock; shards of ``rows`` rows travel ``chunk`` rows at a time.
 
-    ``levels``: the circles of a ring of rings, from the outermost to the innermost; of a half ring,
-    its hops and those home.  ``shares``: of ``rows``, what each rank has; left out, all of them.
+    ``levels``: the circles of a ring of rings, from the outermost to the innermost; ``lines``: of
+    shards that do not go all around (``lines_of``).  ``shares``: of ``rows``, what each rank has;
+    left out, all of them.
     """
     forward_s = 0.0
     phase = "forward"
@@ -149,9 +148,9 @@ def run(
         if schedule == "all_gather":
             _gathered(clock, item.seconds / rows, per_row, back, parts, shares)
             continue
-        if schedule == HALF_RING:
-            assert len(levels) == 2
-            _halfway(clock, levels, item, (per_row, back), rows, parts, shares)
+        if lines:
+            half = schedule == HALF_RING
+            _along(clock, lines, item, (per_row, back), rows, parts, shares, half)
             continue
         _around(
             clock,
@@ -214,54 +213,86 @@ def _around(
         clock.compute(owed * clock.join_s_per_byte)
 
 
-def _halfway(
+@dataclass(frozen=True)
+class Line:
+    """Ranks that a shard passes in one direction: hops along it, and those back home.
+
+    ``way``: 1 to the next rank, -1 to the one before; ``steps``: ranks that a shard meets.
+    """
+
+    links: Links
+    home: Links
+    way: int
+    steps: int
+
+
+def lines_of(spec: HardwareSpec, schedule: str, ranks: int) -> tuple[Line, ...]:
+    """Along which a schedule's shards travel; none where they go all around."""
+    if schedule not in (HALF_RING, BOTH_WAYS):
+        return ()
+    ways = ((1, ranks // 2), (-1, (ranks - 1) // 2))
+    return tuple(
+        Line(links_of(spec, ranks, way), links_of(spec, ranks, -way * steps), way, steps)
+        for way, steps in (ways[:1] if schedule == HALF_RING else ways)
+    )
+
+
+def _along(
     clock: Clock,
-    levels: Sequence[Links],
+    lines: Sequence[Line],
     work: Work,
     row_bytes: tuple[float, float],
     rows: int,
     parts: Sequence[int],
     shares: Vector | None,
+    half: bool,
 ) -> None:
-    """Chunks travel half of a ring, what is accumulated with them goes home from there.
+    """Chunks travel along lines, and what is accumulated with them goes home from there.
 
-    ``row_bytes``: sent of a row, and sent back.
+    ``row_bytes``: sent of a row, and sent back; ``half``: two shards meet once.
     """
-    links, home = levels
-    ranks = links.ranks
-    steps, every = ranks // 2, np.arange(ranks)
-    share = np.ones(ranks) if shares is None else shares
-    arriving: Vector | None = None
-    owed: Vector | float = 0.0
+    ranks = clock.links.ranks
+    every, share = np.arange(ranks), np.ones(ranks) if shares is None else shares
+    arriving: list[Vector | None] = [None] * len(lines)
     start = 0
     for count in parts:
-        part, whole = count / rows, row_bytes[0] * count
+        part, (sent, back) = count / rows, (n * count for n in row_bytes)
         # of the square of a shard, what these columns have on one side of the diagonal
         beside, diagonal = part * (2 * start + count) / (2 * rows), part * work.diagonal / 2
-        for step in range(steps + 1):
-            size = share[(every - step) % ranks]
-            back = row_bytes[1] * count * size
-            posted = clock.exchange(whole * size, links=links) if step < steps else None
-            if step:
-                clock.compute(back * clock.start_s_per_byte)
-            area: Vector | float = part
+        for step in range(ranks // 2 + 1):
+            going = [(k, line) for k, line in enumerate(lines) if step <= line.steps]
+            sizes = [share[(every - line.way * step) % ranks] for _, line in going]
+            posted = [
+                clock.exchange(sent * size, links=line.links)
+                for (_, line), size in zip(going, sizes, strict=True)
+                if step < line.steps
+            ]
             if step == 0:
-                area = beside + diagonal
-            elif 2 * step == ranks:
-                area = np.where(every < ranks // 2, beside + diagonal, max(beside - diagonal, 0.0))
-            clock.compute(work.seconds * area * share * size)
-            if step:
-                if arriving is not None:
-                    clock.wait(arriving)
-                    clock.compute((back if step > 1 else owed) * clock.join_s_per_byte)
-                arriving = clock.exchange(back, "gradient", links if step < steps else home)
-                owed = row_bytes[1] * count * share
-            if posted is not None:
-                clock.wait(posted)
+                area = beside + diagonal if half else part
+                clock.compute(work.seconds * area * share * share)
+            for (k, line), size in zip(going if step else (), sizes, strict=False):
+                met: Vector | float = part
+                if half and 2 * step == ranks:
+                    first = every < ranks // 2
+                    met = np.where(first, beside + diagonal, max(beside - diagonal, 0.0))
+                clock.compute(back * size * clock.start_s_per_byte if back else 0.0)
+                clock.compute(work.seconds * met * share * size)
+                if back:
+                    _joined(clock, arriving[k], back * (size if step > 1 else share))
+                    links = line.links if step < line.steps else line.home
+                    arriving[k] = clock.exchange(back * size, "gradient", links)
+            for until in posted:
+                clock.wait(until)
         start += count
+    for waited in arriving:
+        _joined(clock, waited, row_bytes[1] * parts[-1] * share)
+
+
+def _joined(clock: Clock, arriving: Vector | None, new_bytes: Vector | float) -> None:
+    """Wait for what other ranks accumulated, and join it."""
     if arriving is not None:
         clock.wait(arriving)
-        clock.compute(owed * clock.join_s_per_byte)
+        clock.compute(new_bytes * clock.join_s_per_byte)
 
 
 def _gathered(
@@ -306,4 +337,4 @@ def _numbers(clock: Clock) -> None:
         clock.wait(clock.together(_collective_s(clock, 8.0)))
 
 
-__all__ = ["Run", "Work", "run", "simulate", "work_of"]
+__all__ = ["Line", "Run", "Work", "lines_of", "run", "simulate", "work_of"]

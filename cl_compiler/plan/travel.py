@@ -9,6 +9,7 @@ of a chunk:
     all_gather   (P-1)ue       (P-1)u(e+4)      P(2ue + 12u)
     two_level    as ring_owner; of P-1 shards, N-1 travel between nodes   4ue
     half_ring    [P/2]ue       [P/2]u(e+4)      2ue + 12u
+    both_ways    as ring_owner, half of it each way               4ue
     canonical    2(P-1)ue      2(P-1)ue         2ue
 
 Statistics, a few numbers per row, are held too; they are not counted in what is sent.  Of one set,
@@ -25,7 +26,7 @@ from types import MappingProxyType
 import sympy as sp
 
 from cl_compiler.lang.program import Pass, Program
-from cl_compiler.lang.ring import CANONICAL, HALF_RING, is_local
+from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, is_local
 from cl_compiler.lang.tile_ir import Accumulate, Compute, VectorRef
 from cl_compiler.plan.sizes import COMPUTE_BYTES, INPUT_BYTES, count_of, least
 from cl_compiler.plan.tape import Tape, tape_of
@@ -38,6 +39,7 @@ OPERANDS, GRADIENTS, VECTORS, FOLDS = sp.symbols("w_operands w_gradients vectors
 """Elements per row: of operands, of gradients, statistics that are read, and that are made."""
 _OTHERS = RANKS - 1
 _HALF = count_of(_OTHERS, sp.Integer(2))  # the whole part of P/2
+_REST = _OTHERS - _HALF
 _NODES = RANKS / NODE
 
 SHARDS_SENT: Mapping[str, sp.Expr] = MappingProxyType({HALF_RING: _HALF})
@@ -51,6 +53,10 @@ CHUNKS_HELD: Mapping[str, tuple[sp.Expr, sp.Expr]] = MappingProxyType(
             3 * (least(sp.Integer(1), _NODES - 1) + least(sp.Integer(1), NODE - 1)),
         ),
         CANONICAL: (sp.Integer(2), sp.Integer(0)),
+        BOTH_WAYS: (
+            least(sp.Integer(2), _HALF) + least(sp.Integer(2), _REST),
+            3 * (least(sp.Integer(1), _HALF) + least(sp.Integer(1), _REST)),
+        ),
         HALF_RING: (least(sp.Integer(2), _HALF), 3 * least(sp.Integer(1), _HALF)),
     }
 )

@@ -135,6 +135,72 @@ class _Folds:
         return [tensor.new_empty(*shape, *tensor.shape[1:]) for tensor in self.home]
 
 
+class _Line:
+    """The ranks that a shard passes in one direction, and room for what is on its way there.
+
+    way: 1 to the next rank, -1 to the one before.  steps: how many ranks a shard meets.
+    """
+
+    def __init__(self, ring, way, steps, chunk, sent, folds):
+        self.ring, self.way, self.steps = ring, way, steps
+        self.buffers = [
+            [t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, steps))
+        ]
+        self.folds, self.turn = folds, 0
+        self.parts = [folds.room(chunk) for _ in range(2 if steps else 0)]
+        self.incoming = folds.room(chunk) if steps else []
+        self.arriving, self.due = [], []
+
+    def owner(self, step):
+        """Whose shard is here after so many steps."""
+        return (self.ring.rank - self.way * step) % self.ring.world_size
+
+    def exchange(self, sent, received, places):
+        """Post: tensors to the rank so many places along the line, others from that far back."""
+        ring, there = self.ring, self.way * places
+        after, before = (ring.rank + there) % ring.world_size, (ring.rank - there) % ring.world_size
+        return ring.exchange(sent, received, after, before)
+
+    def start(self, here, home, size):
+        """A chunk of this rank's own shard sets out; ``size``: of every rank's chunk."""
+        self.here, self.size = here, size
+        self.home = home
+
+    def post(self, step):
+        """Post the shard that is here; the one that follows it arrives."""
+        if step < self.steps:
+            rows = self.size[self.owner(step + 1)]
+            self.coming = [t[:rows] for t in self.buffers[step % 2]]
+            self.posted = self.exchange(self.here, self.coming, 1)
+
+    def swap(self, step):
+        """Wait for the shard that follows."""
+        if step < self.steps:
+            self.ring.wait(self.posted)
+            self.here = self.coming
+
+    def started(self, step):
+        """Accumulators of the shard that is here, with nothing in them."""
+        self.turn += 1
+        rows = self.size[self.owner(step)]
+        return self.folds.started([t[:rows] for t in self.parts[self.turn % 2]])
+
+    def send_on(self, step, part):
+        """Join what the rank before accumulated, and send it on; the last rank sends it home."""
+        self.finish(part if step > 1 else None)
+        ahead = 1 if step < self.steps else -step
+        rows = self.size[self.owner(step + ahead)]
+        self.arriving = self.exchange(part, [t[:rows] for t in self.incoming], ahead)
+        self.due = self.home
+
+    def finish(self, part=None):
+        """Join what arrives: with ``part``, or with what its owner accumulated itself."""
+        self.ring.wait(self.arriving)
+        into = part or self.due
+        if into:
+            self.folds.join(into, self.incoming)
+
+
 def _meetings(i, i1, cols, first, past):
     """Yield (j, j1, twice) of the tiles of the rows from i to i1 in a shard of ``cols`` columns.
 
@@ -160,52 +226,35 @@ def _shards(ring, axis, sent, folds):
         own shard, a row meets those that follow.  Of an even number of ranks, those that face each
         other meet from both sides: one makes the tiles before the diagonal, the other the rest.
     """
-    lengths, mine, ranks = ring.lengths[axis], ring.rank, ring.world_size
+    lengths, ranks = ring.lengths[axis], ring.world_size
     sent = [t.contiguous() for t in sent]
     chunk = max(1, min(CHUNK, max(lengths)))
-    steps = ranks // 2
-    after, before = (mine + 1) % ranks, (mine - 1) % ranks
     folds = _Folds(folds)
-    buffers = [[t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, steps))]
-    parts = [folds.room(chunk) for _ in range(2 if steps else 0)]
-    incoming = folds.room(chunk) if steps else []
-    arriving, due, turn = [], [], 0
+    lines = [_Line(ring, 1, ranks // 2, chunk, sent, folds)]
     for start in range(0, max(lengths), chunk):
         size = [min(max(length - start, 0), chunk) for length in lengths]
         here = [t[start : start + chunk] for t in sent]
         home = [t[start : start + chunk] for t in folds.home]
-        for step in range(steps + 1):
-            owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks
-            coming, posted = here, []
-            if step < steps:
-                coming = [t[: size[follower]] for t in buffers[step % 2]]
-                posted = ring.exchange(here, coming, after, before)
+        for line in lines:
+            line.start(here, home, size)
+        for step in range(ranks // 2 + 1):
+            going = [line for line in lines if step <= line.steps]
+            for line in going:
+                line.post(step)
             if step == 0:
                 yield start, start, here, home
             else:
-                turn += 1
-                part = folds.started([t[: size[owner]] for t in parts[turn % 2]])
-                past = FAR
-                if 2 * step == ranks:
-                    past = start if mine < owner else start - TILE_M
-                yield FAR, past, here, part
-                ring.wait(arriving)
-                if step > 1:
-                    due = part  # the neighbour had the same shard one step earlier
-                if due:
-                    folds.join(due, incoming)
-                if step < steps:
-                    coming_parts = [t[: size[follower]] for t in incoming]
-                    arriving = ring.exchange(part, coming_parts, after, before)
-                else:
-                    own = [t[: size[mine]] for t in incoming]
-                    arriving = ring.exchange(part, own, owner, (mine + steps) % ranks)
-                due = home
-            ring.wait(posted)
-            here = coming
-    ring.wait(arriving)
-    if due:
-        folds.join(due, incoming)
+                for line in going:
+                    part = line.started(step)
+                    past = FAR
+                    if 2 * step == ranks:
+                        past = start if ring.rank < ranks // 2 else start - TILE_M
+                    yield FAR, past, line.here, part
+                    line.send_on(step, part)
+            for line in going:
+                line.swap(step)
+    for line in lines:
+        line.finish()
 
 
 class _MatmulPrecision:

@@ -34,6 +34,8 @@ def test_a_cluster_has_its_links_on_the_edges_and_its_host_beside_the_devices() 
         "kind": "infiniband",
         "bandwidth_bytes_per_s": 50e9,
         "latency_s": 14e-6,
+        "full_duplex": True,
+        "point_to_point": False,
     }
     assert graph.edges["node", "device"]["kind"] == "nvlink"
     assert graph.edges["device", "l2"] == {

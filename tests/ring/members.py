@@ -204,7 +204,7 @@ def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, 
                 loss_fn(*((x,) if one_set else (x, y)), logit_scale=SCALE).backward()
         plan = loss_fn.plan
         found[schedule] = {
-            "sent": dict(sent),
+            "sent": {peer: count for peer, count in sent.items() if count},
             "live": live.peak_bytes,
             "planned_sent": plan.cluster.forward_bytes + plan.cluster.backward_bytes,
             "planned_live": plan.peak_bytes,

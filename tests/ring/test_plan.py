@@ -191,7 +191,7 @@ def test_a_schedule_that_the_loss_cannot_use_is_refused():
 @pytest.mark.parametrize(
     "schedules",
     [
-        ["two_level", "half_ring"],
+        ["two_level", "half_ring", "both_ways"],
         pytest.param(
             ["ring_owner", "ring_travel", "all_gather", "canonical"], marks=pytest.mark.full
         ),
@@ -216,6 +216,11 @@ def test_processes_send_and_hold_what_was_planned(schedules):
         shard, nodes = u * (4 + 8), ranks // node
         if "ring_owner" in found:
             assert found["ring_owner"]["sent"] == {after: (ranks - 1) * shard}
+        if "both_ways" in found:  # two of three shards on, one back
+            assert found["both_ways"]["sent"] == {
+                after: 2 * 3 * u * 4,
+                (rank - 1) % ranks: 3 * u * 4,
+            }
         if "half_ring" in found:  # two hops of shards, one of gradients, and gradients home
             assert found["half_ring"]["sent"] == {after: 2 * 2 * u * 4 + u * 4, far: u * 4}
         if "two_level" in found:

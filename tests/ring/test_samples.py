@@ -77,6 +77,7 @@ GOLDENS = (
     Golden("clip", "canonical"),
     Golden("clip", "ring_travel", hardware="h100x8"),
     Golden("nt_xent", "half_ring", "views"),
+    Golden("clip", "both_ways"),
 )
 
 

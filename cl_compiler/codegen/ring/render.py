@@ -21,7 +21,7 @@ from cl_compiler.codegen.ring.target import target_of
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.lang.ir import COLS, ROWS
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import CANONICAL, HALF_RING
+from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING
 from cl_compiler.plan.types import Plan
 
 _TEMPLATE = "ring/loss.py.jinja"
@@ -87,6 +87,7 @@ def render_ring(
         "gathers": cluster_schedule == "all_gather",
         "two_level": cluster_schedule == "two_level",
         "half": cluster_schedule == HALF_RING,
+        "both_ways": cluster_schedule == BOTH_WAYS,
         "node": ranks_of_node,
         "chunk": chunk,
         "folds": sorted({how for s in travelling for how, _ in s.folds}),
