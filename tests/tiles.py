@@ -83,7 +83,8 @@ def run(source: str, sample: Sample, grad_output: float = 1.0) -> Result:
     results = module.Loss.apply(*(values[name] for name in module.ARGUMENTS))
     value = results[0]
     names = list(module.GRADIENTS)
-    grads = torch.autograd.grad(value * grad_output, [leaves[n] for n in names])
+    given = [leaves[n] for n in names]  # none, where the loss ignores all that needs a gradient
+    grads = torch.autograd.grad(value * grad_output, given) if given else ()
     outputs = dict(zip(module.OUTPUTS, results[1:], strict=True))
     return Result(value.detach(), dict(zip(names, grads, strict=True)), outputs)
 
@@ -97,14 +98,17 @@ def errors(result: Result, sample: Sample) -> Mapping[str, float]:
     """Errors against the float64 reference: the value's, and each gradient's in norm.
 
     A gradient that is tiny beside the others is measured against a thousandth of the largest; where
-    all vanish (one row, one column), against 1e-6 of the terms that cancel, which are of order 1.
+    all vanish (one row, one column), against 1e-6 of the terms that cancel, which are of order 1
+    times the parameters that scale them.
     """
     reference = sample.reference()
     wanted = sample.gradients(reference)
     expected = float(reference.detach())
     floor = 1e-3 * max(float(g.norm()) for g in wanted.values())
+    scales = [abs(float(p.detach())) for p in sample.parameters.values()]
+    cancelling = 1e-6 * max([1.0, *scales])
     found = {"value": abs(float(result.value) - expected) / max(1.0, abs(expected))}
     for name, want in wanted.items():
         got = result.gradients.get(name, torch.zeros_like(want)).double()
-        found[name] = float((got - want).norm()) / max(float(want.norm()), floor, 1e-6)
+        found[name] = float((got - want).norm()) / max(float(want.norm()), floor, cancelling)
     return found

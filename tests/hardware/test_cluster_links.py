@@ -79,11 +79,18 @@ def test_ranks_measure_their_links(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launcher.append("--no-python")
     code = "from cl_compiler.cli.main import app; app()"
-    run = subprocess.run(
-        [*launcher, sys.executable, "-c", code, "calibrate", "--json"],
-        capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    for _ in range(4):  # a busy machine is asked for another try
+        run = subprocess.run(
+            [*launcher, sys.executable, "-c", code, "calibrate", "--json"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env={**os.environ, **environment},
+        )
+        if "calibrate again while nothing else uses the network" not in run.stderr:
+            break
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
     (link,) = found["links"]
