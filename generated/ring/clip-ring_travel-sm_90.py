@@ -417,7 +417,7 @@ def _at_positives(left, right):
 
 
 def _add_lost(lost, left, right, d_left, d_right, offset):
-    """Multiply what rounding took off row i's gradient at column i + offset, where it is here."""
+    """Multiply what rounding took off row i's gradient at column i + offset, where that is here."""
     start, stop = max(0, -offset), min(len(left), len(right) - offset)
     for i in range(start, stop, TILE_M):
         i1 = min(i + TILE_M, stop)
@@ -749,7 +749,7 @@ def _backward_sweep_bounded(x, shard, parts, d_x, first, a1, logit_scale, s2, s3
     (d_y_peer,) = parts
     rows, cols = x.shape[0], y_peer.shape[0]
     ahead = -first
-    residual_logits = torch.zeros(rows, dtype=torch.float32, device=x.device)
+    residual_logits = torch.empty(rows, dtype=torch.float32, device=x.device)
     if not rows or not cols:
         return
     b0_peer = b0_peer.contiguous().float()
@@ -792,7 +792,14 @@ def _backward_sweep_bounded(x, shard, parts, d_x, first, a1, logit_scale, s2, s3
             )
             _add_product(d_x[i:i1], g_logits[:m, :n], y_peer[j:j1])
             _add_product(d_y_peer[j:j1], g_logits[:m, :n].T, x[i:i1])
-    _add_lost(residual_logits, x, y_peer, d_x, d_y_peer, ahead)
+            _add_lost(
+                residual_logits[i:i1],
+                x[i:i1],
+                y_peer[j:j1],
+                d_x[i:i1],
+                d_y_peer[j:j1],
+                ahead + i - j,
+            )
 
 
 @triton.jit
@@ -872,7 +879,7 @@ def _backward_sweep_running(
     (d_y_peer,) = parts
     rows, cols = x.shape[0], y_peer.shape[0]
     ahead = -first
-    residual_logits = torch.zeros(rows, dtype=torch.float32, device=x.device)
+    residual_logits = torch.empty(rows, dtype=torch.float32, device=x.device)
     if not rows or not cols:
         return
     a0_log2 = (a0 * LOG2_E).contiguous().float()
@@ -916,7 +923,14 @@ def _backward_sweep_running(
             )
             _add_product(d_x[i:i1], g_logits[:m, :n], y_peer[j:j1])
             _add_product(d_y_peer[j:j1], g_logits[:m, :n].T, x[i:i1])
-    _add_lost(residual_logits, x, y_peer, d_x, d_y_peer, ahead)
+            _add_lost(
+                residual_logits[i:i1],
+                x[i:i1],
+                y_peer[j:j1],
+                d_x[i:i1],
+                d_y_peer[j:j1],
+                ahead + i - j,
+            )
 
 
 def forward(ring, x, y, logit_scale):

@@ -98,6 +98,11 @@ class PeerKernelPrinter(KernelPrinter):
         self.vectors[text, dim, log2e] = variable
         return variable
 
+    @property
+    def mirrors_residuals(self) -> bool:
+        """What a panel lost is multiplied as soon as it is there."""
+        return False
+
     def _offsets(self, k: KernelText, where: str) -> list[str]:
         if self.travels is None:
             return super()._offsets(k, where)
@@ -209,12 +214,12 @@ class KernelPassPrinter(RingPassPrinter):
         anchor = base.extents[1 - self.travels]
         for product in products:
             product.scale = f"{product.scale}.to({anchor}.device)" * bool(product.scale)
-        after = [line for r in kernel.residuals for line in self._residuals(printer, r)]
+        lost = [line for r in kernel.residuals for line in self._residuals(printer, r)]
         here = {f"{name}_peer" for name in (*base.sent, *printer.own_parts)} | {"ahead"}
         read = [n for _, host in (*kernel.pointers, *kernel.numbers) for n in identifiers(host)]
         read += printer.own_parts
         read += [n for p in products for n in identifiers(p.scale)]
-        read += [n for line in after for n in self._scales_in(line)]
+        read += [n for line in lost for n in self._scales_in(line)]
         params = [*fixed, *(n for n in dict.fromkeys(read) if n not in here and n not in fixed)]
         if (kernel.ahead or printer.own_parts) and "first" not in params:
             params.append("first")
@@ -225,12 +230,12 @@ class KernelPassPrinter(RingPassPrinter):
             [kernel],
             params,
             [],
-            folds_of(kernel, products),
+            [*folds_of(kernel, products, "twice"), *lost],
             "rows",
             "cols",
             False,
             before=self._before(base, printer, kernel, anchor),
-            after=after,
+            meets=self.pass_.symmetric,
             may_be_empty=True,
             text=base.doc,
             anchor=anchor,
@@ -248,33 +253,35 @@ class KernelPassPrinter(RingPassPrinter):
         if kernel.ahead:
             lines.append(f"ahead = {'first' if self.travels == 0 else '-first'}")
         lines += [
-            f"{name} = torch.zeros(rows, dtype=torch.float32, device={anchor}.device)"
+            f"{name} = torch.empty(rows, dtype=torch.float32, device={anchor}.device)"
             for name in kernel.residuals
         ]
         return lines
 
     def _residuals(self, printer: PeerKernelPrinter, name: str) -> list[str]:
-        """Add what rounding took off a shard's gradients at positives, times their partners."""
+        """Multiply what rounding took off a panel's gradients at positives with their partners."""
         sim = next(g for g in self.pass_.gradients if residual_of(g) == name)
         leaf = self.plan.leaves[sim]
-        left, right = leaf.left, leaf.right
-        assert left is not None and right is not None
-        operands = [part_of(printer.lies(v.operand, d), v, ":") for d, v in ((0, left), (1, right))]
-        lines = []
-        texts: dict[str, list[str]] = {}
-        for dim, (side, view) in enumerate((("left", left), ("right", right))):
-            if side not in self.pass_.sides or view.operand not in self.plan.needs or view.stop:
+        views = {"i:i1": leaf.left, "j:j1": leaf.right}
+        operands, targets = [], {}  # type: list[str], dict[str, list[str]]
+        for dim, (rows, view) in enumerate(views.items()):
+            assert view is not None
+            operands.append(part_of(printer.lies(view.operand, dim), view, rows))
+            wanted = ("left", "right")[dim] in self.pass_.sides
+            if not wanted or view.operand not in self.plan.needs or view.stop:
                 continue
             own = leaf.scale and operand_scale(self.plan, view.operand) == "mixed"
-            lost = f"{name} * float({self.names(leaf.scale)})" if own and leaf.scale else name
-            target = part_of(printer.lies(f"d_{view.operand}", dim), view, ":")
-            texts.setdefault(lost, ["None", "None"])[dim] = target.replace("[:]", "")
-        views = self.plan.positives == "views"
-        for lost, targets in texts.items():
-            arguments = [lost, *(o.replace("[:]", "") for o in operands), *targets]
-            for offset in ("ahead + half", "ahead - half") if views else ("ahead",):
-                lines.append(f"_add_lost({', '.join([*arguments, offset])})")
-        return lines
+            lost = f"{name}[i:i1]" + f" * float({self.names(leaf.scale or '')})" * bool(own)
+            target = part_of(printer.lies(f"d_{view.operand}", dim), view, rows)
+            if dim and self.pass_.symmetric:
+                target = f"{target} if twice else None"
+            targets.setdefault(lost, ["None", "None"])[dim] = target
+        ahead = ("ahead + half", "ahead - half") if self.plan.positives == "views" else ("ahead",)
+        return [
+            f"_add_lost({', '.join([lost, *operands, *into])}, {offset} + i - j)"
+            for lost, into in targets.items()
+            for offset in ahead
+        ]
 
     def _scales_in(self, line: str) -> list[str]:
         return [n for n in map(self.names, self.plan.ir.parameters) if n in identifiers(line)]

@@ -8,10 +8,11 @@ from functools import cached_property
 
 from cl_compiler.codegen.triton.panel import kernel_plan, smallest_bytes
 from cl_compiler.codegen.triton.workload import OF_TILES, Workload
-from cl_compiler.errors import ScheduleError
-from cl_compiler.lang.ring import HALF_RING, is_local
+from cl_compiler.lang.ring import is_local
 from cl_compiler.plan.cluster import Share, on_their_way
+from cl_compiler.plan.facts import ProgramFacts
 from cl_compiler.plan.memory import AT_POSITIVES, CompiledMemory, Phase, phases_of
+from cl_compiler.plan.space import RingProgram
 from cl_compiler.plan.tape import tape_of
 from cl_compiler.plan.travel import Travel, travels_of
 from cl_compiler.plan.types import Plan, Tile
@@ -22,6 +23,11 @@ class ShareWorkload(Workload):
     """A rank's share: panels are no longer than the chunks that travel, which lie beside them."""
 
     share: Share
+
+    @cached_property
+    def facts(self) -> ProgramFacts:
+        operands = self.request.problem.operands
+        return RingProgram(self.program, self.share.request.group_size).facts(operands)
 
     @cached_property
     def memory(self) -> CompiledMemory:
@@ -71,13 +77,7 @@ def kernel_planner(arch: str) -> Callable[[Share], Plan]:
 
         Raises:
             BudgetError: not even the smallest fits.
-            ScheduleError: two shards meet once, which kernels do not do.
         """
-        if share.schedule == HALF_RING:
-            raise ScheduleError(
-                f"{share.request.loss.name} with schedule={HALF_RING!r} has no Triton kernels: "
-                "tiles that stand for their transposes are PyTorch's. Use another schedule."
-            )
         # every gradient tile leaves its kernel, whoever's gradient it goes into
         program = replace(share.program, schedule="spill")
         workload = ShareWorkload(share.alone, program, arch, share)

@@ -19,6 +19,11 @@ class GradientPrinter(BlockPrinter):
     pass_: Pass
     expressions: Expressions
 
+    @property
+    def mirrors_residuals(self) -> bool:
+        """Whether what a tile lost stands for its transpose's loss, too."""
+        return self.pass_.symmetric
+
     def scalar(self, factors: list[sp.Expr], log2e: bool = False) -> str:
         """The kernel's variable for a product of scalars."""
         raise NotImplementedError
@@ -75,7 +80,7 @@ class GradientPrinter(BlockPrinter):
                 "    here = here & (offs_m < row_stop)",
                 f"    tl.store({name} + offs_m, lost, mask=here)",
             ]
-            if self.pass_.symmetric:  # the tile stands for its transpose, too
+            if self.mirrors_residuals:  # the tile stands for its transpose, too
                 k.body += [
                     "    if row_start != col_start:",
                     f"        tl.store({name} + {at}, lost, mask=here)",

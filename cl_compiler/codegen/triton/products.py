@@ -35,8 +35,13 @@ def as_named(tensor: str, dim: int) -> str:
     return tensor
 
 
-def folds_of(kernel: KernelText, products: list[ProductText]) -> list[str]:
-    """Statements that fold a launch's statistics, and multiply its gradients out."""
+def folds_of(
+    kernel: KernelText, products: list[ProductText], mirrored_if: str = "j != i"
+) -> list[str]:
+    """Statements that fold a launch's statistics, and multiply its gradients out.
+
+    ``mirrored_if``: when a panel stands for its transpose, too.
+    """
     lines = []
     for p in kernel.partials:
         at, count, length = ("[i:i1]", "tiles", "m") if p.dim else ("[j:j1]", "strips", "n")
@@ -46,11 +51,11 @@ def folds_of(kernel: KernelText, products: list[ProductText]) -> list[str]:
         targets = [f"{t}{at}" for t in p.targets]
         name = "_add_sums" if p.kind == "sum" else f"_add_{p.kind}"
         statement = f"{name}({', '.join([*targets, *parts])})"
-        lines += ["if j != i:", f"    {statement}"] if p.mirrored else [statement]
+        lines += [f"if {mirrored_if}:", f"    {statement}"] if p.mirrored else [statement]
     for q in products:
         scale = f", {q.scale}" if q.scale else ""
         statement = f"_add_product({q.total}, {q.left}, {q.right}{scale})"
-        lines += ["if j != i:", f"    {statement}"] if q.mirrored else [statement]
+        lines += [f"if {mirrored_if}:", f"    {statement}"] if q.mirrored else [statement]
     return lines
 
 

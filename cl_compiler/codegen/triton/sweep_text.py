@@ -28,6 +28,8 @@ class SweepText:
     """Gradients of rows that are complete when a block of rows is."""
     before: list[str] = field(default_factory=list)
     """Statements before everything else, and after the last launch."""
+    meets: bool = False
+    """Two shards of one set meet once: panels that nobody else makes stand for their transposes."""
     may_be_empty: bool = False
     """There may be no rows."""
     after: list[str] = field(default_factory=list)

@@ -16,7 +16,7 @@ import torch
 
 from cl_compiler.codegen.ring.backend import plan_and_print_ring, plan_group
 from cl_compiler.hardware import load_hardware
-from cl_compiler.lang.ring import HALF_RING, ring_schedules
+from cl_compiler.lang.ring import ring_schedules
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
@@ -44,7 +44,7 @@ def served() -> list[tuple[str, str]]:
     for case in zoo.cases():
         sweeps = plan_sweeps(case.loss, case.positives, case.needs)
         usable = [s for s, reason in ring_schedules(sweeps).items() if not reason]
-        found += [(case.name, schedule) for schedule in usable if schedule != HALF_RING]
+        found += [(case.name, schedule) for schedule in usable]
     return found
 
 
@@ -59,6 +59,8 @@ QUICK = {
     ("batch_hard", "all_gather"),
     ("entropy", "two_level"),
     ("moco", "ring_owner"),
+    ("nt_xent", "half_ring"),
+    ("supcon", "half_ring"),
     ("hard_negatives", "ring_travel"),
 }
 
@@ -168,8 +170,13 @@ def test_a_group_of_cpus_runs_pytorch():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel", "all_gather"])
-@pytest.mark.parametrize("loss", ["clip", "nt_xent"])
+@pytest.mark.parametrize(
+    ("loss", "schedule"),
+    [
+        *(("clip", s) for s in ("ring_owner", "ring_travel", "all_gather", "both_ways")),
+        *(("nt_xent", s) for s in ("ring_owner", "half_ring", "all_gather")),
+    ],
+)
 def test_a_rank_holds_what_the_plan_says(loss: str, schedule: str, dtype: str):
     """Live bytes of everything but what kernels do, which is nothing to memory."""
     precision = "bf16" if dtype == "bfloat16" else "tf32"
