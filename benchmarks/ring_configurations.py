@@ -20,8 +20,8 @@ class Configuration:
     """One pass over a ring.
 
     ``chunk``: rows of a message; ``chunks``: of a shard; ``ratio``: seconds of a step's products
-    over those of all that a rank sends in a step; ``gradients``: travel as well; ``slow``: rank 1
-    sends over a link of half the rate.
+    over those of all that a rank sends meanwhile; ``gradients``: travel as well; ``slow``: rank 1
+    sends over a link of half the rate.  ``schedule``: how shards travel.
     """
 
     ranks: int
@@ -30,6 +30,7 @@ class Configuration:
     ratio: float
     gradients: bool
     slow: bool = False
+    schedule: str = "ring_travel"
 
 
 CONFIGURATIONS = tuple(
@@ -47,6 +48,21 @@ CONFIGURATIONS = tuple(
     for gradients in (False, True)
 )
 
+LINES = tuple(
+    Configuration(ranks, chunk, chunks, ratio, True, schedule="half_ring")
+    for ranks in (2, 3, 4)
+    for chunk in (640, 1920)
+    for chunks in (1, 4)
+    for ratio in (0.5, 2.0)
+) + tuple(
+    Configuration(ranks, chunk, chunks, ratio, False, schedule="both_ways")
+    for ranks in (3, 4)
+    for chunk in (640, 1920)
+    for chunks in (1, 4)
+    for ratio in (0.5, 2.0)
+)
+"""Shards that go half of the way, or both ways; measured apart (``--lines``)."""
+
 REAL_PRODUCTS = tuple(
     Configuration(2, chunk, 4, 1.2, gradients)
     for chunk in (640, 1920)
@@ -57,6 +73,7 @@ REAL_PRODUCTS = tuple(
 __all__ = [
     "CALIBRATED_ROWS",
     "CONFIGURATIONS",
+    "LINES",
     "RATE_BITS_PER_S",
     "REAL_PRODUCTS",
     "ROW_BYTES",

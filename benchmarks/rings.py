@@ -1,12 +1,14 @@
 """Real rings beside simulated ones: Gloo processes whose products are timed waits.
 
     python -m benchmarks.rings --out rings.json
+    python -m benchmarks.rings --lines --out rings-lines.json
 
-The configurations are those of ``ring_configurations``, every one of them is in the result.  Each
-rank has a network namespace of its own, whose link is shaped (``links``); with ``--loopback`` they
-share a loopback device, whose rate is that of the cores left.  Links are calibrated by messages of
-other sizes, with all ranks sending at once as a ring does.  Two cores cannot multiply for four
-ranks and send at the same time, so a rank waits for as long as its products would take.
+The second has shards that go half of the way around, or both ways at once.  The configurations are
+those of ``ring_configurations``, every one of them is in the result.  Each rank has a network
+namespace of its own, whose link is shaped (``links``); with ``--loopback`` they share a loopback
+device, whose rate is that of the cores left.  Links are calibrated by messages of other sizes, with
+all ranks sending at once as a ring does.  Two cores cannot multiply for four ranks and send at the
+same time, so a rank waits for as long as its products would take.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from benchmarks.links import Place, shaped
 from benchmarks.ring_configurations import (
     CALIBRATED_ROWS,
     CONFIGURATIONS,
+    LINES,
     RATE_BITS_PER_S,
     REAL_PRODUCTS,
     ROW_BYTES,
@@ -43,11 +46,14 @@ from benchmarks.ring_configurations import (
 from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
+from cl_compiler.lang.resolve import Positives
+from cl_compiler.lang.ring import HALF_RING
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.clock import Clock, Links
-from cl_compiler.plan.cluster import Travel, choose_cluster_plan
-from cl_compiler.plan.simulate import Work, run
+from cl_compiler.plan.cluster import choose_cluster_plan
+from cl_compiler.plan.simulate import Line, Work, run, ways_of
+from cl_compiler.plan.travel import Travel
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
 from cl_compiler.runtime.loader import load_source
 
@@ -58,17 +64,19 @@ LIMIT_S = 240.0
 """Of one group of processes: calibration and its configurations."""
 
 
-def shards_of(chunk: int) -> Any:
+def shards_of(chunk: int, schedule: str = "ring_travel") -> Any:
     """The emitted file's loop over shards, and its ring; with gradients that follow."""
     spec = with_ranks(load_hardware("xeon-amx-2c"), 4, 4)
-    needs = frozenset({"x", "y", "logit_scale"})
-    problem = Problem(chunk, chunk, WIDTH)
+    one_set = schedule == HALF_RING
+    loss = find("nt_xent" if one_set else "clip")
+    positives: Positives = "views" if one_set else "paired"
+    needs = frozenset({op.name for op in loss.operands} | {"logit_scale"})
     request = Request(
-        find("clip"), spec, MemoryBudget(1 << 30), problem, "paired", needs, "ieee",
-        "ring_travel", 0, 4,
+        loss, spec, MemoryBudget(1 << 30), Problem(chunk, chunk, WIDTH), positives, needs, "ieee",
+        schedule, 0, 4,
     )  # fmt: skip
-    plan, program = choose_cluster_plan(request, plan_sweeps(request.loss, "paired", needs))
-    text = render_ring(plan, program, "rings", cluster_schedule="ring_travel", chunk=chunk)
+    plan, program = choose_cluster_plan(request, plan_sweeps(loss, positives, needs))
+    text = render_ring(plan, program, "rings", cluster_schedule=schedule, chunk=chunk)
     return load_source(text, "rings")
 
 
@@ -83,14 +91,28 @@ def together(ring: Any, act: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def ring_seconds(ring: Any, module: Any, c: Configuration, work: Callable[[], object]) -> float:
-    """Wall seconds of one pass over the ring, until the last rank is done."""
+def share_of(ring: Any, module: Any, c: Configuration, first: int, past: int) -> float:
+    """Of two chunks' tiles, those that this rank makes: see ``_shards`` of a half ring."""
+    if past == module.FAR:
+        return 1.0
+    start = first if first != module.FAR else past + module.TILE_M * (ring.rank >= c.ranks // 2)
+    return (2 * start + c.chunk) / (2 * c.chunk * c.chunks)
+
+
+def ring_seconds(
+    ring: Any, module: Any, c: Configuration, work: Callable[[float], object]
+) -> float:
+    """Wall seconds of one pass over the ring, until the last rank is done.
+
+    ``work``: on some share of a chunk's products.
+    """
     y = torch.ones(c.chunk * c.chunks, WIDTH)
     folds = [(module.SUM, torch.zeros(len(y), WIDTH))] if c.gradients else []
 
     def act() -> None:
-        for _ in module._shards(ring, "rows", (y,), folds):
-            work()
+        for shard in module._shards(ring, "rows", (y,), folds):
+            half = c.schedule == HALF_RING
+            work(share_of(ring, module, c, *shard[:2]) if half else 1.0)
 
     return float(ring.largest(torch.tensor([together(ring, act)], dtype=torch.float64)))
 
@@ -173,7 +195,9 @@ def oversleeping_seconds() -> float:
     return statistics.median(found)
 
 
-def rank_main(rank: int, ranks: int, slow: bool, place: Place | None, where: str, out: str) -> None:
+def rank_main(
+    rank: int, ranks: int, slow: bool, lines: bool, place: Place | None, where: str, out: str
+) -> None:
     """Calibrate, then measure every configuration of these ranks; rank 0 writes the results."""
     if place is None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -196,26 +220,26 @@ def rank_main(rank: int, ranks: int, slow: bool, place: Place | None, where: str
         return Clock(links, one, start_s_per_byte=start_s, join_s_per_byte=join_s, post_s=post_s)
 
     results = []
-    for c in CONFIGURATIONS:
+    for c in LINES if lines else CONFIGURATIONS:
         if (c.ranks, c.slow) != (ranks, slow):
             continue
-        module = shards_of(c.chunk)
+        module = shards_of(c.chunk, c.schedule)
         ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks})
         message = c.chunk * ROW_BYTES * float(links.s_per_byte.max()) + float(links.latency_s.max())
         wait_s = float(ring.largest(torch.tensor([c.ratio * message * (1 + c.gradients)])))
-        measured = measured_seconds(ring, module, c, partial(time.sleep, wait_s))
+        measured = measured_seconds(ring, module, c, partial(_wait, wait_s))
         predicted_s = predicted_seconds(clock(), c, wait_s + late_s)
-        products_s = wait_s * c.chunks * ranks
+        products_s = wait_s * c.chunks * (ranks / 2 if c.schedule == HALF_RING else ranks)
         results.append(
             asdict(c) | measured | {"predicted_s": predicted_s, "products_s": products_s}
         )
     real = []
-    for c in REAL_PRODUCTS if (ranks, slow) == (2, False) else ():
+    for c in REAL_PRODUCTS if (ranks, slow, lines) == (2, False, False) else ():
         module = shards_of(c.chunk)
         ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks})
         message = c.chunk * ROW_BYTES * float(links.s_per_byte.max()) + float(links.latency_s.max())
         product, product_s = product_of(ring, c, c.ratio * message * (1 + c.gradients))
-        measured = measured_seconds(ring, module, c, product)
+        measured = measured_seconds(ring, module, c, lambda _, act=product: act())
         predicted_s = predicted_seconds(clock(), c, product_s)
         products_s = product_s * c.chunks * ranks
         real.append(asdict(c) | measured | {"predicted_s": predicted_s, "products_s": products_s})
@@ -231,8 +255,12 @@ def rank_main(rank: int, ranks: int, slow: bool, place: Place | None, where: str
     dist.destroy_process_group()
 
 
+def _wait(seconds: float, share: float) -> None:
+    time.sleep(seconds * share)
+
+
 def measured_seconds(
-    ring: Any, module: Any, c: Configuration, work: Callable[[], object]
+    ring: Any, module: Any, c: Configuration, work: Callable[[float], object]
 ) -> dict[str, float]:
     """Of some passes: the median, the fastest and the slowest."""
     found = [ring_seconds(ring, module, c, work) for _ in range(REPEATS)]
@@ -244,8 +272,20 @@ def measured_seconds(
 def predicted_seconds(clock: Clock, c: Configuration, step_s: float) -> float:
     """What the simulator makes of a pass whose every step multiplies for so long."""
     work = [Work(Travel("forward", WIDTH, WIDTH if c.gradients else 0), step_s * c.chunks)]
-    found = run(clock, "ring_travel", work, c.chunk * c.chunks, c.chunk, 4, 4)
+    lines = lines_from(clock.links, c.schedule)
+    found = run(clock, c.schedule, work, c.chunk * c.chunks, c.chunk, 4, 4, lines=lines)
     return found.seconds - 2 * number_seconds(clock.links)
+
+
+def lines_from(links: Links, schedule: str) -> tuple[Line, ...]:
+    """As ``lines_of``, over links of which each rank has one, for whomever it sends to."""
+    ranks = links.ranks
+
+    def to(places: int) -> Links:
+        after = (np.arange(ranks) + places) % ranks
+        return Links(links.s_per_byte, links.latency_s, after)
+
+    return tuple(Line(to(w), to(-w * n), w, n) for w, n in ways_of(schedule, ranks))
 
 
 def product_of(ring: Any, c: Configuration, seconds: float) -> tuple[Callable[[], object], float]:
@@ -310,7 +350,19 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def measure_group(ranks: int, slow: bool, loopback: bool) -> dict[str, Any]:
+def by_schedule(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Relative errors of the predictions of each schedule."""
+    found = {}
+    for schedule in sorted({r["schedule"] for r in results}):
+        of = [r for r in results if r["schedule"] == schedule]
+        errors = sorted(abs(r["predicted_s"] / r["measured_s"] - 1) for r in of)
+        found[schedule] = {
+            "configurations": len(of), "median": statistics.median(errors), "max": errors[-1]
+        }  # fmt: skip
+    return found
+
+
+def measure_group(ranks: int, slow: bool, lines: bool, loopback: bool) -> dict[str, Any]:
     """Run one group of processes.
 
     Raises:
@@ -327,7 +379,7 @@ def measure_group(ranks: int, slow: bool, loopback: bool) -> dict[str, Any]:
         processes = [
             context.Process(
                 target=rank_main,
-                args=(rank, ranks, slow, places[rank], f"file://{folder}/meet", out),
+                args=(rank, ranks, slow, lines, places[rank], f"file://{folder}/meet", out),
                 daemon=True,
             )
             for rank in range(ranks)
@@ -352,20 +404,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("rings.json"))
     parser.add_argument("--loopback", action="store_true", help="links that all ranks share")
+    parser.add_argument("--lines", action="store_true", help="half rings, and both ways at once")
     arguments = parser.parse_args()
-    groups = sorted({(c.ranks, c.slow) for c in CONFIGURATIONS})
+    listed = LINES if arguments.lines else CONFIGURATIONS
+    groups = sorted({(c.ranks, c.slow) for c in listed})
     if arguments.loopback:  # no link of it can be slower than another
         groups = [(ranks, slow) for ranks, slow in groups if not slow]
     before = os.getloadavg()[0]
     found, failures = [], []
     for ranks, slow in groups:
         try:
-            found.append(measure_group(ranks, slow, arguments.loopback))
+            found.append(measure_group(ranks, slow, arguments.lines, arguments.loopback))
         except RuntimeError as error:  # what the other groups measured is not lost
             failures.append(str(error))
     every = [r for part in found for r in part["results"]]
     result = {
-        "summary": summary(every),
+        "summary": summary(every) if not arguments.lines else by_schedule(every),
         "with_real_products": [
             {"error": r["predicted_s"] / r["measured_s"] - 1,
              "over_products": r["measured_s"] / r["products_s"] - 1}

@@ -228,13 +228,16 @@ class Line:
 
 def lines_of(spec: HardwareSpec, schedule: str, ranks: int) -> tuple[Line, ...]:
     """Along which a schedule's shards travel; none where they go all around."""
-    if schedule not in (HALF_RING, BOTH_WAYS):
-        return ()
-    ways = ((1, ranks // 2), (-1, (ranks - 1) // 2))
     return tuple(
         Line(links_of(spec, ranks, way), links_of(spec, ranks, -way * steps), way, steps)
-        for way, steps in (ways[:1] if schedule == HALF_RING else ways)
+        for way, steps in ways_of(schedule, ranks)
     )
+
+
+def ways_of(schedule: str, ranks: int) -> tuple[tuple[int, int], ...]:
+    """(way, steps) of each line; none where shards go all around."""
+    ways = ((1, ranks // 2), (-1, (ranks - 1) // 2))
+    return {HALF_RING: ways[:1], BOTH_WAYS: ways}.get(schedule, ())
 
 
 def _along(
@@ -337,4 +340,4 @@ def _numbers(clock: Clock) -> None:
         clock.wait(clock.together(_collective_s(clock, 8.0)))
 
 
-__all__ = ["Line", "Run", "Work", "lines_of", "run", "simulate", "work_of"]
+__all__ = ["Line", "Run", "Work", "lines_of", "run", "simulate", "ways_of", "work_of"]
