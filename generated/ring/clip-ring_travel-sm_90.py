@@ -418,14 +418,14 @@ def _at_positives(left, right):
 
 def _add_lost(lost, left, right, d_left, d_right, offset):
     """Multiply what rounding took off row i's gradient at column i + offset, where that is here."""
-    start, stop = max(0, -offset), min(len(left), len(right) - offset)
-    for i in range(start, stop, TILE_M):
-        i1 = min(i + TILE_M, stop)
-        rows, cols, factors = slice(i, i1), slice(i + offset, i1 + offset), lost[i:i1].unsqueeze(1)
-        if d_left is not None:
-            d_left[rows] += factors * right[cols]
-        if d_right is not None:
-            d_right[cols] += factors * left[rows]
+    i, i1 = max(0, -offset), min(len(left), len(right) - offset)
+    if i >= i1:
+        return
+    rows, cols, factors = slice(i, i1), slice(i + offset, i1 + offset), lost[i:i1].unsqueeze(1)
+    if d_left is not None:
+        d_left[rows] += factors * right[cols]
+    if d_right is not None:
+        d_right[cols] += factors * left[rows]
 
 
 @triton.jit
