@@ -20,7 +20,7 @@ from cl_compiler.codegen.ring.target import Target
 from cl_compiler.codegen.symbols import LENGTH, PythonNumbers, operand_scale
 from cl_compiler.codegen.triton.context import helpers_in
 from cl_compiler.codegen.triton.kernels import KernelPrinter
-from cl_compiler.codegen.triton.products import folds_of, part_of, products_of
+from cl_compiler.codegen.triton.products import ProductText, folds_of, part_of, products_of
 from cl_compiler.codegen.triton.slots import SLOT_ROWS
 from cl_compiler.codegen.triton.sweep_text import SweepText
 from cl_compiler.codegen.triton.text import KernelText, identifiers, residual_of
@@ -124,10 +124,21 @@ class PeerKernelPrinter(KernelPrinter):
         ]
 
 
-def kernel_of(
-    target: Target, sweep: PassPrinter, travels: int | None, sent: Sequence[str]
-) -> tuple[PeerKernelPrinter, KernelText]:
-    """The kernel that does what a sweep over PyTorch's tiles does, and its printer."""
+@dataclass(frozen=True)
+class Printed:
+    """A pass as a kernel, and what its launcher reads: its printer, its text, what its gradients
+    are multiplied with, and the names of all of that."""
+
+    printer: PeerKernelPrinter
+    kernel: KernelText
+    products: list[ProductText]
+    read: list[str]
+
+
+def printed(
+    target: Target, sweep: PassPrinter, travels: int | None, sent: Sequence[str], anchor: str
+) -> Printed:
+    """The kernel that does what a sweep over PyTorch's tiles does; ``anchor``: on its device."""
     printer = PeerKernelPrinter(
         sweep.program,
         sweep.pass_,
@@ -142,7 +153,18 @@ def kernel_of(
         table=sweep.hoisted_names,
     )
     widths = {printer.lies(o, d): w for o, w in target.widths.items() for d in (0, 1)}
-    return printer, printer.text({**widths, **target.widths}, target.dot_precision)
+    kernel = printer.text({**widths, **target.widths}, target.dot_precision)
+    plan, names, precision = sweep.plan, sweep.names, target.dot_precision
+    products = [
+        product
+        for g in sweep.code.gradients
+        for product in products_of(plan, sweep.pass_, g, names, precision, printer.lies)
+    ]
+    hosts = [host for _, host in (*kernel.pointers, *kernel.numbers)]
+    read = [n for text in (*hosts, *(p.scale for p in products)) for n in identifiers(text)]
+    for product in products:
+        product.scale = f"{product.scale}.to({anchor}.device)" * bool(product.scale)
+    return Printed(printer, kernel, products, [*read, *printer.own_parts])
 
 
 class LocalKernelPrinter(PassPrinter):
@@ -156,25 +178,14 @@ class LocalKernelPrinter(PassPrinter):
         base, target = super().text(), self.target
         lengths = [base.row_length, base.col_length]
         fixed = [p for p in base.params if p in lengths or p not in self.params]
-        printer, kernel = kernel_of(target, self, None, ())
-        products = [
-            product
-            for g in self.code.gradients
-            for product in products_of(
-                self.plan, self.pass_, g, self.names, target.dot_precision, printer.lies
-            )
-        ]
         anchor = fixed[0]
-        for product in products:
-            product.scale = f"{product.scale}.to({anchor}.device)" * bool(product.scale)
-        read = [n for _, host in (*kernel.pointers, *kernel.numbers) for n in identifiers(host)]
-        read += [n for p in products for n in identifiers(p.scale)]
+        found = printed(target, self, None, (), anchor)
         launcher = LauncherText(
             self.name,
-            [kernel],
-            list(dict.fromkeys([*fixed, *read])),
+            [found.kernel],
+            list(dict.fromkeys([*fixed, *found.read])),
             base.accumulators,
-            folds_of(kernel, products),
+            folds_of(found.kernel, found.products),
             base.row_length,
             base.col_length,
             False,
@@ -196,41 +207,28 @@ class KernelPassPrinter(RingPassPrinter):
     def text(self) -> KernelPassText:
         base, target = super().text(), self.target
         fixed = [p for p in base.params if p not in self.params]
-        printer, kernel = kernel_of(target, self, self.travels, base.sent)
-        launcher = self._launcher(base, fixed, printer, kernel)
+        anchor = base.extents[1 - self.travels]
+        found = printed(target, self, self.travels, base.sent, anchor)
+        launcher = self._launcher(base, fixed, found, anchor)
         fields = {**vars(base), "params": launcher.params, "body": [], "remake": []}
         return KernelPassText(**fields, launcher=launcher)
 
     def _launcher(
-        self, base: RingPassText, fixed: list[str], printer: PeerKernelPrinter, kernel: KernelText
+        self, base: RingPassText, fixed: list[str], found: Printed, anchor: str
     ) -> LauncherText:
-        products = [
-            product
-            for g in self.code.gradients
-            for product in products_of(
-                self.plan, self.pass_, g, self.names, self.target.dot_precision, printer.lies
-            )
-        ]
-        anchor = base.extents[1 - self.travels]
-        for product in products:
-            product.scale = f"{product.scale}.to({anchor}.device)" * bool(product.scale)
+        printer, kernel = found.printer, found.kernel
         lost = [line for r in kernel.residuals for line in self._residuals(printer, r)]
         here = {f"{name}_peer" for name in (*base.sent, *printer.own_parts)} | {"ahead"}
-        read = [n for _, host in (*kernel.pointers, *kernel.numbers) for n in identifiers(host)]
-        read += printer.own_parts
-        read += [n for p in products for n in identifiers(p.scale)]
-        read += [n for line in lost for n in self._scales_in(line)]
-        params = [*fixed, *(n for n in dict.fromkeys(read) if n not in here and n not in fixed)]
-        if (kernel.ahead or printer.own_parts) and "first" not in params:
-            params.append("first")
-        if kernel.halves and "half" not in params:
-            params.append("half")
+        scales = [n for line in lost for n in self._scales_in(line)]
+        read = [n for n in (*found.read, *scales) if n not in here]
+        read += ["first"] if kernel.ahead or printer.own_parts else []
+        read += ["half"] if kernel.halves else []
         return LauncherText(
             self.name,
             [kernel],
-            params,
+            list(dict.fromkeys([*fixed, *read])),
             [],
-            [*folds_of(kernel, products, "twice"), *lost],
+            [*folds_of(kernel, found.products, "twice"), *lost],
             "rows",
             "cols",
             False,
@@ -271,7 +269,8 @@ class KernelPassPrinter(RingPassPrinter):
             if not wanted or view.operand not in self.plan.needs or view.stop:
                 continue
             own = leaf.scale and operand_scale(self.plan, view.operand) == "mixed"
-            lost = f"{name}[i:i1]" + f" * float({self.names(leaf.scale or '')})" * bool(own)
+            scale = f" * float({self.names(leaf.scale)})" if own and leaf.scale else ""
+            lost = f"{name}[i:i1]{scale}"
             target = part_of(printer.lies(f"d_{view.operand}", dim), view, rows)
             if dim and self.pass_.symmetric:
                 target = f"{target} if twice else None"
