@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from cl_compiler import compile_loss
+from cl_compiler.lang.ring import HALF_RING
 from cl_compiler.runtime import group_loss
 
 TIMEOUT_S = 2.0
@@ -61,20 +62,30 @@ def acting_at(step: int, action: Callable[[], None]) -> None:
     group_loss.guarded_ring = ring_of
 
 
-def die(rank: int, victim: int, step: int, how: str, marker: str) -> float:
+def die(
+    rank: int, victim: int, step: int, how: str, marker: str, schedule: str = "ring_owner"
+) -> float:
     """``victim`` gets a signal at an exchange; the others must raise.  Returns when it happened."""
 
     def action() -> None:
         Path(marker).write_text(str(time.time()))
         os.kill(os.getpid(), signal.Signals[how])
 
-    loss_fn = compiled(TIMEOUT_S if how == "SIGSTOP" else 20.0)
-    x, y = shards(rank)
-    loss_fn(x, y, logit_scale=10.0).backward()  # connections exist, code is compiled
+    one_set = schedule == HALF_RING
+    loss = "nt_xent" if one_set else "clip"
+    timeout_s = TIMEOUT_S if how == "SIGSTOP" else 20.0
+    loss_fn = compiled(timeout_s, schedule=schedule, loss=loss)
+    operands = shards(rank)[: 1 if one_set else 2]
+    loss_fn(*operands, logit_scale=10.0).backward()  # connections exist, code is compiled
     if rank == victim:
         acting_at(step, action)
-    loss_fn(x, y, logit_scale=10.0).backward()
+    loss_fn(*operands, logit_scale=10.0).backward()
     return time.time()
+
+
+def die_along(rank: int, victim: int, step: int, schedule: str, marker: str) -> float:
+    """As ``die``, killed while shards travel in another way."""
+    return die(rank, victim, step, "SIGKILL", marker, schedule)
 
 
 def send_slowly(rank: int) -> tuple[str, float]:

@@ -31,12 +31,14 @@ from tests.ring.test_plan import Counting, Mirror, arguments, load, request
 from tests.tiles import errors
 from tests.zoo_case import sample
 
-NAMES = ("clip", "infonce_ids", "supcon", "dual_softmax", "siglip")
-"""Two statistics, ids, one set, a statistic within another, none."""
+NAMES = ("clip", "supcon", "infonce_ids", "dual_softmax", "siglip")
+"""Two statistics, one set, ids, a statistic within another, none."""
 SHARES = ((1,), (1, 1), (3, 1, 2), (2, 0, 3, 1), (1, 2, 0, 1, 3, 1, 1, 2))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.full) for name in NAMES[2:])]
+)
 def test_losses_on_any_number_of_ranks(name):
     """Odd and even numbers, uneven and empty shards."""
     case = next(c for c in zoo.cases() if c.name == name)
@@ -86,7 +88,8 @@ def test_each_neighbour_gets_half(ranks):
         assert to == wanted
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [3, 4])
 def test_a_rank_holds_what_was_predicted(ranks):
     plan, module = load(request(BOTH_WAYS, ranks, 1024, 256))
     rows, inputs = (1024,) * ranks, arguments(plan.problem)

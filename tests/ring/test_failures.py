@@ -112,6 +112,13 @@ def test_a_rank_killed_at_each_step(step, victim, tmp_path):
     survive(2.0, victim, GONE.format(victim), 4, ranks.die, step, "SIGKILL", tmp_path / "at")
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["half_ring", "both_ways"])
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_a_rank_killed_where_shards_do_not_go_all_around(step, schedule, tmp_path):
+    survive(2.0, 2, GONE.format(2), 4, ranks.die_along, step, schedule, tmp_path / "at")
+
+
 def test_a_stopped_rank(tmp_path):
     limit_s = ranks.TIMEOUT_S + SLACK_S
     args = (ranks.die, 1, "SIGSTOP", tmp_path / "at")

@@ -166,8 +166,10 @@ def test_ranks_send_what_the_formulas_say(ranks):
     assert run_ranks(ranks, sent) == [total] * ranks
 
 
-@pytest.mark.parametrize("ranks", [4, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [3, 4])
 def test_a_rank_holds_what_was_predicted(ranks):
+    """Processes of four ranks are in ``test_plan``, too."""
     plan, module = load(asked_for(ranks, 1024, 256))
     rows, inputs = (1024,) * ranks, arguments(plan.problem)
     ring = Mirror(ranks, {"rows": rows, "cols": rows})
