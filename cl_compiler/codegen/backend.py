@@ -8,6 +8,7 @@ from dataclasses import replace
 from cl_compiler.codegen.render import render
 from cl_compiler.codegen.triton.panel import kernel_plan, nearby_panels, smallest_bytes
 from cl_compiler.codegen.triton.render import render_triton
+from cl_compiler.codegen.triton.retain import retained
 from cl_compiler.codegen.triton.support import obstacle
 from cl_compiler.codegen.triton.workload import Workload
 from cl_compiler.lang.program import SCHEDULES, Schedule, build_program, valid_schedules
@@ -150,6 +151,7 @@ def _workloads(
         if reason:
             reasons[schedule] = reason
         else:
+            program = retained(program) if schedule == "retain" else program
             found[schedule] = Workload(request, program, request.hardware.arch)
     return found, reasons
 

@@ -13,6 +13,12 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
 from cl_compiler.codegen.triton.core import CoreTile, column_sums, has_descriptors
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
+from cl_compiler.codegen.triton.retain import (
+    KEPT_STEP,
+    keeps_positives,
+    retained,
+    store_lengths,
+)
 from cl_compiler.codegen.triton.row_gradients import inner_of, leaving_operands
 from cl_compiler.codegen.triton.slots import SLOT_ROWS, SlotSweepText
 from cl_compiler.codegen.triton.sweep_text import PanelSweepText, StageText
@@ -66,6 +72,12 @@ def build_triton_context(
     if program.fused and "bounded" in program.modes and program.schedule != "panel":
         # A guard is known when the gradients are formed already: the safe kernel alone, then.
         program = replace(program, modes=("running",))
+    kept: dict[str, Any] = {}
+    if program.schedule == "retain":
+        program = retained(program)
+        rows, cols = store_lengths(program)
+        kept = {"rows": rows, "cols": cols, "step": KEPT_STEP}
+        kept["positives"] = keeps_positives(program)
     common = build_context(plan, program)
     leaving = leaving_operands(program, plan.problem.dtype)
     rounded = rounded_operands(plan.problem.dtype, plan.precision)
@@ -124,7 +136,10 @@ def build_triton_context(
         "tile_helpers": {h for h in ("_add_logsumexp", "_add_softmean") if f"{h}(" in blocks},
         "adds_at_positives": bool(own["late"])
         or any(r.residual for s in sweeps for r in s.leaving),
-        "saved": [names(n) for n in program.plan.saved],
+        "kept": kept,
+        "saved": [names(n) for n in program.plan.saved]
+        + ["kept"] * bool(kept)
+        + ["kept_positive"] * bool(kept.get("positives")),
         "helpers": helpers_in("\n".join(lines)),
         "kinds": {p.kind for k in kernels for p in k.partials},
         "has_strips": any(k.in_strips for k in kernels),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cl_compiler.lang.program import Pass
@@ -11,7 +11,6 @@ from cl_compiler.lang.tile_ir import (
     Accumulate,
     Compute,
     Diagonal,
-    Gemm,
     Mode,
     TileProgram,
     VectorRef,
@@ -100,8 +99,19 @@ def core_tiles(
             for mode in modes
         }
         if all(found.values()):
-            return {mode: tile for mode, tile in found.items() if tile is not None}
+            return {
+                mode: _beside_a_store(pass_.programs[mode], tile)
+                for mode, tile in found.items()
+                if tile is not None
+            }
     return dict.fromkeys(modes, tiles[-1])
+
+
+def _beside_a_store(code: TileProgram, tile: CoreTile) -> CoreTile:
+    """A tile that is kept leaves through shared memory, where two programs still have to fit."""
+    if code.kept is None or not code.gemms or tile.warps > 4:
+        return tile
+    return replace(tile, stages=tile.stages - 1)
 
 
 def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
@@ -124,7 +134,7 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
         shapes = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4))
         return [CoreTile(rows, cols, min(depth, 32), w, 2) for rows, cols, w in shapes]
     if capability(arch) < 90:
-        return [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32)]
+        return [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32, 16)]
     if capability(arch) >= 100:
         narrow = [CoreTile(128, cols, depth, 8, stages, most=255) for cols in (32, 16)]
         return [*(CoreTile(128, cols, depth, 8, stages) for cols in (128, 64)), *narrow]
@@ -152,7 +162,7 @@ def registers(code: TileProgram, tile: CoreTile, arch: str, flipped: bool = Fals
     """
     element = tile.rows * tile.cols // (32 * tile.warps)
     column = (tile.rows if flipped else tile.cols) // 4
-    live = sum(isinstance(i, Gemm) for i in code.instructions)
+    live = code.gemms + (code.kept is not None and not code.gemms)  # a tile that is read
     masks = any(isinstance(i, Compute) and i.is_mask for i in code.instructions)
     steps = sum(isinstance(i, Compute) for i in code.instructions)
     sums = [i for i in code.instructions if isinstance(i, Accumulate)]

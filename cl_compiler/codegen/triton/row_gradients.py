@@ -60,7 +60,7 @@ def leaving_operands(program: Program, dtype: str) -> tuple[str, ...]:
         dtype: of the operands; fp32 gradients are returned as they are summed.
     """
     plan = program.plan
-    if DTYPE_BYTES[dtype] != 2 or program.schedule != "spill" or program.fused:
+    if DTYPE_BYTES[dtype] != 2 or program.schedule not in ("spill", "retain") or program.fused:
         return ()
     if plan.gradient is None or plan.positives == "views":
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cl_compiler.codegen.triton.retain import obstacle_of_retain
 from cl_compiler.codegen.triton.row_panels import obstacle_of_panels
 from cl_compiler.codegen.triton.slots import obstacle_of_slots
 from cl_compiler.lang.program import Program
@@ -12,7 +13,10 @@ def obstacle(problem: Problem, program: Program) -> str:
     """Why this plan cannot run as Triton kernels; "" where it can."""
     if problem.dtype == "float64":
         return "float64 has no tensor cores; the torch template runs it on any device"
-    if program.schedule not in ("spill", "recompute", "panel"):
+    if program.schedule not in ("spill", "recompute", "panel", "retain"):
         return f"schedule {program.schedule!r} has no Triton template; use 'spill'"
-    panels = obstacle_of_panels(program) if program.schedule == "panel" else ""
-    return panels or obstacle_of_slots(program)
+    if program.schedule == "panel" and (reason := obstacle_of_panels(program)):
+        return reason
+    if program.schedule == "retain" and (reason := obstacle_of_retain(problem, program)):
+        return reason
+    return obstacle_of_slots(program)

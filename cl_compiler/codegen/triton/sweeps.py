@@ -18,6 +18,7 @@ from cl_compiler.codegen.triton.owner import (
 )
 from cl_compiler.codegen.triton.panel_sweeps import panel_sweep
 from cl_compiler.codegen.triton.products import ProductText, folds_of, products_of
+from cl_compiler.codegen.triton.retain import RetainPrinter
 from cl_compiler.codegen.triton.row_gradients import RowGradientText, inner_of
 from cl_compiler.codegen.triton.row_panels import lse_of
 from cl_compiler.codegen.triton.slots import SlotSweepText, slot_pass
@@ -113,6 +114,8 @@ class SweepPrinter:
             self.columns,
         )
         own = own_dim(self.program, pass_)
+        if self.program.schedule == "retain" and pass_.programs[mode].kept is not None:
+            return RetainPrinter(*common)
         if own is None:
             return KernelPrinter(*common)
         adds = id(pass_) in adding_passes(self.program)
@@ -234,6 +237,10 @@ class SweepPrinter:
         params.update(dict.fromkeys([LENGTH[pass_.grid[0]], LENGTH[pass_.grid[1]]]))
         params.update(dict.fromkeys(["half"] if any(k.halves for k in kernels) else []))
         for k in kernels:
+            params.update(
+                dict.fromkeys(matrix for _, matrix, _ in k.descriptors if matrix == "kept")
+            )
+            params.update(dict.fromkeys(n for _, host in k.kept for n in identifiers(host)))
             for _, host in [*k.scalars, *k.numbers, *k.pointers]:
                 params.update(dict.fromkeys(identifiers(host)))
         params.update(dict.fromkeys(p.scale for p in products if p.scale))

@@ -86,6 +86,8 @@ class KernelText:
     gradients: list[GradientText] = field(default_factory=list)
     residuals: list[str] = field(default_factory=list)
     """Vectors of what rounding takes off the gradient at each row's positive."""
+    kept: list[tuple[str, str]] = field(default_factory=list)
+    """(parameter, host text) of where tiles are kept for the backward."""
     halves: bool = False
     ahead: bool = False
     """Columns are counted from another place than rows, which the launcher knows."""

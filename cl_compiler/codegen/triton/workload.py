@@ -13,6 +13,12 @@ from functools import cached_property
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.codegen.triton.owner import own_dim, owned_operands, shares_statistics
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
+from cl_compiler.codegen.triton.retain import (
+    KEPT_BYTES,
+    KEPT_STEP,
+    keeps_positives,
+    written,
+)
 from cl_compiler.codegen.triton.row_gradients import leaving_operands
 from cl_compiler.codegen.triton.slots import SLOT_ROWS
 from cl_compiler.hardware.graph import hardware_graph
@@ -197,7 +203,19 @@ class Workload:
 
     def _beside_of(self, index: int, tile: Tile) -> list[tuple[str, int]]:
         """What a phase's own kernels and products take: the sweeps come first, in their order."""
-        return self._workspace(index, tile) if index < len(self.facts.passes) else []
+        own = self._workspace(index, tile) if index < len(self.facts.passes) else []
+        return [*own, *self._kept]
+
+    @cached_property
+    def _kept(self) -> list[tuple[str, int]]:
+        """The exponentials that the forward keeps, and those at positives in fp32."""
+        if self.program.schedule != "retain":
+            return []
+        index = self.program.passes.index(written(self.program))
+        facts = self.facts.passes[index]
+        rows, cols = tape_of([facts.rows, facts.cols]).bind(self.sizes)({})
+        store = KEPT_BYTES * _whole(rows, KEPT_STEP) * _whole(cols, KEPT_STEP)
+        return [("kept exponentials", store + 4 * int(rows) * keeps_positives(self.program))]
 
     def _workspace(self, index: int, tile: Tile) -> list[tuple[str, int]]:
         pass_, cores = self.program.passes[index], self.cores[index]
@@ -301,7 +319,7 @@ class Workload:
                 if q.role != "similarity" and not owns:
                     seconds, moved = self._product(found, q.role, width)
                     products, traffic = products + seconds, traffic + moved
-            folds = 3 * len(pass_.reductions) + len(p.products) - len(pass_.similarities)
+            folds = 3 * len(pass_.reductions) + sum(q.role != "similarity" for q in p.products)
             launches += found.panels * (len(self.program.modes) + folds)
         device = kernels + products + streamed
         waits = max(0.0, launches * machine.op_overhead_s - device)
@@ -339,8 +357,10 @@ class Workload:
         element = gradient_bytes(self.request.problem, self.request.precision)
         written = 0 if owns else found.area * element * len(pass_.gradients)
         read = found.panels * (found.rows + found.cols) * sum(made) * self.operand_bytes
-        times.append((written + read) / machine.device_bytes_per_s)
-        return max(times), written + read
+        code = self.program.passes[index].programs[self.program.modes[0]]
+        kept = KEPT_BYTES * found.area * (code.kept is not None)  # written once, or read once
+        times.append((written + read + kept) / machine.device_bytes_per_s)
+        return max(times), written + read + kept
 
     def _product(self, found: _PassSizes, role: str, width: float) -> tuple[float, float]:
         """(seconds, bytes) of the library's products of all panels with one operand."""
