@@ -12,11 +12,13 @@ import sympy as sp
 from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.stages import StagePrinter, StageText
-from cl_compiler.codegen.symbols import operand_scale
+from cl_compiler.codegen.symbols import scaled_in_products
+from cl_compiler.codegen.whole import WholeStagePrinter
 from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.text import describe
+from cl_compiler.lang.whole import taken_at_positives
 from cl_compiler.plan.types import Plan
 from cl_compiler.units import format_bytes
 
@@ -64,7 +66,9 @@ def build_context(
     sweep_plan = program.plan
     ir, gradient = sweep_plan.ir, sweep_plan.gradient
     cast = is_cast(plan)
-    printer = printer or StagePrinter(program, Names(sweep_plan), cast)
+    if printer is None:
+        chosen = WholeStagePrinter if program.is_whole else StagePrinter
+        printer = chosen(program, Names(sweep_plan), cast)
     names = printer.names
     forward = [printer.stage(s, "forward", True) for s in program.forward]
     backward = [printer.stage(s, "backward", False) for s in program.backward]
@@ -89,11 +93,9 @@ def build_context(
                 explicit = gradient.parameters.get(n, sp.Integer(0))
                 grads[names(n)] = text(explicit)
     dots = {names(p): pairs for p, pairs in (gradient.dots if gradient else {}).items()}
+    parameter_of = {names(p): p for p in ir.parameters} if gradient else {}
     for name, value in grads.items():
-        terms = [
-            f"{'' if w == 1 else f'{float(w)} * '}{printer.inner(op)}"
-            for op, w in dots.get(name, ())
-        ]
+        terms = printer.scale_gradient(parameter_of.get(name, ""))
         if value != "0" or not terms:
             kind = "DTYPE" if name in inputs else "torch.float64"
             terms.insert(0, f"torch.as_tensor({value}, dtype={kind})")
@@ -103,6 +105,7 @@ def build_context(
     given |= {names(n): n for n in ir.parameters}
     gradient_names = [op.name for op in operands if op.needed] + [given[g] for g in grads]
     saved = _saved(program, printer)
+    taken = taken_at_positives(sweep_plan) if program.is_whole else {}
     values = [text(e) for e in (ir.value, *(e for _, e in ir.outputs))]
     helpers = _helpers([*forward, *backward], printer, values, grads)
     return {
@@ -118,6 +121,11 @@ def build_context(
         ),
         "gradient_names": _tuple(f'"{g}"' for g in gradient_names),
         "differentiated": _tuple([*(op.name for op in operands if op.needed), *grads]),
+        "gradient_targets": _targets([op.name for op in operands if op.needed] + list(grads)),
+        "converted": [op.name for op in operands if op.needed and cast] + list(grads),
+        "argument_gradients": ", ".join(
+            f"d_{a}" if given.get(a, a) in gradient_names else "None" for a in arguments
+        ),
         "gradient_values": _tuple(
             [f"d_{op.name}" for op in operands if op.needed]
             + [f"d_{name} * grad_output" for name in grads]
@@ -134,8 +142,7 @@ def build_context(
         "tile": plan.tile,
         "kept_tiles": plan.kept_tiles,
         "keeps": program.keeps_tiles,
-        "whole": program.schedule == "dense",
-        "store": "kept" if program.schedule == "dense" else "store",
+        "whole": program.is_whole,
         "row_scaled": any(
             tile.row_scale
             for pass_ in program.passes
@@ -158,7 +165,7 @@ def build_context(
         "positive_sims": [
             _positive(names, n, leaf)
             for n, leaf in sweep_plan.leaves.items()
-            if leaf.kind == "similarity_at_positive"
+            if leaf.kind == "similarity_at_positive" and n not in taken
         ],
         "forward": forward,
         "backward": backward,
@@ -166,12 +173,13 @@ def build_context(
         "modes": program.modes,
         "shifts": [names(f"shift_{o}") for o in _owners(program)],
         "value": text(ir.value),
+        "number": _as_number(printer, ir.value) if program.is_whole else "",
         "outputs": [(n, text(e)) for n, e in ir.outputs],
         "required": [(m, text(e)) for m, e in ir.required if not _is_certain(sweep_plan, e)],
         "saved": saved,
         "needs_gradient": gradient is not None,
         "gradients": grads,
-        "dots": dots,
+        "dots": any("_inner(" in text for text in grads.values()) if program.is_whole else dots,
         "late": _late(printer),
         "halves": sweep_plan.positives == "views",
         "used_kinds": used_kinds,
@@ -188,6 +196,26 @@ def is_cast(plan: Plan) -> bool:
 def _tuple(elements: Iterable[str]) -> str:
     parts = list(elements)
     return f"({parts[0]},)" if len(parts) == 1 else f"({', '.join(parts)})"
+
+
+def _as_number(printer: StagePrinter, value: sp.Expr) -> str:
+    """The value by Python's arithmetic, a tenth of what operators on scalars take; "" where Python
+    could raise instead of giving an infinity or NaN."""
+    scalars = {s for s in value.free_symbols if not printer.numbers(s)}
+    known = value.xreplace({s: sp.Integer(1) for s in scalars})
+    terms = [f for a in sp.Add.make_args(value) for f in sp.Mul.make_args(a)]
+    if not (printer.numbers(known) and all(f in scalars or printer.numbers(f) for f in terms)):
+        return ""
+    vectors = printer.vectors(
+        lambda n: f"{printer.names(n)}{'.item()' if n in {s.name for s in scalars} else ''}"
+    )
+    return vectors.text(value)
+
+
+def _targets(names: list[str]) -> str:
+    """The gradients of some arguments, as targets of an assignment."""
+    text = ", ".join(f"d_{name}" for name in names)
+    return f"({text},)" if len(names) == 1 else text
 
 
 def _is_certain(plan: SweepPlan, number: sp.Expr) -> bool:
@@ -250,7 +278,7 @@ def _late(printer: StagePrinter) -> list[LateText]:
         for side, view in (("left", leaf.left), ("right", leaf.right)):
             if view.operand not in plan.needs or view.stop:
                 continue
-            own = leaf.scale and operand_scale(plan, view.operand) == "mixed"
+            own = leaf.scale and scaled_in_products(printer.program, view.operand)
             scaled = f"({text}) * {printer.names(leaf.scale or '')}" if own else text
             target = f"d_{_view(view)}"
             result.append(
@@ -380,6 +408,7 @@ def _helpers(
         "_present",
         "_ratio",
         "_finish_logsumexp",
+        "_lse_of_softmax",
         "_add_logsumexp",
         "_add_softmean",
         "_to_columns",

@@ -8,6 +8,7 @@ import re
 from cl_compiler.errors import LossDefinitionError
 from cl_compiler.lang.ir import Let, Reduction
 from cl_compiler.lang.sweeps import SweepPlan
+from cl_compiler.lang.whole import inner_of
 
 _AXIS = {
     "rows": "row",
@@ -96,6 +97,8 @@ class Names:
                 self.add(name, f"{name}_given" if _LOCAL.match(name) else name)
             if leaf.kind in ("similarity_at_positive", "norm"):
                 self.add(name, name)
+            if leaf.kind == "similarity":
+                self.add(inner_of(name), f"{name}_inner")
             if leaf.kind == "count":
                 self.table[name] = self.length.format(name.removeprefix("n_"))
         for node in plan.nodes:

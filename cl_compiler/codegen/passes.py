@@ -41,26 +41,24 @@ class PassText:
 
     name: str
     doc: str
-    params: list[str]
-    accumulators: list[tuple[str, str, str]]
-    """(identifier, axis length, initial value)."""
-    buffers: list[tuple[str, str]]
-    """(identifier, dtype)."""
-    row_length: str
-    col_length: str
-    row_operands: list[str]
-    col_operands: list[str]
-    casts: list[tuple[str, str, str]]
-    """(identifier, tile length, operand) of cast buffers for 16-bit inputs."""
     body: list[str]
-    remake: list[str]
-    symmetric: bool
-    whole_rows: bool
-    whole: bool
-    slots: bool
-    keep: str
-    needs_block: str
-    hoisted: list[str] = field(default_factory=list)
+    params: list[str] = field(default_factory=list)
+    accumulators: list[tuple[str, str, str]] = field(default_factory=list)
+    """(identifier, axis length, initial value)."""
+    buffers: list[tuple[str, str]] = field(default_factory=list)
+    """(identifier, dtype)."""
+    row_length: str = ""
+    col_length: str = ""
+    row_operands: list[str] = field(default_factory=list)
+    col_operands: list[str] = field(default_factory=list)
+    casts: list[tuple[str, str, str]] = field(default_factory=list)
+    """(identifier, tile length, operand) of cast buffers for 16-bit inputs."""
+    remake: list[str] = field(default_factory=list)
+    symmetric: bool = False
+    whole_rows: bool = False
+    slots: bool = False
+    keep: str = ""
+    needs_block: str = ""
     results: list[str] = field(default_factory=list)
 
 
@@ -80,11 +78,10 @@ class PassPrinter:
         names: Names,
         name: str,
         cast: bool,
-        fresh: set[str],
     ) -> None:
         self.program, self.plan, self.pass_, self.mode = program, program.plan, pass_, mode
         self.names, self.name, self.cast = names, name, cast
-        self.products = ProductPrinter(self, fresh)
+        self.products = ProductPrinter(self)
         self.code: TileProgram = pass_.programs[mode]
         self.params: dict[str, None] = {}
         self.active = self.code
@@ -152,17 +149,16 @@ class PassPrinter:
             text = self.symbol(name)
         if dim == 1:
             return self.at_cols(text)
-        whole = name in self.local or self.pass_.whole
-        return f"{text}[:, None]" if whole else f"{text}[i:i1, None]"
+        return f"{text}[:, None]" if name in self.local else f"{text}[i:i1, None]"
 
     def at_rows(self, vector: str) -> str:
         """The tile's part of a vector of rows, or of a matrix of them."""
-        return vector if self.pass_.whole else f"{vector}[i:i1]"
+        return f"{vector}[i:i1]"
 
     def at_cols(self, vector: str) -> str:
         """The tile's part of a vector of columns, or of a matrix of them."""
         p = self.pass_
-        return vector if p.whole or p.whole_rows or p.is_slots else f"{vector}[j:j1]"
+        return vector if p.whole_rows or p.is_slots else f"{vector}[j:j1]"
 
     def printer(self, names: object, *, block: bool = False) -> VectorPrinter:
         def is_vector(expr: sp.Expr) -> bool:
@@ -196,12 +192,11 @@ class PassPrinter:
         return leaf.left, leaf.right
 
     def row(self, view: View) -> str:
-        whole = self.pass_.whole and not self.cast
-        return prefixed(view.operand if whole else f"{view.operand}_i", view)
+        return prefixed(f"{view.operand}_i", view)
 
     def col(self, view: View) -> str:
         p = self.pass_
-        if (p.whole or (p.whole_rows and not p.is_slots)) and not self.cast:
+        if p.whole_rows and not p.is_slots and not self.cast:
             return prefixed(view.operand, view)
         return prefixed(f"{view.operand}_i" if p.is_slots else f"{view.operand}_j", view)
 
@@ -220,8 +215,7 @@ class PassPrinter:
         block = self._block_width()
         products = [line for g in self.code.gradients for line in self.products.lines(g)]
         outputs = sorted({f"d_{o}" for g in p.gradients for o in self.grad_operands(g)})
-        store = "kept" if p.whole else "store"
-        fixed = [*operands, *outputs, *([store] if p.keep else [])]
+        fixed = [*operands, *outputs, *(["store"] if p.keep else [])]
         lengths = [LENGTH[p.grid[0]], LENGTH[p.grid[1]]]
         if any(isinstance(i, Diagonal) and i.where == "positive" for i in self.code.instructions):
             lengths.append("half") if self.plan.positives == "views" else None
@@ -234,7 +228,7 @@ class PassPrinter:
         row_ops = [
             f"{o}_i = " + self._slice(o, "i")
             for o in operands
-            if (o in lefts or (p.is_slots and o in rights)) and not (p.whole and not self.cast)
+            if o in lefts or (p.is_slots and o in rights)
         ]
         col_ops = (
             []
@@ -242,11 +236,11 @@ class PassPrinter:
             else [
                 f"{o}_j = " + self._slice(o, "j")
                 for o in operands
-                if o in rights and not ((p.whole or p.whole_rows) and not self.cast)
+                if o in rights and not (p.whole_rows and not self.cast)
             ]
         )
         casts = []
-        if self.cast and not p.whole:
+        if self.cast:
             casts = [(f"{o}_row_tile", "TILE_M", o) for o in operands if o in lefts or p.is_slots]
             if not p.is_slots:
                 length = "cols" if p.whole_rows else "TILE_N"
@@ -266,7 +260,6 @@ class PassPrinter:
             remake=remake,
             symmetric=p.symmetric,
             whole_rows=p.whole_rows,
-            whole=p.whole,
             slots=p.is_slots,
             keep=p.keep,
             needs_block=block,
@@ -288,16 +281,12 @@ class PassPrinter:
         }[self.mode]
         half = "upper " if p.symmetric else ""
         first = f"Sweep the {half}{p.grid[0]} by {p.grid[1]} tiles{how}."
-        if p.whole:
-            first = f"All {p.grid[0]} by {p.grid[1]} in one tile{how}."
         lines = [line for w in what for line in wrap(w, 4).split("\n")]
         return "\n    ".join([first, "", *lines, ""]).replace("\n    \n", "\n\n")
 
     def _slice(self, operand: str, index: str) -> str:
         if not self.cast:
             return f"{operand}[{index}:{index}1]"
-        if self.pass_.whole:
-            return f"{operand}.to(DTYPE)"
         side = "row" if index == "i" else "col"
         length = "m" if index == "i" else ("cols" if self.pass_.whole_rows else "n")
         stop = f"{operand}[{index}:{index}1]"
@@ -311,17 +300,13 @@ class PassPrinter:
             if not isinstance(a, Accumulate):
                 continue
             for target in a.targets:
-                if target in seen or a.mirrored or self._assigned(a):
+                if target in seen or a.mirrored:
                     continue
                 seen.add(target)
                 start = "-math.inf" if a.kind == "max" or target.startswith("max_") else "0.0"
                 axis = LENGTH[self.pass_.grid[1 - a.dim]]
                 result.append((self.names(target), axis, start))
         return result
-
-    def _assigned(self, a: Accumulate) -> bool:
-        """Whether one tile is all there is, so that its fold is the result."""
-        return self.pass_.whole and a.kind in ("sum", "max")
 
     def _targets(self) -> list[str]:
         found = {
@@ -358,8 +343,6 @@ class PassPrinter:
     def _accumulate(self, printer: TilePrinter, a: Accumulate) -> list[str]:
         where = self.at_rows if a.dim == 1 else self.at_cols
         targets = tuple(where(self.names(t)) for t in a.targets)
-        if self._assigned(a):
-            return [printer.fold(a, targets[0])]
         statement = printer.accumulate(a, targets)
         return [f"if {self.transposed}:", f"    {statement}"] if a.mirrored else [statement]
 
@@ -368,6 +351,16 @@ class PassPrinter:
             offsets = "(0,)"
         else:
             offsets = "(half, -half)" if self.plan.positives == "views" else "(0,)"
+        *copy, statement = printer.diagonal(d, self._diagonal_text(printer, d))
+        block, span = self.extent()
+        used = [
+            n if re.search(rf"\b{n}\b", statement) else "_" for n in ("k", "r0", "r1", "q0", "q1")
+        ]
+        loop = f"for {', '.join(used)} in _crossings({block}, {span}, {offsets}):"
+        return [*copy, loop, f"    {statement}"]
+
+    def _diagonal_text(self, printer: TilePrinter, d: Diagonal) -> str:
+        """What is added to, or put on, diagonal k of a tile: its rows r0:r1, its columns q0:q1."""
         if d.how == "add" and d.expr.is_number:
             text = number(d.expr)
         elif d.how == "add":
@@ -388,20 +381,11 @@ class PassPrinter:
             text = vectors.text(d.expr)
             if not d.reads and d.how == "set":
                 text = f"torch.as_tensor({text}, dtype=DTYPE)"
-        *copy, statement = printer.diagonal(d, text)
-        block, span = self.extent()
-        used = [
-            n if re.search(rf"\b{n}\b", statement) else "_" for n in ("k", "r0", "r1", "q0", "q1")
-        ]
-        loop = f"for {', '.join(used)} in _crossings({block}, {span}, {offsets}):"
-        return [*copy, loop, f"    {statement}"]
+        return text
 
     def extent(self) -> tuple[str, str]:
         """The tile's first and last row, and its first and last column."""
-        rows, cols = (LENGTH[axis] for axis in self.pass_.grid)
-        block = f"0, {rows}" if self.pass_.whole else "i, i1"
-        span = f"0, {cols}" if self.pass_.whole or self.pass_.whole_rows else "j, j1"
-        return block, span
+        return "i, i1", f"0, {LENGTH[self.pass_.grid[1]]}" if self.pass_.whole_rows else "j, j1"
 
     def _on_diagonal(self, printer: TilePrinter, marks: dict[str, Ref], name: str) -> str:
         ref = marks.get(name)

@@ -294,6 +294,8 @@ class TilePrinter:
                 if args[0] == out:
                     return f"{out}.{c.op}_({args[1]})"
                 return f"torch.{c.op}({args[0]}, {args[1]}, out={out})"
+            case "softmax":
+                return f"torch.softmax({args[0]}, {int(float(args[1]))}, out={out})"
             case "div":
                 if args[0] == out:
                     return f"{out}.div_({args[1]})"

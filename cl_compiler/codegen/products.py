@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_compiler.codegen.symbols import operand_scale, prefixed
+from cl_compiler.codegen.symbols import prefixed, scaled_in_products
 from cl_compiler.lang.ir import View
 from cl_compiler.lang.tile_ir import GradientTile
 
@@ -13,13 +13,10 @@ if TYPE_CHECKING:
 
 
 class ProductPrinter:
-    """Prints the products of one pass in one mode.
+    """Prints the products of one pass in one mode."""
 
-    ``fresh``: operands whose gradient nothing was written to; the first product overwrites it.
-    """
-
-    def __init__(self, printer: PassPrinter, fresh: set[str]) -> None:
-        self.p, self.fresh = printer, fresh
+    def __init__(self, printer: PassPrinter) -> None:
+        self.p = printer
 
     def lines(self, g: GradientTile) -> list[str]:
         """Multiply a gradient tile into its operands' gradients."""
@@ -51,14 +48,16 @@ class ProductPrinter:
                 ]
             return lines
         if to_left:
-            first = self._first(left)
-            lines.append(f"{d_left}.addmm_({tile}, {y_j}{first}{extra_left})")
+            lines.append(self.product(d_left, left, tile, y_j, extra_left))
         if to_right:
-            first = self._first(right)
-            statement = f"{d_right}.addmm_({tile}.T, {x_i}{first}{extra_right})"
+            statement = self.product(d_right, right, f"{tile}.T", x_i, extra_right)
             once = [f"if {self.p.transposed}:", f"    {statement}"]
             lines += once if self.p.pass_.symmetric else [statement]
         return lines
+
+    def product(self, target: str, view: View, tile: str, operand: str, extra: str) -> str:
+        """Add one product to a gradient."""
+        return f"{target}.addmm_({tile}, {operand}{extra})"
 
     def _slot_products(
         self, g: GradientTile, left: View, right: View, tile: str, to_left: bool, to_right: bool
@@ -75,13 +74,6 @@ class ProductPrinter:
             )
         return lines
 
-    def _first(self, view: View) -> str:
-        """Whether a product is the first into a gradient, which it then overwrites."""
-        if view.operand not in self.fresh:
-            return ""
-        self.fresh.discard(view.operand)
-        return ", beta=0"
-
     def _alpha(self, g: GradientTile, view: View, keyword: str = "alpha") -> str:
         """The scalars that a product with the gradient tile carries, as a keyword argument."""
         factors = []
@@ -89,6 +81,6 @@ class ProductPrinter:
             text = self.p.printer(self.p.symbol).text(g.scale)
             factors.append(text if self.p.numbers(g.scale) else f"float({text})")
         leaf = self.p.plan.leaves[g.similarity]
-        if leaf.scale and operand_scale(self.p.plan, view.operand) == "mixed":
+        if leaf.scale and scaled_in_products(self.p.program, view.operand):
             factors.append(f"{self.p.symbol(leaf.scale)}.item()")
         return f", {keyword}={' * '.join(factors)}" if factors else ""

@@ -16,6 +16,7 @@ from cl_compiler.codegen.symbols import (
     PythonNumbers,
     finalise,
     operand_scale,
+    scaled_in_products,
     shift_owner,
     symbol_table,
 )
@@ -65,8 +66,8 @@ class StagePrinter:
         self.program, self.plan, self.names, self.cast = program, program.plan, names, cast
         self.leaves: dict[str, Leaf] = symbol_table(self.plan)
         self.numbers = PythonNumbers(self.plan)
-        self.overwritten = overwritten_gradients(program)
-        self._fresh = set(self.overwritten)
+        self.overwritten: frozenset[str] = frozenset()
+        """Operands whose gradient need not be cleared: its first product makes it."""
 
     def vectors(self, lookup: Callable[[str], str] | None = None) -> VectorPrinter:
         return VectorPrinter(
@@ -141,6 +142,14 @@ class StagePrinter:
         """The largest absolute value in a vector, as a Python number."""
         return f"{vector}.abs().max().item()"
 
+    def scale_gradient(self, scale: str) -> list[str]:
+        """Terms of the gradient of a scale that similarities carry."""
+        assert self.plan.gradient is not None
+        return [
+            f"{'' if weight == 1 else f'{float(weight)} * '}{self.inner(operand)}"
+            for operand, weight in self.plan.gradient.dots.get(scale, ())
+        ]
+
     def inner(self, operand: str) -> str:
         """<operand, its gradient>."""
         return f"_inner({operand}, d_{operand})"
@@ -154,10 +163,9 @@ class StagePrinter:
     def call(self, pass_: Pass, name: str, forward: bool) -> PassCall:
         modes: dict[Mode, ModeText] = {}
         for mode in self.program.modes:
-            fresh = set(self._fresh)
             suffix = "" if len(self.program.modes) == 1 else f"_{mode}"
             printer = self.pass_printer(
-                self.program, pass_, mode, self.names, f"_{name}{suffix}", self.cast, fresh
+                self.program, pass_, mode, self.names, f"_{name}{suffix}", self.cast
             )
             text = printer.text()
             hoisted = [
@@ -166,7 +174,6 @@ class StagePrinter:
                 if item[2] not in printer.local
             ]
             modes[mode] = ModeText(text, hoisted, self._finish(pass_, mode))
-        self._fresh = fresh
         call = PassCall(modes)
         if len(modes) == 2:
             self._choose(call, pass_, forward)
@@ -241,22 +248,10 @@ class StagePrinter:
     # -- the end of the backward -----------------------------------------------------------------
 
     def final_scale(self, operand: str) -> str:
+        if scaled_in_products(self.program, operand):
+            return ""
         scale = operand_scale(self.plan, operand)
-        return "" if scale in ("", "mixed") else self.names(scale)
-
-
-def overwritten_gradients(program: Program) -> frozenset[str]:
-    """Operands whose gradient need not be cleared: one product makes all of its first value."""
-    first: dict[str, bool] = {}
-    for pass_ in program.passes:
-        code = next(iter(pass_.programs.values()))
-        for tile in code.gradients:
-            leaf = program.plan.leaves[tile.similarity]
-            for side, view in (("left", leaf.left), ("right", leaf.right)):
-                if view is not None and side in pass_.sides:
-                    complete = pass_.whole and not pass_.is_slots and view.prefix is None
-                    first.setdefault(view.operand, complete)
-    return frozenset(name for name, complete in first.items() if complete)
+        return scale and self.names(scale)
 
 
 def _shifts_read(program: Program, pass_: Pass) -> set[str]:

@@ -12,6 +12,7 @@ from cl_compiler.lang.lower import TIE_TOLERANCE, inverse_of, shift_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Mode
+from cl_compiler.lang.whole import scale_gradients
 
 LENGTH = {
     "rows": "rows",
@@ -51,9 +52,13 @@ class PythonNumbers:
             for name, leaf in symbol_table(plan).items()
             if leaf.kind == "count" or name.startswith("shift_")
         }
+        self.lengths: dict[sp.Symbol, sp.Expr] = {}
+        """Names of such scalars in terms of axis lengths."""
         for node in plan.nodes:
             if isinstance(node, Let) and self(node.expr):
                 self.known.add(node.name)
+                symbol = plan.leaves[node.name].symbol
+                self.lengths[symbol] = node.expr.xreplace(self.lengths)
 
     def __call__(self, expr: sp.Expr) -> bool:
         if isinstance(expr, sp.Symbol):
@@ -63,8 +68,10 @@ class PythonNumbers:
         if expr.is_number:
             return bool(expr.is_finite)
         if isinstance(expr, sp.Pow) and expr.exp.is_Integer:
-            whole = isinstance(expr.base, sp.Symbol) and expr.base.is_positive
-            return bool(whole or expr.exp > 0) and self(expr.base)
+            nonzero = (
+                isinstance(expr.base, sp.Symbol) and expr.base.xreplace(self.lengths).is_nonzero
+            )
+            return bool(nonzero or expr.exp > 0) and self(expr.base)
         return isinstance(expr, (sp.Add, sp.Mul)) and all(self(a) for a in expr.args)
 
 
@@ -84,11 +91,27 @@ def operand_scale(plan: SweepPlan, operand: str) -> str:
     return "mixed" if len(scales) > 1 else next(iter(scales), "")
 
 
+def scaled_in_products(program: Program, operand: str) -> bool:
+    """Whether every product into an operand's gradient carries the scale of its similarity.
+
+    Otherwise it is applied once, at the end.  In a product it costs nothing, but where the gradient
+    of the scale itself is read off the operand's gradient, that must have no scale yet.
+    """
+    plan = program.plan
+    scale = operand_scale(plan, operand)
+    if scale in ("", "mixed") or not program.is_whole:
+        return scale == "mixed"
+    assert plan.gradient is not None
+    return scale not in plan.gradient.dots or scale in scale_gradients(plan).values()
+
+
 def finalise(
     program: Program, red: Reduction, mode: Mode, names: Names, parts: dict[str, str]
 ) -> Iterable[tuple[str, str]]:
     """(symbol, text) of what follows from a reduction's accumulators."""
     match red.monoid:
+        case _ if mode == "whole":
+            return
         case "logsumexp" if mode == "bounded":
             shift = names(shift_of(shift_owner(program, red)).name)
             yield red.name, f"torch.log({parts['sum']}) + {shift}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import sympy as sp
 
 from cl_compiler.lang.tile_ir import (
     Accumulate,
+    AtPositives,
     Barrier,
     Compute,
     Diagonal,
@@ -31,6 +32,8 @@ def reads_of(instruction: Instruction) -> tuple[int, ...]:
             return (base, *(r.value for _, r in reads if isinstance(r, TileRef)))
         case Accumulate(args=values):
             return values
+        case AtPositives(value=value) | GradientTile(value=value):
+            return (value,)
         case _:
             return ()
 
@@ -40,17 +43,21 @@ def writes_of(instruction: Instruction) -> int | None:
     match instruction:
         case Accumulate(scratch=scratch):
             return scratch
-        case Barrier():
+        case Barrier() | AtPositives() | GradientTile():
             return None
         case _:
             return instruction.value
+
+
+_ROOTS = (Accumulate, Barrier, AtPositives, GradientTile)
+"""What is there for its effect rather than for a value."""
 
 
 def _live(code: Sequence[Instruction], roots: set[int]) -> list[Instruction]:
     """Instructions whose result somebody reads."""
     needed, kept = set(roots), []
     for instruction in reversed(code):
-        if isinstance(instruction, (Accumulate, Barrier)) or instruction.value in needed:
+        if isinstance(instruction, _ROOTS) or instruction.value in needed:
             kept.append(instruction)
             needed.update(reads_of(instruction))
     return kept[::-1]
@@ -63,10 +70,12 @@ def assign_buffers(
     gradients: tuple[GradientTile, ...],
     kept: int | None,
     keep_action: str,
+    taken: Collection[str] = (),
 ) -> TileProgram:
     """Drop what nobody reads, then scan linearly: a value may take over a dying operand's buffer.
 
     ``keep_action``: "write" (the kept value is made here), "read" (it is given) or "".
+    ``taken``: names of buffers that belong to somebody else.
     """
     roots = {g.value for g in gradients} | ({kept} if kept is not None else set())
     live = _live(code, roots)
@@ -78,7 +87,7 @@ def assign_buffers(
     is_mask = {i.value: i.is_mask for i in live if isinstance(i, (Compute, Diagonal))}
     buffers: dict[int, str] = {kept: "kept"} if kept is not None and keep_action == "read" else {}
     free: dict[str, list[str]] = {"t": [], "m": []}
-    made = {"t": 0, "m": 0}
+    made = {kind: sum(b.startswith(kind) for b in taken) for kind in "tm"}
     for index, instruction in enumerate(live):
         value = writes_of(instruction)
         dying = [v for v in reads_of(instruction) if last[v] == index and v in buffers]
@@ -91,6 +100,8 @@ def assign_buffers(
             if isinstance(instruction, Accumulate):  # its exponentials replace the logits only
                 logits, *values = instruction.args
                 reusable = [v for v in reusable if v == logits and v not in values]
+            if isinstance(instruction, Compute) and instruction.op == "softmax":
+                reusable = []  # it reads a row after it has written some of it
             if isinstance(instruction, Compute) and instruction.op == "fill_where":
                 first = instruction.args[0]
                 reusable = [v for v in reusable if first == TileRef(v)]
@@ -116,7 +127,7 @@ def assign_buffers(
 def _kept_chain(code: Sequence[Instruction], kept: int | None, last: Mapping[int, int]) -> set[int]:
     """The kept value and those that only exist to become it: made in place, in its buffer."""
     chain: set[int] = set()
-    made = {i.value: (n, i) for n, i in enumerate(code) if not isinstance(i, (Accumulate, Barrier))}
+    made = {i.value: (n, i) for n, i in enumerate(code) if not isinstance(i, _ROOTS)}
     while kept is not None:
         chain.add(kept)
         index, instruction = made[kept]

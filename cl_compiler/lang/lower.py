@@ -16,7 +16,8 @@ import sympy as sp
 from cl_compiler.lang import functions as fn
 from cl_compiler.lang.ir import Leaf, Let, Reduction, axes_of, ordered
 from cl_compiler.lang.lower_masks import MaskLowering
-from cl_compiler.lang.rewrite import expand_function, shared_exp
+from cl_compiler.lang.resolve import ONE_TO_ONE
+from cl_compiler.lang.rewrite import expand_function, shared_exp, softmax_over
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
     Compute,
@@ -108,6 +109,23 @@ class Lowering:
             if self.leaves[symbol.name].kind != "count":
                 return False
         return True
+
+    def count_ratio(self, a: sp.Expr, b: sp.Expr) -> sp.Expr | None:
+        """``a / b`` if both are made of axis lengths and it is a number that is not zero."""
+        if not (self.is_count(a) and self.is_count(b)):
+            return None
+        ratio = self._counted(a) / self._counted(b)
+        return ratio if ratio.is_number and ratio.is_finite and ratio != 0 else None
+
+    def _counted(self, expr: sp.Expr) -> sp.Expr:
+        """In terms of axis lengths; rows and columns are as many where they are paired."""
+        nodes = {s: self.plan.by_name.get(s.name) for s in expr.free_symbols}
+        lets = {s: self._counted(n.expr) for s, n in nodes.items() if isinstance(n, Let)}
+        expr = expr.xreplace(lets)
+        if self.plan.positives in ONE_TO_ONE and "n_cols" in self.leaves:
+            rows = sp.Symbol("n_rows", real=True, positive=True)
+            expr = expr.xreplace({self.leaves["n_cols"].symbol: rows})
+        return expr
 
     def new(self) -> int:
         self.values += 1
@@ -207,10 +225,10 @@ class Lowering:
             return None
         return sims[0].name, alpha, beta
 
-    def gemm(self, name: str, alpha: sp.Expr, beta: sp.Expr) -> TileRef:
+    def gemm(self, name: str, alpha: sp.Expr, beta: sp.Expr, scaled: bool = True) -> TileRef:
         value = self.new()
         scalars = [a if a.is_number else self.hoist(a) for a in (alpha, beta)]
-        self.code.append(Gemm(value, name, scalars[0], scalars[1]))
+        self.code.append(Gemm(value, name, scalars[0], scalars[1], scaled))
         return TileRef(value)
 
     def similarity(self, name: str, alpha: sp.Expr, beta: sp.Expr) -> Ref:
@@ -254,6 +272,9 @@ class Lowering:
             return self.mask_leaf(expr)
         if isinstance(expr, shared_exp):
             return self.compute("exp", self.lower(expr.args[0] - expr.args[1]))
+        if isinstance(expr, softmax_over):
+            logits, dim = expr.args
+            return self.compute("softmax", TileRef(self.tile(logits)), ScalarRef(dim))
         if isinstance(expr, fn.stop_gradient):
             return self.lower(expr.args[0])
         if isinstance(expr, fn.MASK_FUNCTIONS) and self.diagonals.structural & expr.free_symbols:

@@ -29,7 +29,7 @@ def reduce_tile(
     red: Reduction,
     operand: sp.Expr,
     names: tuple[str, ...],
-    kind: Literal["sum", "max", "logsumexp", "softmean"],
+    kind: Literal["sum", "max", "logsumexp", "softmean", "softmax"],
     extra: tuple[sp.Expr, ...] = (),
     symmetric: bool = False,
 ) -> None:
@@ -198,11 +198,16 @@ def _weights(expr: sp.Expr, owners: Mapping[sp.Expr, str]) -> sp.Expr:
             return shared_exp(u, shift_of(owners[u])) * inverse_of(str(lse))
         return sp.exp(u - present(lse))
 
+    return with_ties(expr.replace(fn.softmax_weight, rewrite))
+
+
+def with_ties(expr: sp.Expr) -> sp.Expr:
+    """Equality with a maximum up to rounding: a tile made twice may differ in its last bits."""
+
     def tie(a: sp.Expr, largest: sp.Expr) -> sp.Expr:
-        # a tile made twice may differ in its last bits, so equality would find no maximum
         return fn.greater_equal(a, largest - TIE_TOLERANCE * fn.absolute(largest))
 
-    return expr.replace(fn.softmax_weight, rewrite).replace(fn.equal, tie)
+    return expr.replace(fn.equal, tie)
 
 
 Job = tuple[

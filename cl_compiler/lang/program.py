@@ -17,7 +17,8 @@ from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.ir import SLOTS, Let, Reduction
 from cl_compiler.lang.lower_pass import bounded_logits, kept_expression, lower_pass
 from cl_compiler.lang.sweeps import SweepPlan, level_of
-from cl_compiler.lang.tile_ir import Barrier, Mode, TileProgram
+from cl_compiler.lang.tile_ir import Barrier, Gemm, Mode, TileProgram
+from cl_compiler.lang.whole import lower_whole
 
 Schedule = Literal["recompute", "spill", "panel", "retain", "dense"]
 SCHEDULES: tuple[Schedule, ...] = ("recompute", "spill", "panel", "retain", "dense")
@@ -30,7 +31,7 @@ class Pass:
 
     ``programs`` has one tile program per mode.  ``sides``: which operands' gradients its gradient
     tiles are multiplied into.  ``whole_rows``: a tile spans all columns (a row panel).  ``whole``:
-    one tile spans the grid, so that there is no loop.
+    one tile spans the grid, so that there is no loop, and the grid's passes share their buffers.
     """
 
     level: int
@@ -72,7 +73,8 @@ class Stage:
 class Program:
     """Everything that the emitted file does, for one schedule.
 
-    ``forward`` starts with a stage of level 0 without passes (vectors known before any sweep).
+    ``forward`` starts with a stage of level 0: vectors known before any sweep, and without passes
+    but where one tile holds everything: values at the positives are read off it.
     ``backward`` likewise; it is empty when ``fused`` (value and gradients in one go).
     """
 
@@ -95,6 +97,11 @@ class Program:
             for n in self.plan.nodes
             if isinstance(n, Reduction) and n.monoid == "logsumexp" and self.plan.is_full(n.name)
         )
+
+    @property
+    def is_whole(self) -> bool:
+        """One tile holds everything, and every statement stands in one function."""
+        return self.modes == ("whole",)
 
     @property
     def keeps_tiles(self) -> bool:
@@ -145,6 +152,8 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
         raise ScheduleError(
             f"{plan.ir.name} cannot use schedule {schedule!r}: {reason}. Usable: {usable}."
         )
+    if schedule == "dense":
+        return _whole_program(plan)
     modes = modes_of(plan)
     panel = schedule == "panel" and not plan.is_fused
     fused = plan.is_fused or panel
@@ -173,11 +182,10 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
                     )
                 )
                 continue
-            symmetric = sweep.symmetric and schedule not in ("recompute", "panel", "dense")
+            symmetric = sweep.symmetric and schedule not in ("recompute", "panel")
             keep: Literal["", "write", "read"] = ""
-            if schedule in ("retain", "dense") and not valid_schedules(plan)["retain"]:
+            if schedule == "retain":
                 keep = "write" if level <= plan.forward_levels else "read"
-                keep = keep if plan.gradient_levels else ""
             split = schedule == "recompute" and sweep.gradients and sweep.grid[1] != SLOTS
             if not split:
                 passes.append(
@@ -190,7 +198,6 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
                         sweep.gradients,
                         symmetric=symmetric,
                         whole_rows=schedule == "panel",
-                        whole=schedule == "dense",
                         keep=keep,
                     )
                 )
@@ -222,6 +229,33 @@ def build_program(plan: SweepPlan, schedule: Schedule) -> Program:
     )
 
 
+def _whole_program(plan: SweepPlan) -> Program:
+    """Everything in one tile, and the gradients together with the value."""
+    by_level: dict[int, tuple[Pass, ...]] = {n: () for n in range(plan.total_levels + 1)}
+    for level in lower_whole(plan):
+        sweep = level.sweep
+        gradients = () if sweep is None else sweep.gradients
+        made = sorted({i.similarity for i in level.program.instructions if isinstance(i, Gemm)})
+        by_level[level.level] += (
+            Pass(
+                level.level,
+                level.grid,
+                tuple(made),
+                () if sweep is None else sweep.reductions,
+                gradients,
+                _needed_sides(plan, gradients),
+                symmetric=False,
+                whole_rows=False,
+                whole=True,
+                keep="",
+                programs={"whole": level.program},
+            ),
+        )
+    (start, *rest) = by_level.items()
+    stages = _stages(plan, 0, rest, _forward_names(plan, fused=True), start[1])
+    return Program(plan, "dense", ("whole",), stages, (), fused=True)
+
+
 def _needed_sides(plan: SweepPlan, gradients: Iterable[str]) -> tuple[Side, ...]:
     sides: list[Side] = []
     for name in gradients:
@@ -245,7 +279,6 @@ def _make(
     sides: tuple[Side, ...] | None = None,
     symmetric: bool = False,
     whole_rows: bool = False,
-    whole: bool = False,
     barrier: bool = False,
     keep: Literal["", "write", "read"] = "",
 ) -> Pass:
@@ -278,7 +311,7 @@ def _make(
         _needed_sides(plan, gradients) if sides is None else sides,
         symmetric,
         whole_rows,
-        whole,
+        False,
         keep,
         programs,
         remake,
@@ -286,12 +319,19 @@ def _make(
 
 
 def _stages(
-    plan: SweepPlan, start: int, levels: list[tuple[int, tuple[Pass, ...]]], names: set[str]
+    plan: SweepPlan,
+    start: int,
+    levels: list[tuple[int, tuple[Pass, ...]]],
+    names: set[str],
+    first: tuple[Pass, ...] = (),
 ) -> tuple[Stage, ...]:
-    """Give each stage the vectors that become known with it; ``start`` is known beforehand."""
+    """Give each stage the vectors that become known with it.
+
+    ``start`` is known beforehand, or with the passes ``first``.
+    """
     seen: set[str] = set()
     stages = []
-    for level, passes in [(start, ()), *levels]:
+    for level, passes in [(start, first), *levels]:
         vectors = tuple(
             n.name
             for n in plan.nodes

@@ -25,6 +25,13 @@ class shared_exp(sp.Function):
     is_real = True
 
 
+class softmax_over(sp.Function):
+    """The softmax of a tile that spans everything, along its dimension 0 or 1."""
+
+    nargs = 2
+    is_real = True
+
+
 class present(sp.Function):
     """A logsumexp, or +inf where it is -inf: an empty one gives its elements no weight."""
 
@@ -92,6 +99,7 @@ class Hoister(Protocol):
     def hoist(self, expr: sp.Expr) -> sp.Symbol: ...
     def mirrored(self, expr: sp.Expr) -> sp.Expr: ...
     def is_count(self, expr: sp.Expr) -> bool: ...
+    def count_ratio(self, a: sp.Expr, b: sp.Expr) -> sp.Expr | None: ...
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,15 @@ def split_gradient(
         if pull_row_scale and inverse is not None:
             scaled = None if positive is None else positive / inverse
             return GradientPart(pair, scaled, row_scale=low.hoist(inverse).name)
+    if groups and not masked:
+        common = sp.Add(*next(iter(groups.values())))
+        ratios = [low.count_ratio(sp.Add(*c), common) for c in groups.values()]
+        if None not in ratios:
+            pairs = sp.Add(*(pair * r for pair, r in zip(groups, ratios, strict=True)))
+            if positive is not None:
+                ratio = low.count_ratio(positive, common)
+                positive = positive / common if ratio is None else ratio
+            return GradientPart(pairs, positive, common)
     total = [pair * _by_axis(low, c) for pair, c in groups.items()]
     total += [fn.select(mask, _by_axis(low, c), fn.ZERO) for mask, c in masked.items()]
     return GradientPart(sp.Add(*total), positive)

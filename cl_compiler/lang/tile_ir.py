@@ -8,9 +8,10 @@ from typing import Literal
 
 import sympy as sp
 
-Mode = Literal["plain", "bounded", "running"]
+Mode = Literal["plain", "bounded", "running", "whole"]
 """plain: no logsumexp.  bounded: one shared exponential, shifted by a bound of the logits.
-running: running maxima, safe for any logits."""
+running: running maxima, safe for any logits.  whole: all pairs in one tile, and softmaxes of whole
+rows and columns: safe for any logits, too."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,16 @@ Ref = TileRef | VectorRef | ScalarRef
 
 @dataclass(frozen=True)
 class Gemm:
-    """``value = alpha · left @ right.T + beta``; alpha and beta are scalars."""
+    """``value = alpha · left @ right.T + beta``; alpha and beta are scalars.
+
+    ``scaled``: the similarity's own scale multiplies the product, too.
+    """
 
     value: int
     similarity: str
     alpha: sp.Expr
     beta: sp.Expr
+    scaled: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,14 @@ class Diagonal:
 class Accumulate:
     """Fold a tile along ``dim`` into vectors.
 
-    kind: "sum" (target += sum), "max", "logsumexp" (running maximum and sum of exponentials) or
-    "softmean" (those and a weighted sum).  ``mirrored``: on a symmetric grid, also stands for the
-    transposed tile, and is skipped on tiles of the diagonal.
-    ``scratch``: a tile value for the exponentials of the last two kinds.
+    kind: "sum" (target += sum), "max", "logsumexp" (running maximum and sum of exponentials),
+    "softmean" (those and a weighted sum) or, of the only tile there is, "softmax" (the logsumexp
+    of its first argument, whose softmax is the second).  ``mirrored``: on a symmetric grid, also
+    stands for the transposed tile, and is skipped on tiles of the diagonal.
+    ``scratch``: a tile value for the exponentials of "logsumexp" and "softmean".
     """
 
-    kind: Literal["sum", "max", "logsumexp", "softmean"]
+    kind: Literal["sum", "max", "logsumexp", "softmean", "softmax"]
     targets: tuple[str, ...]
     args: tuple[int, ...]
     dim: int
@@ -96,10 +102,18 @@ class Accumulate:
 
 @dataclass(frozen=True)
 class Barrier:
-    """The tile spans its rows' whole extent: row statistics are complete from here on."""
+    """The tile spans its rows' whole extent: row statistics are complete from here on.
+
+    Where one tile spans everything: all statistics of a level are.
+    """
 
 
-Instruction = Gemm | Compute | Diagonal | Accumulate | Barrier
+@dataclass(frozen=True)
+class AtPositives:
+    """``target``: a vector of the tile's values at each row's positive."""
+
+    target: str
+    value: int
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,10 @@ class GradientTile:
     value: int
     scale: sp.Expr
     row_scale: str = ""
+
+
+Instruction = Gemm | Compute | Diagonal | Accumulate | Barrier | AtPositives | GradientTile
+"""A gradient tile is an instruction where it is multiplied before the program ends."""
 
 
 @dataclass(frozen=True)
@@ -160,4 +178,6 @@ class TileProgram:
         return len(work) - self.transcendentals
 
 
-SLOW_OPS = frozenset({"exp", "log", "sigmoid", "softplus", "logaddexp", "pow", "expm1", "sqrt"})
+SLOW_OPS = frozenset(
+    {"exp", "log", "sigmoid", "softplus", "logaddexp", "pow", "expm1", "sqrt", "softmax"}
+)

@@ -22,6 +22,8 @@ from typing import cast
 import sympy as sp
 
 from cl_compiler.lang.ir import Let
+from cl_compiler.lang.lower_pass import bounded_logits
+from cl_compiler.lang.tile_ir import Accumulate
 from cl_compiler.plan.facts import PassFacts, Product, ProgramFacts, Work
 from cl_compiler.plan.machine import RATED_TILE, Machine
 from cl_compiler.plan.sizes import (
@@ -203,11 +205,28 @@ def beside_sweeps(facts: ProgramFacts) -> tuple[sp.Expr, sp.Expr]:
             node = by_name.get(name)
             operators += int(sp.count_ops(node.expr)) + 1 if isinstance(node, Let) else 3
     blocks = count_of(M, least(TILE_ROWS, M)) * 3 * len(facts.positive_widths)
-    elements = sp.Add(*(o.length * o.width for o in facts.outputs))
+    operators += _around_passes(facts)
+    # Where one tile holds everything, products make the gradients, scale and all.
+    made = () if facts.program.is_whole else facts.outputs
+    elements = sp.Add(*(o.length * o.width for o in made))
     positives = M * sp.Add(*facts.positive_widths)
     # Gradients are cleared and scaled; products at positives are multiplied and summed.
     streamed = (3 * elements * COMPUTE_BYTES + 2 * positives * INPUT_BYTES) / DEVICE_RATE
     return (operators + blocks) * LAUNCH, streamed + (elements + 2 * positives) / PASS_RATE
+
+
+def _around_passes(facts: ProgramFacts) -> int:
+    """Operators that allocate what passes fill, bound the logits, and finish logsumexps."""
+    program = facts.program
+    if program.is_whole:
+        return 0
+    made = 2 * len(facts.outputs)  # cleared, and scaled
+    for p in program.passes:
+        code = p.programs[program.modes[0]]
+        made += len(set(code.buffers.values()))
+        made += len({t for i in code.instructions if isinstance(i, Accumulate) for t in i.targets})
+    bounds = 2 * 3 * len(bounded_logits(program.plan)) if "bounded" in program.modes else 0
+    return made + bounds + 3 * len(program.logsumexps)
 
 
 def _exchange(facts: ProgramFacts) -> sp.Expr:

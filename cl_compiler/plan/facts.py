@@ -19,12 +19,16 @@ from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import (
     SLOW_OPS,
     Accumulate,
+    AtPositives,
     Compute,
+    Diagonal,
     Gemm,
     Instruction,
     Mode,
     TileRef,
+    VectorRef,
 )
+from cl_compiler.lang.whole import scale_gradients, taken_at_positives
 from cl_compiler.plan.sizes import ONE, TILE_COLS, TILE_ROWS, D, Sizes, count_of, least
 
 
@@ -121,7 +125,8 @@ class ProgramFacts:
     """A program as the planner sees it.
 
     ``forward_vectors`` and ``backward_vectors``: (name, length) of what lives in either phase,
-    saved vectors in both.  ``gathered``: (operand, rows that other ranks own, width).
+    saved vectors in both.  ``operand_elements``: of each operand, every rank's.
+    ``gathered``: (operand, rows that other ranks own, width).
     """
 
     program: Program
@@ -131,6 +136,7 @@ class ProgramFacts:
     backward_vectors: tuple[tuple[str, sp.Expr], ...]
     positive_widths: tuple[sp.Expr, ...]
     norm_casts: tuple[sp.Expr, ...]
+    operand_elements: tuple[sp.Expr, ...]
     gathered: tuple[tuple[str, sp.Expr, sp.Expr], ...]
 
     @property
@@ -180,6 +186,10 @@ def facts_of(
         late,
         _positive_widths(program, sizes),
         _norm_casts(program, sizes),
+        tuple(
+            sizes.own_and_all(op)[1] * sizes.operand_width(op.name)
+            for op in program.plan.ir.operands
+        ),
         _gathered(program, sizes),
     )
 
@@ -209,13 +219,13 @@ def _pass(
         if side in p.sides and _is_wanted(program, view)
     )
     remade = p.remake[program.modes[0]].instructions if p.keep == "read" else ()
-    work = _work(tile.instructions)
+    views = [v for s in p.similarities for v in (leaves[s].left,)]
+    others = [v for s in p.similarities for v in (leaves[s].right,)]
+    work = _work(tile.instructions, p.whole)
     work += Work(
         floats_moved=len(gradients),
         operators=len(gradients) + sum(bool(g.row_scale) for g in tile.gradients),
     )
-    views = [v for s in p.similarities for v in (leaves[s].left,)]
-    others = [v for s in p.similarities for v in (leaves[s].right,)]
     return PassFacts(
         phase,
         p.grid,
@@ -230,7 +240,7 @@ def _pass(
         tile.float_buffers + bool(p.keep),
         work,
         (*_similarities(tile.instructions, leaves, sizes), *gradients),
-        _work(remade),
+        _work(remade, p.whole),
         _similarities(remade, leaves, sizes),
         _operand_widths(views, sizes),
         _operand_widths(others, sizes),
@@ -267,40 +277,48 @@ def _similarities(
 
 
 # (exps, passes, floats moved, operators) of folding a tile: a running logsumexp takes a maximum,
-# subtracts it, exponentiates and sums; softmean also multiplies and sums a second time.
+# subtracts it, exponentiates and sums; softmean also multiplies and sums a second time.  Beside a
+# softmax, which is an operator of its own, there are two maxima.
 _FOLDS = {
     "sum": (0, 1, 1, 2),
     "max": (0, 1, 1, 2),
+    "softmax": (0, 2, 2, 5),
     "logsumexp": (1, 3, 6, 8),
     "softmean": (1, 5, 10, 11),
 }
 
 
-def _work(code: Iterable[Instruction]) -> Work:
+def _work(code: Iterable[Instruction], whole: bool) -> Work:
     total = Work()
     for instruction in code:
-        total += _work_of(instruction)
+        total += _work_of(instruction, whole)
     return total
 
 
-def _work_of(instruction: Instruction) -> Work:
+def _work_of(instruction: Instruction, whole: bool) -> Work:
+    """``whole``: there is one tile only."""
     match instruction:
         case Gemm():
             return Work(floats_moved=1, operators=1, gemms=1)
         case Compute(op=op, args=args, is_mask=is_mask):
             slow = op in SLOW_OPS
             moved = 1 + sum(isinstance(a, TileRef) for a in args)
+            views = [a for a in args if whole and isinstance(a, VectorRef) and a.dim == 0]
             return Work(
                 exps=int(slow),
                 passes=int(not slow),
                 floats_moved=0 if is_mask else moved,
                 masks_moved=moved if is_mask else 0,
-                operators=1,
+                operators=1 + len(views),
             )
         case Accumulate(kind=kind):
             exps, passes, moved, operators = _FOLDS[kind]
-            return Work(exps, passes, moved, 0, operators)
-        case _:  # a diagonal touches few elements of few tiles, a barrier none
+            return Work(
+                exps, passes, moved, 0, 1 if whole and kind in ("sum", "max") else operators
+            )
+        case Diagonal() | AtPositives():  # few elements, and of many tiles few have any
+            return Work(operators=2 if whole else 0)
+        case _:  # a barrier does nothing, and products are counted beside the instructions
             return Work()
 
 
@@ -377,11 +395,17 @@ def _norm_casts(program: Program, sizes: Sizes) -> tuple[sp.Expr, ...]:
 def _positive_widths(program: Program, sizes: Sizes) -> tuple[sp.Expr, ...]:
     """Widths of what is computed at the positives alone, or row by row beside the sweeps."""
     plan = program.plan
-    leaves = [leaf for leaf in plan.leaves.values() if leaf.kind == "similarity_at_positive"]
+    taken = taken_at_positives(plan) if program.is_whole else ()
+    leaves = [
+        leaf
+        for name, leaf in plan.leaves.items()
+        if leaf.kind == "similarity_at_positive" and name not in taken
+    ]
     if plan.gradient is not None:
         leaves += [plan.leaves[name] for name in plan.late_positives]
     widths = [sizes.width(leaf.left) for leaf in leaves]
     if plan.gradient is not None:  # <operand, its gradient>, for the gradient of a scale
-        dots = plan.gradient.dots.values()
+        done = scale_gradients(plan).values() if program.is_whole else ()
+        dots = [pairs for name, pairs in plan.gradient.dots.items() if name not in done]
         widths += [sizes.operand_width(operand) for pairs in dots for operand, _ in pairs]
     return tuple(widths)

@@ -75,11 +75,13 @@ def phases_of(
         backward.append(_store(facts.kept_tile))
     phases = []
     rows = _row_block(facts, casts)
+    whole = _whole_tiles(facts, casts)
+    rows += whole
     for index, p in enumerate(facts.passes):
         common = forward if p.phase == "forward" else backward
         store = [_store(p)] if p.keep == "write" else []
         beside = blocks if p.phase == "backward" else []
-        items = [*common, *store, *beside, *_tiles(p, casts)]
+        items = [*common, *store, *beside, *(whole or _tiles(p, casts))]
         phases.append(_phase(f"{p.phase} sweep {index + 1}", items))
     phases.append(_phase("rows and their positives, forward", [*forward, *rows]))
     if facts.outputs:
@@ -125,6 +127,22 @@ def _tiles(p: PassFacts, casts: bool) -> list[Item]:
     if p.is_slots and p.has_gradients:
         width = largest(q.width for q in p.products)
         items.append(("products with slots", p.m * width * COMPUTE_BYTES))
+    return items
+
+
+def _whole_tiles(facts: ProgramFacts, casts: bool) -> list[Item]:
+    """Where one tile holds everything, what its function has until it returns."""
+    if not facts.program.is_whole:
+        return []
+    grids = {p.grid: p for p in facts.passes}.values()
+    floats = sp.Add(*(p.float_buffers * p.m * p.n for p in grids)) * COMPUTE_BYTES
+    items = [("tile buffers", floats)]
+    items.append(("tile masks", sp.Add(*(p.mask_buffers * p.m * p.n for p in grids))))
+    if casts:
+        items.append(("operands in fp32", COMPUTE_BYTES * sp.Add(*facts.operand_elements)))
+    slots = [p.m * largest(q.width for q in p.products) for p in grids if p.is_slots and p.products]
+    if slots:
+        items.append(("products with slots", largest(slots) * COMPUTE_BYTES))
     return items
 
 

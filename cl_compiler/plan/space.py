@@ -108,8 +108,6 @@ class Option:
         writer, count = self.facts.kept_tile, self.tile_count(sizes, tile)
         if writer is None:
             return (0,)
-        if self.schedule == "dense":
-            return (count,)
         if count == 1:
             return ()  # all in one tile is what ``dense`` does
         if max(totals(at(tile, count))) <= limit_bytes:

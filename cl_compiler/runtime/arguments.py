@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,19 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+_STRIDED = torch.strided
 _REMEMBERED = 256
 """Kinds of calls that are recognised, at most."""
+
+Kind = tuple[Any, ...]
+Value = TypeVar("Value")
+
+
+def remember(known: dict[Kind, Value], kind: Kind, value: Value) -> None:
+    """Add a kind of call to those that are known; when they are too many, start again."""
+    if len(known) >= _REMEMBERED:
+        known.clear()
+    known[kind] = value
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class ArgumentChecker:
         self.signature, self._nonfinite = signature, nonfinite
         self._may_be_empty = may_be_empty
         self._device_type = device_type
-        self._known: dict[tuple[Any, ...], tuple[CallSignature, torch.dtype]] = {}
+        self._known: dict[Kind, tuple[CallSignature, torch.dtype]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """Check one call.
@@ -65,20 +76,28 @@ class ArgumentChecker:
         """
         if self._nonfinite:
             return self._check(args, kwargs)
-        kind = (
-            torch.is_grad_enabled(),
-            *(_kind(value) for value in args),
-            *((name, _kind(value)) for name, value in kwargs.items()),
-        )
+        kind = self.kind(args, kwargs)
         known = self._known.get(kind)
         if known is not None:
             return self._ready(args, kwargs, *known)
         call = self._check(args, kwargs)
         if not call.signature.contiguous_copies:  # nothing was copied or cast
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            self._known[kind] = call.signature, call.outer_dtype
+            remember(self._known, kind, (call.signature, call.outer_dtype))
         return call
+
+    def kind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind:
+        """What of a call decides whether it is valid, and what is done with its arguments."""
+        found: list[Any] = [torch.is_grad_enabled()]
+        for value in args:
+            found.append(_kind(value))
+        for name, value in kwargs.items():
+            found.append(name)
+            found.append(_kind(value))
+        return tuple(found)
+
+    def is_known(self, kind: Kind) -> bool:
+        """Whether a call of this kind was checked, and found to need no copies."""
+        return kind in self._known
 
     def _ready(
         self,
@@ -331,7 +350,7 @@ def _kind(value: Any) -> Any:
     """What of an argument decides whether it is valid, and what is done with it."""
     if not isinstance(value, Tensor):
         return type(value)
-    if value.layout != torch.strided:  # without strides; it will be refused
+    if value.layout is not _STRIDED:  # without strides; it will be refused
         return value.layout
     return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
 
@@ -343,7 +362,7 @@ def _scalar(value: float | Tensor) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
-__all__ = ["ArgumentChecker", "Call"]
+__all__ = ["ArgumentChecker", "Call", "Kind", "remember"]
 
 
 def _check_one_positive(name: str, ids: Sequence[Tensor]) -> None:

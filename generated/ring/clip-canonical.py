@@ -128,10 +128,12 @@ class _MatmulPrecision:
         self.before = torch.backends.mkldnn.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cpu", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cpu", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", True)
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
@@ -257,7 +259,7 @@ def _forward_sweep_b(y, shard, col_lse_max, col_lse_sum, logit_scale):
             _add_logsumexp(t0, 0, col_lse_max[j:j1], col_lse_sum[j:j1], t0)
 
 
-def _backward_sweep_a(x, shard, d_x, first, logit_scale, a0, d_row_total, d_col_total, s2):
+def _backward_sweep_a(x, shard, d_x, first, logit_scale, a0, d_row_total):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     Running maxima, safe for any logits.
@@ -282,17 +284,15 @@ def _backward_sweep_a(x, shard, d_x, first, logit_scale, a0, d_row_total, d_col_
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
             torch.add(t0, a0[i:i1, None], out=t1)
             t1.exp_()
-            t1.mul_(d_row_total)
             t0.add_(b1_peer[j:j1])
             t0.exp_()
-            t0.mul_(d_col_total)
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
-                t1.diagonal(k).add_(s2)
-            d_x[i:i1].addmm_(t1, y_j)
+                t1.diagonal(k).add_(-2.0)
+            d_x[i:i1].addmm_(t1, y_j, alpha=d_row_total)
 
 
-def _backward_sweep_b(y, shard, d_y, first, logit_scale, d_row_total, b1_2, d_col_total, s2_2):
+def _backward_sweep_b(y, shard, d_y, first, logit_scale, b1_2, d_row_total):
     """Sweep this rank's columns and the rows of a shard that is here.
 
     Running maxima, safe for any logits.
@@ -317,14 +317,12 @@ def _backward_sweep_b(y, shard, d_y, first, logit_scale, d_row_total, b1_2, d_co
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
             torch.add(t0, a0_2_peer[i:i1, None], out=t1)
             t1.exp_()
-            t1.mul_(d_row_total)
             t0.add_(b1_2[j:j1])
             t0.exp_()
-            t0.mul_(d_col_total)
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(first + i, first + i1, j, j1, (0,)):
-                t1.diagonal(k).add_(s2_2)
-            d_y[j:j1].addmm_(t1.T, x_i)
+                t1.diagonal(k).add_(-2.0)
+            d_y[j:j1].addmm_(t1.T, x_i, alpha=d_row_total)
 
 
 def forward(ring, x, y, logit_scale):
@@ -369,25 +367,20 @@ def forward(ring, x, y, logit_scale):
 def backward(ring, grad_output, saved, x, y, logit_scale):
     """This rank's gradients times ``grad_output`` [], in the order of ``GRADIENTS``."""
     all_rows = sum(ring.lengths[ROWS])
-    all_cols = sum(ring.lengths[COLS])
     row_lse = saved["row_lse"]
     col_lse = saved["col_lse"]
     d_x = torch.zeros(x.shape, dtype=DTYPE, device=x.device)
     d_y = torch.zeros(y.shape, dtype=DTYPE, device=y.device)
-    d_col_total = 1 / (2 * all_cols)
-    d_col_positive = -d_col_total
     d_row_total = 1 / (2 * all_rows)
     a0 = -_present(row_lse)
     b1 = -_present(col_lse)
-    s2 = d_col_positive - d_row_total
     for first, shard in _shards(ring, COLS, (y, b1)):
-        _backward_sweep_a(x, shard, d_x, first, logit_scale, a0, d_row_total, d_col_total, s2)
+        _backward_sweep_a(x, shard, d_x, first, logit_scale, a0, d_row_total)
     del shard
     a0_2 = -_present(row_lse)
     b1_2 = -_present(col_lse)
-    s2_2 = d_col_positive - d_row_total
     for first, shard in _shards(ring, ROWS, (x, a0_2)):
-        _backward_sweep_b(y, shard, d_y, first, logit_scale, d_row_total, b1_2, d_col_total, s2_2)
+        _backward_sweep_b(y, shard, d_y, first, logit_scale, b1_2, d_row_total)
     del shard
 
     of_shards, of_scalars = grad_output * ring.shard_scale, grad_output * ring.scalar_scale

@@ -214,10 +214,12 @@ class _MatmulPrecision:
         self.before = torch.backends.mkldnn.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cpu", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cpu", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", True)
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
@@ -387,9 +389,7 @@ def _backward_sweep_a_bounded(x, shard, d_x, first, a1, logit_scale, s2, s3):
             d_x[i:i1].addmm_(t0, y_j)
 
 
-def _backward_sweep_a_running(
-    x, shard, d_x, first, logit_scale, a0, d_row_total, d_col_total, s2_2
-):
+def _backward_sweep_a_running(x, shard, d_x, first, logit_scale, a0, d_row_total):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     Running maxima, safe for any logits.
@@ -414,17 +414,15 @@ def _backward_sweep_a_running(
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
             torch.add(t0, a0[i:i1, None], out=t1)
             t1.exp_()
-            t1.mul_(d_row_total)
             t0.add_(b1_peer[j:j1])
             t0.exp_()
-            t0.mul_(d_col_total)
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
-                t1.diagonal(k).add_(s2_2)
-            d_x[i:i1].addmm_(t1, y_j)
+                t1.diagonal(k).add_(-2.0)
+            d_x[i:i1].addmm_(t1, y_j, alpha=d_row_total)
 
 
-def _backward_sweep_b_bounded(y, shard, d_y, first, b0_2, logit_scale, s2_3, s3_2):
+def _backward_sweep_b_bounded(y, shard, d_y, first, b0_2, logit_scale, s2_2, s3_2):
     """Sweep this rank's columns and the rows of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
@@ -447,7 +445,7 @@ def _backward_sweep_b_bounded(y, shard, d_y, first, b0_2, logit_scale, s2_3, s3_
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             torch.add(b0_2[j:j1], a1_2_peer[i:i1, None], out=t0)
-            _product(x_i, y_j, logit_scale.item(), s2_3, out=t1)
+            _product(x_i, y_j, logit_scale.item(), s2_2, out=t1)
             t1.exp_()
             t0.mul_(t1)
             for k, _, _, _, _ in _crossings(first + i, first + i1, j, j1, (0,)):
@@ -455,9 +453,7 @@ def _backward_sweep_b_bounded(y, shard, d_y, first, b0_2, logit_scale, s2_3, s3_
             d_y[j:j1].addmm_(t0.T, x_i)
 
 
-def _backward_sweep_b_running(
-    y, shard, d_y, first, logit_scale, d_row_total, b1_2, d_col_total, s2_4
-):
+def _backward_sweep_b_running(y, shard, d_y, first, logit_scale, b1_2, d_row_total):
     """Sweep this rank's columns and the rows of a shard that is here.
 
     Running maxima, safe for any logits.
@@ -482,14 +478,12 @@ def _backward_sweep_b_running(
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
             torch.add(t0, a0_2_peer[i:i1, None], out=t1)
             t1.exp_()
-            t1.mul_(d_row_total)
             t0.add_(b1_2[j:j1])
             t0.exp_()
-            t0.mul_(d_col_total)
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(first + i, first + i1, j, j1, (0,)):
-                t1.diagonal(k).add_(s2_4)
-            d_y[j:j1].addmm_(t1.T, x_i)
+                t1.diagonal(k).add_(-2.0)
+            d_y[j:j1].addmm_(t1.T, x_i, alpha=d_row_total)
 
 
 def forward(ring, x, y, logit_scale):
@@ -589,29 +583,23 @@ def backward(ring, grad_output, saved, x, y, logit_scale):
     else:
         a0 = -_present(row_lse)
         b1 = -_present(col_lse)
-        s2_2 = d_col_positive - d_row_total
         for first, shard, _ in _shards(ring, COLS, (y, b1)):
-            _backward_sweep_a_running(
-                x, shard, d_x, first, logit_scale, a0, d_row_total, d_col_total, s2_2
-            )
+            _backward_sweep_a_running(x, shard, d_x, first, logit_scale, a0, d_row_total)
         del shard
 
     if row_lse_shift is not None:
         b0_2 = d_col_total * col_lse_inverse
         a1_2 = d_row_total * row_lse_inverse
-        s2_3 = -row_lse_shift
+        s2_2 = -row_lse_shift
         s3_2 = d_col_positive - d_row_total
         for first, shard, _ in _shards(ring, ROWS, (x, a1_2)):
-            _backward_sweep_b_bounded(y, shard, d_y, first, b0_2, logit_scale, s2_3, s3_2)
+            _backward_sweep_b_bounded(y, shard, d_y, first, b0_2, logit_scale, s2_2, s3_2)
         del shard
     else:
         a0_2 = -_present(row_lse)
         b1_2 = -_present(col_lse)
-        s2_4 = d_col_positive - d_row_total
         for first, shard, _ in _shards(ring, ROWS, (x, a0_2)):
-            _backward_sweep_b_running(
-                y, shard, d_y, first, logit_scale, d_row_total, b1_2, d_col_total, s2_4
-            )
+            _backward_sweep_b_running(y, shard, d_y, first, logit_scale, b1_2, d_row_total)
         del shard
 
     of_shards, of_scalars = grad_output * ring.shard_scale, grad_output * ring.scalar_scale

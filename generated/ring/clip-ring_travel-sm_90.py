@@ -282,10 +282,12 @@ class _MatmulPrecision:
         self.before = torch.backends.cuda.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
         torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cuda", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cuda", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", True)
         torch.backends.cuda.matmul.fp32_precision = self.before
 
 
@@ -810,8 +812,6 @@ def _backward_sweep_running_kernel(
     b1_peer_log2,
     logit_scale_log2,
     d_row_total,
-    d_col_total,
-    s2_2,
     g_logits,
     residual_logits,
     row_start,
@@ -841,19 +841,22 @@ def _backward_sweep_running_kernel(
         x_tile = x_rows.load([i, k])
         y_peer_tile = y_peer_cols.load([j, k])
         products = tl.dot(x_tile, y_peer_tile.T, products)
-    t3 = _exp2(_fma(products, logit_scale_log2, a0_log2_i[:, None])) * d_row_total
-    t6 = _exp2(_fma(products, logit_scale_log2, b1_peer_log2_j[None, :])) * d_col_total
-    g = t3 + t6
+    g = _exp2(_fma(products, logit_scale_log2, a0_log2_i[:, None])) + _exp2(
+        _fma(products, logit_scale_log2, b1_peer_log2_j[None, :])
+    )
     if _crosses(i, j, ahead, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None] + ahead
-        g = tl.where(on_positive, g + s2_2, g)
+        g = tl.where(on_positive, g + -2.0, g)
+    g_logits_tile = g * d_row_total
+    if _crosses(i, j, ahead, BLOCK_M, BLOCK_N):
+        on_positive = offs_n[None, :] == (offs_m + ahead)[:, None]
         partner = offs_m + ahead
-        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost = tl.sum(tl.where(on_positive, g_logits_tile, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
         here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))
         here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
-    g_logits.store([i - row_start, j - col_start], g.to(g_logits.dtype))
+    g_logits.store([i - row_start, j - col_start], g_logits_tile.to(g_logits.dtype))
 
 
 BACKWARD_SWEEP_RUNNING_TILE = {
@@ -866,9 +869,7 @@ BACKWARD_SWEEP_RUNNING_TILE = {
 }
 
 
-def _backward_sweep_running(
-    x, shard, parts, d_x, first, a0, logit_scale, d_row_total, d_col_total, s2_2
-):
+def _backward_sweep_running(x, shard, parts, d_x, first, a0, logit_scale, d_row_total):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     Running maxima, safe for any logits.
@@ -909,8 +910,6 @@ def _backward_sweep_running(
                 b1_peer_log2,
                 float(logit_scale * LOG2_E),
                 d_row_total,
-                d_col_total,
-                s2_2,
                 g_logits_tiles,
                 residual_logits,
                 i,
@@ -1031,12 +1030,9 @@ def backward(ring, grad_output, saved, x, y, logit_scale):
     else:
         a0 = -_present(row_lse)
         b1 = -_present(col_lse)
-        s2_2 = d_col_positive - d_row_total
         folds = [(SUM, d_y)]
         for first, shard, parts in _shards(ring, COLS, (y, b1), folds):
-            _backward_sweep_running(
-                x, shard, parts, d_x, first, a0, logit_scale, d_row_total, d_col_total, s2_2
-            )
+            _backward_sweep_running(x, shard, parts, d_x, first, a0, logit_scale, d_row_total)
         del shard, parts
 
     of_shards, of_scalars = grad_output * ring.shard_scale, grad_output * ring.scalar_scale

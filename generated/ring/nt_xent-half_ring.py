@@ -264,10 +264,12 @@ class _MatmulPrecision:
         self.before = torch.backends.mkldnn.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cpu", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cpu", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", True)
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
@@ -451,7 +453,7 @@ def _backward_sweep_bounded(z, shard, parts, d_z, first, past, half, a0, logit_s
 
 
 def _backward_sweep_running(
-    z, shard, parts, d_z, first, past, half, logit_scale, d_row_total, a0_2, s1_2
+    z, shard, parts, d_z, first, past, half, logit_scale, a0_2, d_row_total
 ):
     """Sweep this rank's rows and the columns of a shard that is here; two shards meet once.
 
@@ -479,18 +481,16 @@ def _backward_sweep_running(
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
-            t1.mul_(d_row_total)
             t0.add_(a0_2[i:i1, None])
             t0.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t0.diagonal(k).fill_(0.0)
-            t0.mul_(d_row_total)
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (half, -half)):
-                t1.diagonal(k).add_(s1_2)
-            d_z[i:i1].addmm_(t1, z_j)
+                t1.diagonal(k).add_(-2.0)
+            d_z[i:i1].addmm_(t1, z_j, alpha=d_row_total)
             if twice:
-                d_z_peer[j:j1].addmm_(t1.T, z_i)
+                d_z_peer[j:j1].addmm_(t1.T, z_i, alpha=d_row_total)
 
 
 def forward(ring, z, logit_scale):
@@ -568,11 +568,10 @@ def backward(ring, grad_output, saved, z, logit_scale):
         del shard, parts
     else:
         a0_2 = -_present(row_lse)
-        s1_2 = -2 * d_row_total
         folds = [(SUM, d_z)]
         for first, past, shard, parts in _shards(ring, COLS, (z, a0_2), folds):
             _backward_sweep_running(
-                z, shard, parts, d_z, first, past, half, logit_scale, d_row_total, a0_2, s1_2
+                z, shard, parts, d_z, first, past, half, logit_scale, a0_2, d_row_total
             )
         del shard, parts
 

@@ -153,10 +153,12 @@ class _MatmulPrecision:
         self.before = torch.backends.mkldnn.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cpu", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cpu", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", True)
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 

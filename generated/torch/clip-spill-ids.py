@@ -45,10 +45,12 @@ class _MatmulPrecision:
         self.before = torch.backends.mkldnn.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cpu", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cpu", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", True)
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
@@ -323,7 +325,7 @@ def forward(x, y, logit_scale, row_ids, col_ids):
     x: [M, D], contiguous
     y: [N, D], contiguous
     logit_scale: [] fp64
-    returns: value [] fp64, outputs (tuple of vectors), saved (dict of tensors and None)
+    returns: value [], outputs (tuple of vectors), saved (dict of tensors and None)
     """
     rows, cols = x.shape[0], y.shape[0]
     row_lse_shift = _shift(_largest_norm(x) * _largest_norm(y) * abs(logit_scale.item()), cols)
@@ -521,14 +523,13 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         x, y, logit_scale, row_ids, col_ids, *tensors = ctx.saved_tensors
+        saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
-            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-            gradients = list(
-                backward(grad_output, saved, x, y, _scalar(logit_scale), row_ids, col_ids)
+            d_x, d_y, d_logit_scale = backward(
+                grad_output, saved, x, y, _scalar(logit_scale), row_ids, col_ids
             )
-            for index, argument in enumerate((x, y, logit_scale)):
-                gradients[index] = _like(gradients[index], argument)
+        d_logit_scale = _like(d_logit_scale, logit_scale)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_x, d_y, d_logit_scale
+            d_x, d_y, d_logit_scale = _Once.apply(*(g.requires_grad_() for g in gradients))
+        return d_x, d_y, d_logit_scale, None, None

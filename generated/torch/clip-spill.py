@@ -38,10 +38,12 @@ class _MatmulPrecision:
         self.before = torch.backends.mkldnn.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cpu", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cpu", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", True)
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
@@ -216,9 +218,7 @@ def _backward_sweep_bounded(x, y, d_x, d_y, rows, cols, b0, a1, logit_scale, s2,
             d_y[j:j1].addmm_(t0.T, x_i)
 
 
-def _backward_sweep_running(
-    x, y, d_x, d_y, rows, cols, logit_scale, a0, d_row_total, b1, d_col_total, s2_2
-):
+def _backward_sweep_running(x, y, d_x, d_y, rows, cols, logit_scale, a0, b1, d_row_total):
     """Sweep the rows by cols tiles; running maxima, safe for any logits.
 
     d_x, d_y: plus the products with the gradient tile of logits
@@ -240,15 +240,13 @@ def _backward_sweep_running(
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
             torch.add(t0, a0[i:i1, None], out=t1)
             t1.exp_()
-            t1.mul_(d_row_total)
             t0.add_(b1[j:j1])
             t0.exp_()
-            t0.mul_(d_col_total)
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
-                t1.diagonal(k).add_(s2_2)
-            d_x[i:i1].addmm_(t1, y_j)
-            d_y[j:j1].addmm_(t1.T, x_i)
+                t1.diagonal(k).add_(-2.0)
+            d_x[i:i1].addmm_(t1, y_j, alpha=d_row_total)
+            d_y[j:j1].addmm_(t1.T, x_i, alpha=d_row_total)
 
 
 def forward(x, y, logit_scale):
@@ -257,7 +255,7 @@ def forward(x, y, logit_scale):
     x: [M, D], contiguous
     y: [N, D], contiguous
     logit_scale: [] fp64
-    returns: value [] fp64, outputs (tuple of vectors), saved (dict of tensors and None)
+    returns: value [], outputs (tuple of vectors), saved (dict of tensors and None)
     """
     rows, cols = x.shape[0], y.shape[0]
     logits_pos = _at_positives(x, y) * logit_scale
@@ -320,10 +318,7 @@ def backward(grad_output, saved, x, y, logit_scale):
     else:
         a0 = -_present(row_lse)
         b1 = -_present(col_lse)
-        s2_2 = d_col_positive - d_row_total
-        _backward_sweep_running(
-            x, y, d_x, d_y, rows, cols, logit_scale, a0, d_row_total, b1, d_col_total, s2_2
-        )
+        _backward_sweep_running(x, y, d_x, d_y, rows, cols, logit_scale, a0, b1, d_row_total)
 
     d_logit_scale = _inner(x, d_x)
     d_x.mul_(logit_scale * grad_output)
@@ -379,12 +374,11 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         x, y, logit_scale, *tensors = ctx.saved_tensors
+        saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
-            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-            gradients = list(backward(grad_output, saved, x, y, _scalar(logit_scale)))
-            for index, argument in enumerate((x, y, logit_scale)):
-                gradients[index] = _like(gradients[index], argument)
+            d_x, d_y, d_logit_scale = backward(grad_output, saved, x, y, _scalar(logit_scale))
+        d_logit_scale = _like(d_logit_scale, logit_scale)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_x, d_y, d_logit_scale
+            d_x, d_y, d_logit_scale = _Once.apply(*(g.requires_grad_() for g in gradients))
+        return d_x, d_y, d_logit_scale

@@ -37,10 +37,12 @@ class _MatmulPrecision:
         self.before = torch.backends.mkldnn.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cpu", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cpu", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", True)
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
@@ -226,7 +228,7 @@ def _backward_sweep_bounded(z, d_z, rows, cols, half, a0, logit_scale, s1, s2):
                 d_z[j:j1].addmm_(t0.T, z_i)
 
 
-def _backward_sweep_running(z, d_z, rows, cols, half, logit_scale, a0_2, d_row_total, s1_2):
+def _backward_sweep_running(z, d_z, rows, cols, half, logit_scale, a0_2, d_row_total):
     """Sweep the upper rows by cols tiles; running maxima, safe for any logits.
 
     d_z: plus the products with the gradient tile of logits
@@ -250,18 +252,16 @@ def _backward_sweep_running(z, d_z, rows, cols, half, logit_scale, a0_2, d_row_t
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
-            t1.mul_(d_row_total)
             t0.add_(a0_2[i:i1, None])
             t0.exp_()
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
                 t0.diagonal(k).fill_(0.0)
-            t0.mul_(d_row_total)
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (half, -half)):
-                t1.diagonal(k).add_(s1_2)
-            d_z[i:i1].addmm_(t1, z_j)
+                t1.diagonal(k).add_(-2.0)
+            d_z[i:i1].addmm_(t1, z_j, alpha=d_row_total)
             if j != i:
-                d_z[j:j1].addmm_(t1.T, z_i)
+                d_z[j:j1].addmm_(t1.T, z_i, alpha=d_row_total)
 
 
 def forward(z, logit_scale):
@@ -269,7 +269,7 @@ def forward(z, logit_scale):
 
     z: [M, D], M = N, contiguous
     logit_scale: [] fp64
-    returns: value [] fp64, outputs (tuple of vectors), saved (dict of tensors and None)
+    returns: value [], outputs (tuple of vectors), saved (dict of tensors and None)
     """
     rows, cols = z.shape[0], z.shape[0]
     logits_pos = _at_positives(z, z) * logit_scale
@@ -313,8 +313,7 @@ def backward(grad_output, saved, z, logit_scale):
         _backward_sweep_bounded(z, d_z, rows, cols, half, a0, logit_scale, s1, s2)
     else:
         a0_2 = -_present(row_lse)
-        s1_2 = -2 * d_row_total
-        _backward_sweep_running(z, d_z, rows, cols, half, logit_scale, a0_2, d_row_total, s1_2)
+        _backward_sweep_running(z, d_z, rows, cols, half, logit_scale, a0_2, d_row_total)
 
     d_logit_scale = 0.5 * _inner(z, d_z)
     d_z.mul_(logit_scale * grad_output)
@@ -369,12 +368,11 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         z, logit_scale, *tensors = ctx.saved_tensors
+        saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
-            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-            gradients = list(backward(grad_output, saved, z, _scalar(logit_scale)))
-            for index, argument in enumerate((z, logit_scale)):
-                gradients[index] = _like(gradients[index], argument)
+            d_z, d_logit_scale = backward(grad_output, saved, z, _scalar(logit_scale))
+        d_logit_scale = _like(d_logit_scale, logit_scale)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_z, d_logit_scale
+            d_z, d_logit_scale = _Once.apply(*(g.requires_grad_() for g in gradients))
+        return d_z, d_logit_scale

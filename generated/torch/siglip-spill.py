@@ -32,10 +32,12 @@ class _MatmulPrecision:
         self.before = torch.backends.mkldnn.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cpu", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cpu", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", True)
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
@@ -112,7 +114,7 @@ def forward(x, y, logit_scale, logit_bias):
     y: [N, D], contiguous
     logit_scale: [] fp64
     logit_bias: [] fp64
-    returns: value [] fp64, outputs (tuple of vectors), saved (dict of tensors and None)
+    returns: value [], outputs (tuple of vectors), saved (dict of tensors and None)
     """
     rows, cols = x.shape[0], y.shape[0]
     d_x = torch.zeros(x.shape, dtype=DTYPE, device=x.device)
@@ -184,18 +186,21 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         x, y, logit_scale, logit_bias = ctx.saved_tensors
-        with torch.no_grad(), _MatmulPrecision():
-            saved, ctx.gradients = ctx.gradients, None
-            if saved is None:  # a second backward: the first one gave the gradients away
-                *_, saved = forward(x, y, _scalar(logit_scale), _scalar(logit_bias))
-            gradients = [saved[name] for name in GRADIENTS]
-            del saved
-            if grad_output != 1:
-                for gradient in gradients:
-                    gradient.mul_(grad_output)
-            for index, argument in enumerate((x, y, logit_scale, logit_bias)):
-                gradients[index] = _like(gradients[index], argument)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second backward: the first one gave the gradients away
+            with torch.no_grad(), _MatmulPrecision():
+                *_, gradients = forward(x, y, _scalar(logit_scale), _scalar(logit_bias))
+        d_x, d_y, d_logit_scale, d_logit_bias = gradients.values()
+        factor = grad_output.item()
+        if factor != 1:
+            for gradient in gradients.values():
+                gradient.mul_(factor)
+        del gradients
+        d_logit_scale = _like(d_logit_scale, logit_scale)
+        d_logit_bias = _like(d_logit_bias, logit_bias)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_x, d_y, d_logit_scale, d_logit_bias
+            d_x, d_y, d_logit_scale, d_logit_bias = _Once.apply(
+                *(g.requires_grad_() for g in gradients)
+            )
+        return d_x, d_y, d_logit_scale, d_logit_bias

@@ -37,10 +37,12 @@ class _MatmulPrecision:
         self.before = torch.backends.mkldnn.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cpu", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cpu", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cpu", True)
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
@@ -213,7 +215,7 @@ def forward(x, y, weight, logit_scale, margin):
     weight: a vector in DTYPE
     logit_scale: [] fp64
     margin: [] fp64
-    returns: value [] fp64, outputs (tuple of vectors), saved (dict of tensors and None)
+    returns: value [], outputs (tuple of vectors), saved (dict of tensors and None)
     """
     rows, cols = x.shape[0], y.shape[0]
     sim_pos = _at_positives(x, y)
@@ -316,14 +318,17 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         x, y, weight, logit_scale, margin, *tensors = ctx.saved_tensors
+        saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
-            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-            gradients = list(
-                backward(grad_output, saved, x, y, weight, _scalar(logit_scale), _scalar(margin))
+            d_x, d_y, d_weight, d_logit_scale, d_margin = backward(
+                grad_output, saved, x, y, weight, _scalar(logit_scale), _scalar(margin)
             )
-            for index, argument in enumerate((x, y, weight, logit_scale, margin)):
-                gradients[index] = _like(gradients[index], argument)
+        d_weight = _like(d_weight, weight)
+        d_logit_scale = _like(d_logit_scale, logit_scale)
+        d_margin = _like(d_margin, margin)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_x, d_y, d_weight, d_logit_scale, d_margin
+            d_x, d_y, d_weight, d_logit_scale, d_margin = _Once.apply(
+                *(g.requires_grad_() for g in gradients)
+            )
+        return d_x, d_y, d_weight, d_logit_scale, d_margin

@@ -102,10 +102,12 @@ class _MatmulPrecision:
         self.before = torch.backends.cuda.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
         torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cuda", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cuda", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", True)
         torch.backends.cuda.matmul.fp32_precision = self.before
 
 
@@ -568,8 +570,6 @@ def _backward_sweep_a_running_kernel(
     a0_log2,
     b1_log2,
     d_row_total,
-    d_col_total,
-    s2_2,
     scalars,
     unsafe,
     d_x,
@@ -610,21 +610,24 @@ def _backward_sweep_a_running_kernel(
             x_tile = x_rows.load([i, k])
             y_tile = y_cols.load([j, k])
             products = tl.dot(x_tile, y_tile.T, products)
-        t3 = _exp2(_fma(products, logit_scale_log2, a0_log2_i[:, None])) * d_row_total
-        t6 = _exp2(_fma(products, logit_scale_log2, b1_log2_j[None, :])) * d_col_total
-        g = t3 + t6
+        g = _exp2(_fma(products, logit_scale_log2, a0_log2_i[:, None])) + _exp2(
+            _fma(products, logit_scale_log2, b1_log2_j[None, :])
+        )
         if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
             on_positive = offs_n[None, :] == offs_m[:, None]
-            lost = tl.sum(tl.where(on_positive, g + s2_2, 0.0), 1)
-            g = tl.where(on_positive, g + s2_2, g)
+            g = tl.where(on_positive, g + -2.0, g)
+        g_logits = g * d_row_total
+        if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
+            on_positive = offs_n[None, :] == offs_m[:, None]
+            lost = tl.sum(tl.where(on_positive, g_logits, 0.0), 1)
             lost -= lost.to(tl.bfloat16).to(tl.float32)
             here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
             here = here & (offs_m < row_stop)
             tl.store(residual_logits + offs_m, lost, mask=here)
         if RAGGED and at_edge:
-            g = tl.where(inside, g, 0.0)
+            g_logits = tl.where(inside, g_logits, 0.0)
         y_part = y_cols_part.load([j, first_d])
-        d_x_i = tl.dot(g.to(tl.bfloat16), y_part, d_x_i)
+        d_x_i = tl.dot(g_logits.to(tl.bfloat16), y_part, d_x_i)
 
     at = offs_m.to(tl.int64)[:, None] * D + offs_part[None, :]
     kept = (offs_m < row_stop)[:, None]
@@ -652,22 +655,7 @@ BACKWARD_SWEEP_A_RUNNING_TILE = {
 
 
 def _backward_sweep_a(
-    x,
-    y,
-    d_x,
-    rows,
-    cols,
-    logit_scale,
-    s2,
-    s3,
-    b0,
-    a1,
-    d_row_total,
-    d_col_total,
-    s2_2,
-    a0,
-    b1,
-    unsafe,
+    x, y, d_x, rows, cols, logit_scale, s2, s3, b0, a1, d_row_total, a0, b1, unsafe
 ):
     """Launch a kernel, by ``unsafe``, once; each program owns a block of d_x."""
     residual_logits = torch.full((rows,), 0.0, dtype=DTYPE, device=x.device)
@@ -717,8 +705,6 @@ def _backward_sweep_a(
         a0_log2,
         b1_log2,
         d_row_total,
-        d_col_total,
-        s2_2,
         scalars_running,
         unsafe,
         d_x,
@@ -770,7 +756,7 @@ def _backward_sweep_b_bounded_kernel(
     offs_n = j + tl.arange(0, BLOCK_N)
     b0_2_j = tl.load(b0_2 + offs_n, mask=offs_n < col_stop, other=0)
     logit_scale_log2 = tl.load(scalars + 0)
-    s2_3_log2 = tl.load(scalars + 1)
+    s2_2_log2 = tl.load(scalars + 1)
     d_y_j = tl.zeros([BLOCK_N, PART_D], tl.float32)
     for tile in range(0, tl.cdiv(row_stop - row_start, BLOCK_M)):
         i = row_start + tile * BLOCK_M
@@ -783,7 +769,7 @@ def _backward_sweep_b_bounded_kernel(
             x_tile = x_rows.load([i, k])
             y_tile = y_cols.load([j, k])
             products = tl.dot(y_tile, x_tile.T, products)
-        g = (b0_2_j[:, None] + a1_2_i[None, :]) * _exp2(_fma(products, logit_scale_log2, s2_3_log2))
+        g = (b0_2_j[:, None] + a1_2_i[None, :]) * _exp2(_fma(products, logit_scale_log2, s2_2_log2))
         if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
             on_positive = offs_n[:, None] == offs_m[None, :]
             g = tl.where(on_positive, g + s3_2, g)
@@ -805,8 +791,6 @@ def _backward_sweep_b_running_kernel(
     a0_2_log2,
     b1_2_log2,
     d_row_total,
-    d_col_total,
-    s2_4,
     scalars,
     unsafe,
     d_y,
@@ -846,16 +830,17 @@ def _backward_sweep_b_running_kernel(
             x_tile = x_rows.load([i, k])
             y_tile = y_cols.load([j, k])
             products = tl.dot(y_tile, x_tile.T, products)
-        t3 = _exp2(_fma(products, logit_scale_log2, a0_2_log2_i[None, :])) * d_row_total
-        t6 = _exp2(_fma(products, logit_scale_log2, b1_2_log2_j[:, None])) * d_col_total
-        g = t3 + t6
+        g = _exp2(_fma(products, logit_scale_log2, a0_2_log2_i[None, :])) + _exp2(
+            _fma(products, logit_scale_log2, b1_2_log2_j[:, None])
+        )
         if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
             on_positive = offs_n[:, None] == offs_m[None, :]
-            g = tl.where(on_positive, g + s2_4, g)
+            g = tl.where(on_positive, g + -2.0, g)
+        g_logits = g * d_row_total
         if RAGGED and at_edge:
-            g = tl.where(inside, g, 0.0)
+            g_logits = tl.where(inside, g_logits, 0.0)
         x_part = x_rows_part.load([i, first_d])
-        d_y_j = tl.dot(g.to(tl.bfloat16), x_part, d_y_j)
+        d_y_j = tl.dot(g_logits.to(tl.bfloat16), x_part, d_y_j)
 
     at = offs_n.to(tl.int64)[:, None] * D + offs_part[None, :]
     kept = (offs_n < col_stop)[:, None]
@@ -883,29 +868,14 @@ BACKWARD_SWEEP_B_RUNNING_TILE = {
 
 
 def _backward_sweep_b(
-    x,
-    y,
-    d_y,
-    rows,
-    cols,
-    logit_scale,
-    s2_3,
-    s3_2,
-    b0_2,
-    a1_2,
-    d_row_total,
-    d_col_total,
-    s2_4,
-    a0_2,
-    b1_2,
-    unsafe,
+    x, y, d_y, rows, cols, logit_scale, s2_2, s3_2, b0_2, a1_2, d_row_total, a0_2, b1_2, unsafe
 ):
     """Launch a kernel, by ``unsafe``, once; each program owns a block of d_y."""
     b0_2 = b0_2.contiguous().float()
     a1_2 = a1_2.contiguous().float()
     a0_2_log2 = (a0_2 * LOG2_E).contiguous().float()
     b1_2_log2 = (b1_2 * LOG2_E).contiguous().float()
-    scalars_bounded = torch.stack([logit_scale * LOG2_E, s2_3 * LOG2_E]).float()
+    scalars_bounded = torch.stack([logit_scale * LOG2_E, s2_2 * LOG2_E]).float()
     scalars_running = torch.stack([logit_scale * LOG2_E]).float()
     unsafe = unsafe.to(torch.int32)
     block_m = BACKWARD_SWEEP_B_BOUNDED_TILE["BLOCK_M"]
@@ -946,8 +916,6 @@ def _backward_sweep_b(
         a0_2_log2,
         b1_2_log2,
         d_row_total,
-        d_col_total,
-        s2_4,
         scalars_running,
         unsafe,
         d_y,
@@ -1031,49 +999,17 @@ def backward(grad_output, saved, x, y, logit_scale):
     s3 = d_col_positive - d_row_total
     a0 = -_present(row_lse)
     b1 = -_present(col_lse)
-    s2_2 = d_col_positive - d_row_total
     residual_logits = _backward_sweep_a(
-        x,
-        y,
-        d_x,
-        rows,
-        cols,
-        logit_scale,
-        s2,
-        s3,
-        b0,
-        a1,
-        d_row_total,
-        d_col_total,
-        s2_2,
-        a0,
-        b1,
-        unsafe,
+        x, y, d_x, rows, cols, logit_scale, s2, s3, b0, a1, d_row_total, a0, b1, unsafe
     )
     b0_2 = d_col_total * col_lse_inverse
     a1_2 = d_row_total * row_lse_inverse
-    s2_3 = -row_lse_shift
+    s2_2 = -row_lse_shift
     s3_2 = d_col_positive - d_row_total
     a0_2 = -_present(row_lse)
     b1_2 = -_present(col_lse)
-    s2_4 = d_col_positive - d_row_total
     _backward_sweep_b(
-        x,
-        y,
-        d_y,
-        rows,
-        cols,
-        logit_scale,
-        s2_3,
-        s3_2,
-        b0_2,
-        a1_2,
-        d_row_total,
-        d_col_total,
-        s2_4,
-        a0_2,
-        b1_2,
-        unsafe,
+        x, y, d_y, rows, cols, logit_scale, s2_2, s3_2, b0_2, a1_2, d_row_total, a0_2, b1_2, unsafe
     )
     _add_at_positives(residual_logits, x, y, d_x, d_y)
     d_logit_scale = _inner(x, d_x)
@@ -1130,12 +1066,13 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         x, y, logit_scale, *tensors = ctx.saved_tensors
+        saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
-            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-            gradients = list(backward(grad_output, saved, x, y, _scalar(logit_scale)))
-            for index, argument in enumerate((x, y, logit_scale)):
-                gradients[index] = _like(gradients[index], argument)
+            d_x, d_y, d_logit_scale = backward(grad_output, saved, x, y, _scalar(logit_scale))
+        d_x = _like(d_x, x)
+        d_y = _like(d_y, y)
+        d_logit_scale = _like(d_logit_scale, logit_scale)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_x, d_y, d_logit_scale
+            d_x, d_y, d_logit_scale = _Once.apply(*(g.requires_grad_() for g in gradients))
+        return d_x, d_y, d_logit_scale

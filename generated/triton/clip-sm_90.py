@@ -103,10 +103,12 @@ class _MatmulPrecision:
         self.before = torch.backends.cuda.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
         torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cuda", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cuda", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", True)
         torch.backends.cuda.matmul.fp32_precision = self.before
 
 
@@ -572,8 +574,6 @@ def _backward_sweep_running_kernel(
     a0_log2,
     b1_log2,
     d_row_total,
-    d_col_total,
-    s2_2,
     scalars,
     unsafe,
     g_logits,
@@ -607,18 +607,21 @@ def _backward_sweep_running_kernel(
         x_tile = x_rows.load([i, k])
         y_tile = y_cols.load([j, k])
         products = tl.dot(x_tile, y_tile.T, products)
-    t3 = _exp2(_fma(products, logit_scale_log2, a0_log2_i[:, None])) * d_row_total
-    t6 = _exp2(_fma(products, logit_scale_log2, b1_log2_j[None, :])) * d_col_total
-    g = t3 + t6
+    g = _exp2(_fma(products, logit_scale_log2, a0_log2_i[:, None])) + _exp2(
+        _fma(products, logit_scale_log2, b1_log2_j[None, :])
+    )
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None]
-        lost = tl.sum(tl.where(on_positive, g + s2_2, 0.0), 1)
-        g = tl.where(on_positive, g + s2_2, g)
+        g = tl.where(on_positive, g + -2.0, g)
+    g_logits_tile = g * d_row_total
+    if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
+        on_positive = offs_n[None, :] == offs_m[:, None]
+        lost = tl.sum(tl.where(on_positive, g_logits_tile, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
         here = (offs_m >= j) & (offs_m < min(j + BLOCK_N, col_stop))
         here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
-    g_logits.store([i - row_start, j - col_start], g.to(g_logits.dtype))
+    g_logits.store([i - row_start, j - col_start], g_logits_tile.to(g_logits.dtype))
 
 
 BACKWARD_SWEEP_BOUNDED_TILE = {
@@ -652,8 +655,6 @@ def _backward_sweep(
     b0,
     a1,
     d_row_total,
-    d_col_total,
-    s2_2,
     a0,
     b1,
     grad_output,
@@ -710,8 +711,6 @@ def _backward_sweep(
                 a0_log2,
                 b1_log2,
                 d_row_total,
-                d_col_total,
-                s2_2,
                 scalars_running,
                 unsafe,
                 g_logits_tiles,
@@ -802,7 +801,6 @@ def backward(grad_output, saved, x, y, logit_scale):
     s3 = d_col_positive - d_row_total
     a0 = -_present(row_lse)
     b1 = -_present(col_lse)
-    s2_2 = d_col_positive - d_row_total
     residual_logits, inner_x = _backward_sweep(
         x,
         y,
@@ -816,8 +814,6 @@ def backward(grad_output, saved, x, y, logit_scale):
         b0,
         a1,
         d_row_total,
-        d_col_total,
-        s2_2,
         a0,
         b1,
         grad_output,
@@ -877,12 +873,13 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         x, y, logit_scale, *tensors = ctx.saved_tensors
+        saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
-            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-            gradients = list(backward(grad_output, saved, x, y, _scalar(logit_scale)))
-            for index, argument in enumerate((x, y, logit_scale)):
-                gradients[index] = _like(gradients[index], argument)
+            d_x, d_y, d_logit_scale = backward(grad_output, saved, x, y, _scalar(logit_scale))
+        d_x = _like(d_x, x)
+        d_y = _like(d_y, y)
+        d_logit_scale = _like(d_logit_scale, logit_scale)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_x, d_y, d_logit_scale
+            d_x, d_y, d_logit_scale = _Once.apply(*(g.requires_grad_() for g in gradients))
+        return d_x, d_y, d_logit_scale

@@ -102,10 +102,12 @@ class _MatmulPrecision:
         self.before = torch.backends.cuda.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
         torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cuda", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cuda", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", True)
         torch.backends.cuda.matmul.fp32_precision = self.before
 
 
@@ -596,7 +598,6 @@ def _backward_sweep_running_kernel(
     z_cols,
     a0_2_log2,
     d_row_total,
-    s1_2,
     scalars,
     unsafe,
     g_logits,
@@ -632,21 +633,22 @@ def _backward_sweep_running_kernel(
         z_col_tile = z_cols.load([j, k])
         products = tl.dot(z_row_tile, z_col_tile.T, products)
     t2 = _exp2(_fma(products, logit_scale_log2, a0_2_log2_j[None, :]))
-    t6 = _exp2(_fma(products, logit_scale_log2, a0_2_log2_i[:, None]))
+    t5 = _exp2(_fma(products, logit_scale_log2, a0_2_log2_i[:, None]))
     if _crosses(i, j, 0, BLOCK_M, BLOCK_N):
         on_self = offs_n[None, :] == offs_m[:, None]
         t2 = tl.where(on_self, 0.0, t2)
-        t6 = tl.where(on_self, 0.0, t6)
-    g = t2 * d_row_total + t6 * d_row_total
+        t5 = tl.where(on_self, 0.0, t5)
+    g = t2 + t5
     if _crosses(i, j, half, BLOCK_M, BLOCK_N) | _crosses(i, j, -half, BLOCK_M, BLOCK_N):
         on_positive = (offs_n[None, :] == offs_m[:, None] + half) | (
             offs_n[None, :] == offs_m[:, None] - half
         )
-        g = tl.where(on_positive, g + s1_2, g)
+        g = tl.where(on_positive, g + -2.0, g)
+    g_logits_tile = g * d_row_total
     if _crosses(i, j, half, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == (offs_m + half)[:, None]
         partner = offs_m + half
-        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost = tl.sum(tl.where(on_positive, g_logits_tile, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
         here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))
         here = here & (offs_m < row_stop)
@@ -656,14 +658,14 @@ def _backward_sweep_running_kernel(
     if _crosses(i, j, -half, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == (offs_m - half)[:, None]
         partner = offs_m - half
-        lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
+        lost = tl.sum(tl.where(on_positive, g_logits_tile, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
         here = (partner >= j) & (partner < min(j + BLOCK_N, col_stop))
         here = here & (offs_m < row_stop)
         tl.store(residual_logits + offs_m, lost, mask=here)
         if row_start != col_start:
             tl.store(residual_logits + partner, lost, mask=here)
-    g_logits.store([i - row_start, j - col_start], g.to(g_logits.dtype))
+    g_logits.store([i - row_start, j - col_start], g_logits_tile.to(g_logits.dtype))
 
 
 BACKWARD_SWEEP_BOUNDED_TILE = {
@@ -684,9 +686,7 @@ BACKWARD_SWEEP_RUNNING_TILE = {
 }
 
 
-def _backward_sweep(
-    z, d_z, rows, cols, half, logit_scale, s1, s2, a0, d_row_total, s1_2, a0_2, unsafe
-):
+def _backward_sweep(z, d_z, rows, cols, half, logit_scale, s1, s2, a0, d_row_total, a0_2, unsafe):
     """Launch a kernel, by ``unsafe``, on the upper panels of at most TILE_M by TILE_N."""
     residual_logits = torch.full((rows,), 0.0, dtype=DTYPE, device=z.device)
     a0 = a0.contiguous().float()
@@ -732,7 +732,6 @@ def _backward_sweep(
                 z_cols,
                 a0_2_log2,
                 d_row_total,
-                s1_2,
                 scalars_running,
                 unsafe,
                 g_logits_tiles,
@@ -802,9 +801,8 @@ def backward(grad_output, saved, z, logit_scale):
     s1 = -row_lse_shift
     s2 = -2 * d_row_total
     a0_2 = -_present(row_lse)
-    s1_2 = -2 * d_row_total
     residual_logits = _backward_sweep(
-        z, d_z, rows, cols, half, logit_scale, s1, s2, a0, d_row_total, s1_2, a0_2, unsafe
+        z, d_z, rows, cols, half, logit_scale, s1, s2, a0, d_row_total, a0_2, unsafe
     )
     _add_at_positives(residual_logits, z, z, d_z, None)
     d_logit_scale = 0.5 * _inner(z, d_z)
@@ -860,12 +858,12 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         z, logit_scale, *tensors = ctx.saved_tensors
+        saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
-            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-            gradients = list(backward(grad_output, saved, z, _scalar(logit_scale)))
-            for index, argument in enumerate((z, logit_scale)):
-                gradients[index] = _like(gradients[index], argument)
+            d_z, d_logit_scale = backward(grad_output, saved, z, _scalar(logit_scale))
+        d_z = _like(d_z, z)
+        d_logit_scale = _like(d_logit_scale, logit_scale)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_z, d_logit_scale
+            d_z, d_logit_scale = _Once.apply(*(g.requires_grad_() for g in gradients))
+        return d_z, d_logit_scale

@@ -109,10 +109,12 @@ class _MatmulPrecision:
         self.before = torch.backends.cuda.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
         torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cuda", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cuda", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", True)
         torch.backends.cuda.matmul.fp32_precision = self.before
 
 
@@ -435,17 +437,22 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         x, y, logit_scale, logit_bias = ctx.saved_tensors
-        with torch.no_grad(), _MatmulPrecision():
-            saved, ctx.gradients = ctx.gradients, None
-            if saved is None:  # a second backward: the first one gave the gradients away
-                *_, saved = forward(x, y, _scalar(logit_scale), _scalar(logit_bias))
-            gradients = [saved[name] for name in GRADIENTS]
-            del saved
-            for gradient in gradients:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second backward: the first one gave the gradients away
+            with torch.no_grad(), _MatmulPrecision():
+                *_, gradients = forward(x, y, _scalar(logit_scale), _scalar(logit_bias))
+        d_x, d_y, d_logit_scale, d_logit_bias = gradients.values()
+        with torch.no_grad():
+            for gradient in gradients.values():
                 gradient.mul_(grad_output)
-            for index, argument in enumerate((x, y, logit_scale, logit_bias)):
-                gradients[index] = _like(gradients[index], argument)
+        del gradients
+        d_x = _like(d_x, x)
+        d_y = _like(d_y, y)
+        d_logit_scale = _like(d_logit_scale, logit_scale)
+        d_logit_bias = _like(d_logit_bias, logit_bias)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_x, d_y, d_logit_scale, d_logit_bias
+            d_x, d_y, d_logit_scale, d_logit_bias = _Once.apply(
+                *(g.requires_grad_() for g in gradients)
+            )
+        return d_x, d_y, d_logit_scale, d_logit_bias

@@ -89,10 +89,12 @@ class _MatmulPrecision:
         self.before = torch.backends.cuda.matmul.fp32_precision
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
         torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
-        torch.set_autocast_enabled("cuda", False)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", False)
 
     def __exit__(self, *_):
-        torch.set_autocast_enabled("cuda", self.autocast)
+        if self.autocast:
+            torch.set_autocast_enabled("cuda", True)
         torch.backends.cuda.matmul.fp32_precision = self.before
 
 
@@ -571,14 +573,18 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, *_):
         x, y, weight, logit_scale, margin, *tensors = ctx.saved_tensors
+        saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
-            saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-            gradients = list(
-                backward(grad_output, saved, x, y, weight, _scalar(logit_scale), _scalar(margin))
+            d_x, d_y, d_logit_scale, d_margin = backward(
+                grad_output, saved, x, y, weight, _scalar(logit_scale), _scalar(margin)
             )
-            for index, argument in enumerate((x, y, logit_scale, margin)):
-                gradients[index] = _like(gradients[index], argument)
+        d_x = _like(d_x, x)
+        d_y = _like(d_y, y)
+        d_logit_scale = _like(d_logit_scale, logit_scale)
+        d_margin = _like(d_margin, margin)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated
-            gradients = _Once.apply(*(g.requires_grad_() for g in gradients))
-        by_name = dict(zip(GRADIENTS, gradients, strict=True))
-        return tuple(by_name.get(name) for name in ARGUMENTS)
+            gradients = d_x, d_y, d_logit_scale, d_margin
+            d_x, d_y, d_logit_scale, d_margin = _Once.apply(
+                *(g.requires_grad_() for g in gradients)
+            )
+        return d_x, d_y, None, d_logit_scale, d_margin

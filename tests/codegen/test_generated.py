@@ -28,7 +28,7 @@ from tests.tiles import emit, schedules_of
 from tests.zoo_case import Case, sample
 
 FOLDER = Path(__file__).parents[2] / "generated" / "torch"
-PROBLEM = Problem(16384, 16384, 512)
+D = 512
 BUDGET = "256MiB"
 MACHINE = "xeon-amx-2c"
 
@@ -44,11 +44,12 @@ def weighted_margin(sim, logit_scale, margin):
 
 @dataclass(frozen=True)
 class Golden:
-    """One file of ``generated/``: a loss, a schedule and a kind of positives."""
+    """One file of ``generated/``: a loss, a schedule, a kind of positives, rows and columns."""
 
     loss: LossIR
     schedule: str
     positives: Positives = "paired"
+    rows: int = 16384
 
     @property
     def name(self) -> str:
@@ -73,7 +74,7 @@ class Golden:
             self.loss,
             hardware,
             budget,
-            PROBLEM,
+            Problem(self.rows, self.rows, D),
             self.positives,
             self.case.needs,
             "ieee",
@@ -86,6 +87,7 @@ GOLDENS = (
     Golden(find("clip"), "spill"),
     Golden(find("clip"), "retain"),
     Golden(find("clip"), "spill", "ids"),
+    Golden(find("clip"), "dense", rows=256),
     Golden(find("infonce"), "panel"),
     Golden(find("siglip"), "spill"),
     Golden(find("nt_xent"), "spill", "views"),
@@ -168,7 +170,7 @@ def test_generated_file_is_right(golden: Golden):
 
     module = load_source(path_of(golden).read_text(), golden.name)
     rows = 1030 if golden.case.square else 530
-    exact = sample(golden.case, m=rows, n=1030, d=PROBLEM.D, seed=5)
+    exact = sample(golden.case, m=rows, n=1030, d=D, seed=5)
     named = {**exact.tensors, **exact.parameters}
     values = {n: t.detach().float().requires_grad_() for n, t in exact.tensors.items()}
     values |= {n: t.detach().clone().requires_grad_() for n, t in exact.parameters.items()}

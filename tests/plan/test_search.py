@@ -327,7 +327,7 @@ def test_rejected_tiles_are_no_faster_than_the_chosen_one() -> None:
 
 
 def test_candidates_are_ordered_and_begin_with_the_fastest() -> None:
-    r = request(clip, rows=2048, budget="64MiB")
+    r = request(clip, rows=2048, budget="128MiB")
     plans = plan_candidates(r)
     assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
     assert {p.schedule for p in plans} == {"recompute", "spill", "retain", "dense"}

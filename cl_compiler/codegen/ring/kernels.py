@@ -294,14 +294,13 @@ def kernel_pass_printer(
     names: Names,
     name: str,
     cast: bool,
-    fresh: set[str],
 ) -> PassPrinter:
     """The printer of a pass whose tiles are a kernel's; slots, which share nothing between rows,
     are PyTorch's."""
     if pass_.is_slots:
-        return PassPrinter(program, pass_, mode, names, name, cast, fresh)
+        return PassPrinter(program, pass_, mode, names, name, cast)
     kind = LocalKernelPrinter if is_local(pass_.grid) else KernelPassPrinter
-    return kind(target, program, pass_, mode, names, name, cast, fresh)
+    return kind(target, program, pass_, mode, names, name, cast)
 
 
 class KernelStagePrinter(RingStagePrinter):

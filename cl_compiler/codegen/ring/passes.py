@@ -84,13 +84,12 @@ class RingPassPrinter(PassPrinter):
         names: Names,
         name: str,
         cast: bool,
-        fresh: set[str],
     ) -> None:
         self.travels = 0 if pass_.sides == ("right",) else 1
         self.sent: dict[str, None] = {}
         self.lengths: dict[int, str] = {}
         """Side → something of its length: a grid of ids alone has no operands."""
-        super().__init__(program, pass_, mode, names, name, cast, fresh)
+        super().__init__(program, pass_, mode, names, name, cast)
 
     # -- names -----------------------------------------------------------------------------------
 
@@ -187,7 +186,6 @@ class RingPassPrinter(PassPrinter):
             remake=[],
             symmetric=p.symmetric,
             whole_rows=False,
-            whole=False,
             slots=False,
             keep="",
             needs_block="",
@@ -256,11 +254,10 @@ def pass_printer(
     names: Names,
     name: str,
     cast: bool,
-    fresh: set[str],
 ) -> PassPrinter:
     """The printer of a pass: without peers where a rank has both sides to itself."""
     kind = PassPrinter if is_local(pass_.grid) else RingPassPrinter
-    return kind(program, pass_, mode, names, name, cast, fresh)
+    return kind(program, pass_, mode, names, name, cast)
 
 
 __all__ = ["RingNames", "RingPassPrinter", "RingPassText", "pass_printer"]

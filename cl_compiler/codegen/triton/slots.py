@@ -54,13 +54,13 @@ class _SlotPrinter(PassPrinter):
     on_device = True
 
     def text(self) -> PassText:
-        self.products = _SlotProducts(self, set())
+        self.products = _SlotProducts(self)
         return super().text()
 
 
 def slot_pass(program: Program, pass_: Pass, names: Names, name: str, cast: bool) -> PassPrinter:
     """The printer of a pass over slots, whose sums are safe for any logits."""
-    return _SlotPrinter(program, pass_, program.modes[-1], names, name, cast, set())
+    return _SlotPrinter(program, pass_, program.modes[-1], names, name, cast)
 
 
 def obstacle_of_slots(program: Program) -> str:
