@@ -56,7 +56,11 @@ def _without_unused_locals(function: str) -> str:
                     break
     for match in re.finditer(r"^ +(\w+(?:, \w+)+) = ", function, re.M):
         names = match.group(1).split(", ")
-        kept = [n if len(re.findall(rf"\b{n}\b", function)) > 1 else "_" for n in names]
+        code = re.sub(r'(?<!f)"[^"\n]*"', '""', function)  # words of a message are no names
+        kept = [n if len(re.findall(rf"\b{n}\b", code)) > 1 else "_" for n in names]
+        if set(kept) == {"_"} and ".shape[" in match.string[match.end() :].split("\n")[0]:
+            function = re.sub(rf"\n{re.escape(match.group())}[^\n]*", "", function)
+            continue
         function = function.replace(f" {match.group(1)} = ", f" {', '.join(kept)} = ")
     return function
 
