@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cl_compiler.cache import CacheKey, Entry, Variant, cache_key, fetch
 from cl_compiler.codegen.templates import template_root
 from cl_compiler.errors import (
-    ArgumentError,
+    CompilerError,
     HardwareError,
     LossDefinitionError,
 )
@@ -26,7 +26,7 @@ from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import SCHEDULES
 from cl_compiler.lang.ring import CANONICAL, CANONICAL_CHUNK, CLUSTER_SCHEDULES
-from cl_compiler.options import canonical_schedule, check_options
+from cl_compiler.options import canonical_schedule, check_on_group, check_options
 from cl_compiler.plan.precision import products_of
 from cl_compiler.plan.problems import check_problem
 from cl_compiler.plan.requests import loss_to_json, request_to_json
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from cl_compiler.runtime.function import CompiledLoss
     from cl_compiler.runtime.group import RankGroup
     from cl_compiler.runtime.group_loss import GroupLoss
+
+
+TIMEOUT_S = 600.0
+"""How long a rank waits for another."""
 
 
 def compile_loss(
@@ -57,7 +61,7 @@ def compile_loss(
     group: Any = None,
     mesh: Any = None,
     grad_convention: Literal["mean", "sum", "global"] = "mean",
-    timeout_s: float = 600.0,
+    timeout_s: float = TIMEOUT_S,
 ) -> CompiledLoss:
     """Compile a loss for a machine and a memory budget.
 
@@ -104,28 +108,28 @@ def compile_loss(
         BudgetError: with ``problem``, no plan fits; without, the first call says so.
         GroupError: a rank of the group is gone or late.
     """
-    on_group = group is not None or mesh is not None
-    if deterministic == CANONICAL:
-        schedule = canonical_schedule(schedule, on_group)
-    schedules = (*CLUSTER_SCHEDULES, CANONICAL) if on_group else SCHEDULES
-    check_options(precision, schedule, schedules, nonfinite, deterministic, verify, tune)
-    if on_group:
-        from cl_compiler.runtime.group import RankGroup, process_group
+    if group is not None or mesh is not None:
+        from cl_compiler.runtime.group import RankGroup, check_group_options, process_group
 
-        if verify:
-            raise ArgumentError(
-                "verify=True on a group: the sample would have to be the same on every rank; "
-                "verify the loss in one process, where the same tiles run."
-            )
-        if tune:
-            raise ArgumentError(
-                "tune=True on a group: ranks would choose different plans; tune the loss in one "
-                "process with a rank's share of the problem."
-            )
-        ranks = RankGroup(process_group(group, mesh), timeout_s, grad_convention)
+        parent, wrong = process_group(group, mesh), None
+        try:
+            if deterministic == CANONICAL:
+                schedule = canonical_schedule(schedule, True)
+            schedules = (*CLUSTER_SCHEDULES, CANONICAL)
+            check_options(precision, schedule, schedules, nonfinite, deterministic, verify, tune)
+            check_on_group(verify, tune)
+            check_group_options(timeout_s, grad_convention)
+            find_loss(loss)
+        except CompilerError as error:  # the others are told: they make the group, too
+            wrong, timeout_s, grad_convention = error, TIMEOUT_S, "mean"
+        ranks = RankGroup(parent, timeout_s, grad_convention)
         machine = (hardware_spec, memory_budget)
         with ranks.closing_on_error():
+            ranks.agree(wrong)
             return _on_group(ranks, machine, loss, problem, precision, schedule, nonfinite)
+    if deterministic == CANONICAL:
+        schedule = canonical_schedule(schedule, False)
+    check_options(precision, schedule, SCHEDULES, nonfinite, deterministic, verify, tune)
     from cl_compiler.runtime.function import CompiledLoss
 
     hardware = load_hardware(hardware_spec)

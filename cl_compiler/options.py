@@ -55,4 +55,22 @@ def canonical_schedule(schedule: str, on_group: bool) -> str:
     return CANONICAL
 
 
-__all__ = ["canonical_schedule", "check_options"]
+def check_on_group(verify: bool, tune: bool) -> None:
+    """Refuse what one process does alone.
+
+    Raises:
+        ArgumentError: the message says what to do instead.
+    """
+    if verify:
+        raise ArgumentError(
+            "verify=True on a group: the sample would have to be the same on every rank; "
+            "verify the loss in one process, where the same tiles run."
+        )
+    if tune:
+        raise ArgumentError(
+            "tune=True on a group: ranks would choose different plans; tune the loss in one "
+            "process with a rank's share of the problem."
+        )
+
+
+__all__ = ["canonical_schedule", "check_on_group", "check_options"]

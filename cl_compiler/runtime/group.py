@@ -69,22 +69,19 @@ class RankGroup:
     def __init__(
         self, parent: dist.ProcessGroup, timeout_s: float, convention: GradConvention
     ) -> None:
-        if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-            raise ArgumentError(f"timeout_s={timeout_s!r}: give seconds above zero.")
-        if convention not in CONVENTIONS:
-            known = ", ".join(CONVENTIONS)
-            raise ArgumentError(f"grad_convention={convention!r}: use one of {known}.")
+        check_group_options(timeout_s, convention)
         self.parent, self.timeout_s, self.convention = parent, float(timeout_s), convention
-        self.backend = dist.get_backend(parent)
+        self.backend = _backend_of(parent)
         members = dist.get_process_group_ranks(parent)
-        self.group = dist.new_group(
-            members,
-            timeout=timedelta(seconds=self.timeout_s),
-            backend=self.backend,
-            # Processes outside of the parent need not call this.
-            use_local_synchronization=len(members) < dist.get_world_size(),
-            sort_ranks=False,
-        )
+        with _next_name(parent):
+            self.group = dist.new_group(
+                members,
+                timeout=timedelta(seconds=self.timeout_s),
+                backend=self.backend,
+                # Processes outside of the parent need not call this.
+                use_local_synchronization=len(members) < dist.get_world_size(),
+                sort_ranks=False,
+            )
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.device = torch.device("cpu")
         if self.backend != "gloo":
@@ -135,6 +132,27 @@ class RankGroup:
             except Exception:
                 texts.append("unknown")
         return texts
+
+    def agree(self, error: Exception | None) -> None:
+        """Whether every rank can go on; before anything else, and on all of them.
+
+        Raises:
+            error: of this rank.
+            ArgumentError: another rank has one.
+            GroupError: a rank did not say in time.
+        """
+        self._store.set(f"asked/{self.rank}", "" if error is None else str(error))
+        if error is not None:
+            raise error
+        keys = [f"asked/{rank}" for rank in range(self.world_size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=self.timeout_s))
+        except RuntimeError as late:
+            raise self.failure(late) from late
+        said = {rank: self._store.get(key).decode() for rank, key in enumerate(keys)}
+        wrong = [f"rank {rank}: {text}" for rank, text in said.items() if text]
+        if wrong:
+            raise ArgumentError(f"compile_loss on a group: {'; '.join(wrong)}")
 
     def share(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, as JSON values, on every rank.
@@ -218,11 +236,7 @@ class RankGroup:
         self._failed = self._failed or "the group was closed."
         self._watch.close()
         with contextlib.suppress(Exception):
-            names = distributed_c10d._world.pg_names
-            name = names[self.group]
             dist.destroy_process_group(self.group)
-            if self.world_size < dist.get_world_size():
-                names[_Taken()] = name  # type: ignore[index]
         del self.group, self._store  # and their connections
 
 
@@ -230,15 +244,46 @@ def _quote(rank: int, text: str) -> str:
     return text if text.startswith("rank ") else f"rank {rank} failed: {text}"
 
 
-class _Taken:
-    """Keeps the name of a group that was taken down.
+_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+"""Of each parent, how many groups were made."""
 
-    A group of the same ranks of the world would get the same name, and meet in what the first one
-    left in the store; PyTorch takes another name while this one is taken.
+
+@contextlib.contextmanager
+def _next_name(parent: dist.ProcessGroup) -> Iterator[None]:
+    """While it is entered, a new group is called after its parent, and after how many that had.
+
+    PyTorch calls a group of some ranks after how many groups this process knows, which members of
+    overlapping groups need not agree about: they would wait for each other under different names.
     """
+    _MADE[parent] = _MADE.get(parent, 0) + 1
+    name = f"cl_compiler/{parent.group_name}/{_MADE[parent]}"
+    plain = distributed_c10d._process_group_name
+    distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        distributed_c10d._process_group_name = plain
 
-    def shutdown(self) -> None:
-        """As PyTorch calls it when all groups are taken down."""
+
+def _backend_of(parent: dist.ProcessGroup) -> str:
+    """One backend, also where the parent has one for each kind of device."""
+    backend = str(dist.get_backend(parent))
+    if backend in ("gloo", "nccl"):
+        return backend
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def check_group_options(timeout_s: Any, convention: Any) -> None:
+    """Whether a group can be made with these.
+
+    Raises:
+        ArgumentError: the timeout is no positive number, or there is no such convention.
+    """
+    if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+        raise ArgumentError(f"timeout_s={timeout_s!r}: give seconds above zero.")
+    if convention not in CONVENTIONS:
+        known = ", ".join(CONVENTIONS)
+        raise ArgumentError(f"grad_convention={convention!r}: use one of {known}.")
 
 
 class _Watched:
@@ -295,4 +340,11 @@ def _watching(method: Callable[..., Any]) -> Callable[..., Any]:
     return post
 
 
-__all__ = ["CONVENTIONS", "GradConvention", "RankGroup", "guarded_ring", "process_group"]
+__all__ = [
+    "CONVENTIONS",
+    "GradConvention",
+    "RankGroup",
+    "check_group_options",
+    "guarded_ring",
+    "process_group",
+]

@@ -75,6 +75,16 @@ def partial_groups(rank: int) -> dict[str, Any]:
     apart.close()
     again = compiled(group=pairs[rank % 2])  # the same members once more
     found["after it was closed"] = error(again, rank, members)
+    two, three = dist.new_group([0, 1]), dist.new_group([1, 2, 3])  # rank 1 is in both
+    if rank < 2:
+        found["overlapping, two"] = error(compiled(group=two), rank, [0, 1])
+    if rank > 0:
+        found["overlapping, three"] = error(compiled(group=three), rank, [1, 2, 3])
+    try:
+        compiled(group=dist.group.WORLD, precision="wrong" if rank == 2 else "auto")
+    except Exception as refusal:
+        found["wrong option"] = f"{type(refusal).__name__}: {refusal}"
+    found["after a wrong option"] = error(compiled(group=dist.group.WORLD), rank, [0, 1, 2, 3])
     dist.barrier()
     dist.destroy_process_group()
     return found

@@ -20,9 +20,13 @@ from tests.zoo_case import Case, sample
 
 
 def test_groups_of_some_ranks():
-    """Not contiguous, two at once, a dimension of a mesh; made again after they were closed."""
-    for outcome in launch(partial_groups, 4):
+    """Not contiguous, two at once, a dimension of a mesh; made again after they were closed;
+    overlapping, so that one rank has made more groups than the others; refused by one rank."""
+    for rank, outcome in enumerate(launch(partial_groups, 4)):
         found = outcome.needed()
+        wrong = found.pop("wrong option")
+        assert "ArgumentError" in wrong and "precision='wrong'" in wrong
+        assert rank == 2 or "rank 2: " in wrong
         assert "ArgumentError" in found.pop("2-D mesh")
         assert "ArgumentError" in found.pop("no member")
         assert max(found.values()) < 2e-6, found
