@@ -9,7 +9,7 @@ import typer
 
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import working, write, write_code, write_json, write_table
-from cl_compiler.cli.requests import Question, ask, changed, refuse_others, request_of
+from cl_compiler.cli.requests import Question, ask, changed, check_path, refuse_others, request_of
 
 if TYPE_CHECKING:
     from cl_compiler.plan.types import Plan, Request
@@ -148,10 +148,7 @@ def _compare(question: Question, other: Question, json: bool) -> dict[str, Any]:
 
 
 def _draw(question: Question, path: Path, json: bool) -> dict[str, Any]:
-    if path.suffix not in _PICTURES:
-        raise typer.BadParameter(f"--graph {path}: the suffix is one of {', '.join(_PICTURES)}")
-    if not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--graph {path}: there is no such folder")
+    check_path("--graph", path, _PICTURES)
     hardware_path = path.with_stem(f"{path.stem}-hardware")
     with working("drawing", ("plan", "loss graph", "hardware graph")) as step:
         from cl_compiler.cli.draw import draw_loss_graph

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
@@ -16,7 +17,7 @@ import typer
 
 from cl_compiler.cli.options import DEFAULT_PROBLEM
 from cl_compiler.cli.output import in_options
-from cl_compiler.errors import CompilerError
+from cl_compiler.errors import ArgumentError, CompilerError
 
 if TYPE_CHECKING:
     from cl_compiler.hardware.spec import HardwareSpec
@@ -29,6 +30,7 @@ __all__ = [
     "ask",
     "budget_of",
     "changed",
+    "check_path",
     "hardware_of",
     "problem_of",
     "reading",
@@ -132,6 +134,25 @@ def changed(question: Question, changes: Iterable[str]) -> Question:
     return replace(question, **values)  # type: ignore[arg-type]
 
 
+def check_path(option: str, path: Path, suffixes: Collection[str] = ()) -> None:
+    """Refuse a file that could not be written, before the work.
+
+    Args:
+        option: that names it.
+        path: of the file.
+        suffixes: those that say how it is written; none where any will do.
+
+    Raises:
+        typer.BadParameter: its suffix is another one, it is a folder, or its folder is missing.
+    """
+    if suffixes and path.suffix not in suffixes:
+        raise typer.BadParameter(f"{option} {path}: the suffix is one of {', '.join(suffixes)}")
+    if path.is_dir():
+        raise typer.BadParameter(f"{option} {path}: this is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{option} {path}: there is no such folder")
+
+
 @contextmanager
 def reading(option: str) -> Iterator[None]:
     """What the compiler says about an option's value is about the command line: exit code 2.
@@ -169,6 +190,8 @@ def problem_of(question: Question) -> Problem:
 
     with reading("--problem"):
         rows, *_, features = sizes = parse_sizes(question.problem)
+        if min(sizes) < 1:
+            raise ArgumentError(f"{question.problem} has a size of 0; sizes are at least 1.")
         cols = sizes[1] if len(sizes) == 3 else question.M or rows
         return Problem(
             question.M or rows,

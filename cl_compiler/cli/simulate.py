@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +11,12 @@ import typer
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import Table, working, write, write_json, write_table
 from cl_compiler.cli.ranks import Budgets, Ranks, Speeds, in_words, on_ranks, ranks_of, table_of
-from cl_compiler.cli.requests import ask, request_of
-from cl_compiler.cli.simulate_report import draw, write_page
+from cl_compiler.cli.requests import ask, check_path, request_of
+from cl_compiler.cli.simulate_report import GANTT_SUFFIXES, draw, write_page
 from cl_compiler.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from cl_compiler.errors import CompilerError
     from cl_compiler.lang.sweeps import SweepPlan
     from cl_compiler.plan.shards import RankShares
     from cl_compiler.plan.simulate import Run
@@ -62,6 +62,10 @@ def simulate(
     The problem is that of all ranks together, spread evenly, or as --speeds and --budgets advise.
     Seconds rest on the rates of the preset, or of `cl-compiler calibrate`.
     """
+    if gantt is not None:
+        check_path("--gantt", gantt, GANTT_SUFFIXES)
+    if page is not None:
+        check_path("--html", page, (".html", ".htm"))
     differing = ranks_of(speeds, budgets, budget)
     question = ask(
         hardware=hardware, budget=budget, loss=loss, problem=problem, M=None, N=None, D=None,
@@ -80,40 +84,58 @@ def simulate(
             differing,
             max_batch,
         )
-    best = min(found, key=lambda name: found[name].run.seconds) if found else ""
+    if not found:
+        raise _nothing(asked, refused)
+    best = min(found, key=lambda name: found[name].run.seconds)
     title = f"{loss} on {asked.hardware.name}"
-    if gantt is not None and best:
+    if gantt is not None:
         draw(found[best].run, f"{title}: {best}", gantt)
     if json:
-        _write_json(asked, found, refused, best)
+        _write_json(asked, found, {name: str(why) for name, why in refused.items()}, best)
     else:
+        write(f"{title}: {_shards(asked, whole.problem.M, differing)}\n")
         _write_text(asked, found, refused, best, differing)
     if page is not None:
         notes = [f"not {name}: {why}" for name, why in refused.items()]
-        notes += [_fastest(found[best])] if best else []
+        notes += [f"fastest: {best}, {_fastest(found[best])}"]
+        notes += [_in_rows(best, found[best])] if differing is not None else []
         runs = [(name, of.run) for name, of in found.items()]
-        write_page(page, f"{title}: {_shards(asked)}", _tables(asked, found), notes, runs)
+        shards = _shards(asked, whole.problem.M, differing)
+        write_page(page, f"{title}: {shards}", _tables(asked, found), notes, runs)
 
 
 @dataclass(frozen=True)
 class _Found:
     """One schedule: its plan and run; the largest batch that fits.
 
-    Where ranks differ, ``shares`` are advised and ``uneven`` is their run; ``even`` that of even
-    shards, if they fit.
+    Where ranks differ, ``plan`` and ``run`` are of the ``shares`` that are advised, and ``even`` is
+    these ranks' run with even shards, if they fit.
     """
 
     plan: Plan
     run: Run
-    even: Run | None = None
-    uneven: Run | None = None
     shares: RankShares | None = None
+    even: Run | None = None
     largest: int | None = None
 
     @property
     def cluster(self) -> ClusterPlan:
         assert self.plan.cluster is not None
         return self.plan.cluster
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the rank that holds most."""
+        return self.plan.peak_bytes if self.shares is None else max(self.shares.peak_bytes)
+
+    @property
+    def sent_bytes(self) -> int:
+        """By a rank: every shard passes it, so they count by their mean."""
+        sent = self.cluster.forward_bytes + self.cluster.backward_bytes
+        if self.shares is None:
+            return sent
+        rows = self.shares.rows
+        return round(sent * sum(rows) / (len(rows) * self.plan.problem.M))
 
 
 def _write_json(
@@ -122,16 +144,16 @@ def _write_json(
     refused: dict[str, str],
     best: str,
 ) -> None:
-    advised = _advised(found)
+    shares = found[best].shares
     write_json(
         {
             "hardware": asked.hardware.name,
             "ranks": asked.group_size,
-            "fastest": best or None,
+            "fastest": best,
             "schedules": {name: _record(of) for name, of in found.items()},
             "refused": refused,
             "other_losses_bytes": dict(_others(asked)),
-            **({} if advised is None else {"advised_rows": _record(advised)["advised_rows"]}),
+            **({} if shares is None else {"advised_rows": list(shares.rows)}),
         }
     )
 
@@ -139,30 +161,20 @@ def _write_json(
 def _write_text(
     asked: Request,
     found: dict[str, _Found],
-    refused: dict[str, str],
+    refused: dict[str, CompilerError],
     best: str,
     ranks: Ranks | None,
 ) -> None:
-    write(f"{asked.loss.name} on {asked.hardware.name}: {_shards(asked)}\n")
     schedules, others = _tables(asked, found)
     write_table(schedules)
     for name, why in refused.items():
         write(f"not {name}: {why}")
-    if not best:
-        return
-    write(f"\nfastest: {best}, {_fastest(found[best])}")
-    of = _advised(found)
-    if ranks is not None and of is not None:
-        assert of.uneven is not None and of.shares is not None
-        even = "; even shards do not fit"
-        if of.even is not None:
-            even = f", {format_seconds(of.even.seconds)} with even shards"
-        write(
-            f"ranks that differ: {of.cluster.schedule} takes {format_seconds(of.uneven.seconds)} "
-            f"with rows {in_words(of.shares.rows)}{even}"
-        )
+    of = found[best]
+    write(f"\nfastest: {best}, {_fastest(of)}")
+    if ranks is not None and of.shares is not None:
+        write(_in_rows(best, of))
         if ranks.budgets:
-            asks = format_bytes(of.shares.plan.peak_bytes)
+            asks = format_bytes(of.plan.peak_bytes)
             write(f"memory_budget of all of them, so that each keeps within its own: {asks}\n")
             columns = ("ranks", "speed", "rows", "memory", "budget")
             rows = tuple(table_of(ranks, of.shares))
@@ -170,11 +182,32 @@ def _write_text(
     write_table(others)
 
 
-def _shards(asked: Request) -> str:
+def _nothing(asked: Request, refused: dict[str, CompilerError]) -> CompilerError:
+    """Why there is no schedule, each by its own reason."""
+    from cl_compiler.errors import BudgetError, ScheduleError
+
+    short = any(isinstance(why, BudgetError) for why in refused.values())
+    reasons = "\n".join(f"not {name}: {why}" for name, why in refused.items())
+    kind = BudgetError if short else ScheduleError
+    return kind(f"{asked.loss.name} on {asked.hardware.name} has no schedule:\n{reasons}")
+
+
+def _shards(asked: Request, total: int, ranks: Ranks | None) -> str:
     share = asked.problem
-    return (
-        f"{asked.group_size} ranks with shards of {share.M} x {share.N}, D={share.D} {share.dtype}"
-    )
+    sizes = f"shards of {share.M} x {share.N}"
+    if ranks is not None:
+        sizes = f"shards, as they are advised, of {total} rows in all"
+    return f"{asked.group_size} ranks with {sizes}, D={share.D} {share.dtype}"
+
+
+def _in_rows(name: str, of: _Found) -> str:
+    """The rows that are advised, and what even shards would take."""
+    assert of.shares is not None
+    even = "even shards do not fit"
+    if of.even is not None:
+        even = f"{format_seconds(of.even.seconds)} with even shards"
+    seconds, rows = format_seconds(of.run.seconds), in_words(of.shares.rows)
+    return f"ranks that differ: {name} takes {seconds} with rows {rows}; {even}"
 
 
 def _fastest(of: _Found) -> str:
@@ -182,15 +215,9 @@ def _fastest(of: _Found) -> str:
     return f"bound by {of.run.bound_by}; hides its exchange {hides}"
 
 
-def _advised(found: dict[str, _Found]) -> _Found | None:
-    """The fastest with shards for ranks that differ."""
-    uneven = [of for of in found.values() if of.uneven is not None]
-    return min(uneven, key=lambda of: of.uneven.seconds if of.uneven else math.inf, default=None)
-
-
 def _simulated(
     request: Request, total: int, drawn_ranks: int, ranks: Ranks | None, max_batch: bool
-) -> tuple[dict[str, _Found], dict[str, str]]:
+) -> tuple[dict[str, _Found], dict[str, CompilerError]]:
     from cl_compiler.codegen.ring.backend import plan_group
     from cl_compiler.errors import CompilerError
     from cl_compiler.lang.ring import CLUSTER_SCHEDULES
@@ -199,13 +226,13 @@ def _simulated(
 
     sweeps = plan_sweeps(request.loss, request.positives, request.needs)
     found: dict[str, _Found] = {}
-    refused: dict[str, str] = {}
+    refused: dict[str, CompilerError] = {}
     for schedule in CLUSTER_SCHEDULES:
         asked = replace(request, schedule=schedule)
         try:
             of = _one(asked, sweeps, total, drawn_ranks, ranks)
         except CompilerError as error:
-            refused[schedule] = str(error)
+            refused[schedule] = error
             continue
         if max_batch:
             of = replace(of, largest=largest_shard(asked, sweeps, plan_group) * request.group_size)
@@ -235,12 +262,10 @@ def _one(
     plan, program, rows = shares.plan, shares.program, shares.rows
     uneven = run(plan, program, hardware, speeds=speeds, shards=rows, drawn_ranks=drawn_ranks)
     try:
-        plan, program = plan_group(asked, sweeps)
+        even = run(*plan_group(asked, sweeps), hardware, speeds=speeds)
     except BudgetError:
-        alone = run(plan, program, hardware, shards=rows, drawn_ranks=drawn_ranks)
-        return _Found(plan, alone, None, uneven, shares)
-    even = run(plan, program, hardware, speeds=speeds)
-    return _Found(plan, run(plan, program, hardware, drawn_ranks=drawn_ranks), even, uneven, shares)
+        return _Found(plan, uneven, shares)
+    return _Found(plan, uneven, shares, even)
 
 
 def _record(of: _Found) -> dict[str, Any]:
@@ -248,15 +273,15 @@ def _record(of: _Found) -> dict[str, Any]:
         "seconds": of.run.seconds,
         "forward_s": of.run.forward_s,
         "waiting_s": of.run.waiting_s,
-        "peak_bytes": of.plan.peak_bytes,
-        "sent_bytes": of.cluster.forward_bytes + of.cluster.backward_bytes,
+        "peak_bytes": of.peak_bytes,
+        "sent_bytes": of.sent_bytes,
         "chunk_rows": of.cluster.chunk,
         "hiding_rows": of.cluster.hiding_rows,
     }
-    if of.uneven is not None and of.shares is not None:
+    if of.shares is not None:
         record |= {
             "advised_rows": list(of.shares.rows),
-            "advised_shards_s": of.uneven.seconds,
+            "advised_shards_s": of.run.seconds,
             "even_shards_s": None if of.even is None else of.even.seconds,
             "peak_bytes_of_ranks": list(of.shares.peak_bytes),
             "memory_budget_bytes": of.shares.plan.peak_bytes,
@@ -267,26 +292,28 @@ def _record(of: _Found) -> dict[str, Any]:
 def _tables(asked: Request, found: dict[str, _Found]) -> tuple[Table, Table]:
     rows = []
     for name, of in found.items():
-        sent = of.cluster.forward_bytes + of.cluster.backward_bytes
-        row = (
+        row = [
             name,
             str(of.cluster.chunk),
-            format_bytes(of.plan.peak_bytes),
-            format_bytes(sent),
+            format_bytes(of.peak_bytes),
+            format_bytes(of.sent_bytes),
             format_seconds(of.run.forward_s),
             format_seconds(of.run.seconds),
             f"{of.run.waiting_s / of.run.seconds:.1%}",
-        )
-        rows.append(row if of.largest is None else (*row, f"{of.largest:,}"))
-    columns: tuple[str, ...] = (
-        "schedule", "chunk", "memory", "sent", "forward", "step", "waiting",
-    )  # fmt: skip
+        ]
+        if of.shares is not None:
+            row.append("does not fit" if of.even is None else format_seconds(of.even.seconds))
+        rows.append(tuple(row if of.largest is None else [*row, f"{of.largest:,}"]))
+    columns = ["schedule", "chunk", "memory", "sent", "forward", "step", "waiting"]
+    differ = any(of.shares is not None for of in found.values())
+    if differ:
+        columns.append("step, even shards")
     if any(of.largest is not None for of in found.values()):
-        columns = (*columns, "largest batch")
+        columns.append("largest batch, even shards" if differ else "largest batch")
     others = tuple((name, format_bytes(count)) for name, count in _others(asked))
     title = "\nwhat other losses take on one rank, by their formulas"
     return (
-        Table("", columns, tuple(rows), frozenset(range(1, len(columns)))),
+        Table("", tuple(columns), tuple(rows), frozenset(range(1, len(columns)))),
         Table(title, ("loss", "memory"), others, frozenset({1})),
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cl_compiler.cli.output import Table
+    from cl_compiler.plan.clock import Event
     from cl_compiler.plan.simulate import Run
 
-__all__ = ["draw", "write_page"]
+__all__ = ["GANTT_SUFFIXES", "draw", "write_page"]
 
+GANTT_SUFFIXES = (".png", ".svg")
 _COLOURS = {"compute": "#2f6ea5", "send": "#7fb069", "gradient": "#c0622b", "wait": "#d0d3d8"}
+_LANES = {"compute": (0.0, "products"), "wait": (0.0, "products"), "send": (0.45, "send")}
+"""Of each kind its line, and the events that follow one another there; gradients have their own."""
+_PIXELS = 1200
+"""Across a chart, about: narrower bars cannot be told apart."""
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:62rem;padding:0 1rem}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;text-align:left;"
@@ -28,27 +35,69 @@ _STYLE = (
 def chart(run: Run, title: str) -> Figure:
     """A Gantt chart: two lines a rank, products and waiting above what it sends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     ranks = 1 + max((e.rank for e in run.events), default=0)
     figure = Figure(figsize=(10, 1.2 + 0.5 * ranks))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    bars = legible(run.events)
     for what, colour in _COLOURS.items():
-        bars = [e for e in run.events if e.what == what]
-        lane = {"compute": 0.0, "wait": 0.0}.get(what, 0.45)
-        axes.barh(
-            [e.rank + lane for e in bars],
-            [1e3 * (e.end_s - e.start_s) for e in bars],
-            left=[1e3 * e.start_s for e in bars],
-            height=0.4,
-            color=colour,
-            label=what,
-        )
+        top = _LANES.get(what, (0.45, what))[0] - 0.2
+        corners = [
+            [(1e3 * x, e.rank + top + dy) for x, dy in zip(xs, (0.0, 0.0, 0.4, 0.4), strict=True)]
+            for e in bars
+            if e.what == what
+            for xs in [(e.start_s, e.end_s, e.end_s, e.start_s)]
+        ]
+        # an edge, and no rounding to pixels: what is narrow is faint, and not gone
+        shape = PolyCollection(corners, facecolors=colour, edgecolors=colour, linewidths=0.3)
+        shape.set_snap(False)
+        axes.add_collection(shape)
+    axes.autoscale_view()
     axes.set(xlabel="ms", ylabel="rank", title=title)
     axes.invert_yaxis()
-    axes.legend(loc="upper right", fontsize=7)
+    legend = [Patch(color=colour, label=what) for what, colour in _COLOURS.items()]
+    axes.legend(handles=legend, loc="upper right", fontsize=7)
     return figure
+
+
+def legible(events: Iterable[Event]) -> list[Event]:
+    """Bars that can be told apart: of those that fit into a pixel together, one of each kind.
+
+    It is as long as they are, so that a lane of narrow bars keeps its mixture.
+    """
+    lanes: dict[tuple[int, str], list[Event]] = {}
+    for event in events:
+        lane = _LANES.get(event.what, (0.45, event.what))[1]
+        lanes.setdefault((event.rank, lane), []).append(event)
+    pixel_s = max((e.end_s for line in lanes.values() for e in line), default=0.0) / _PIXELS
+    found: list[Event] = []
+    for line in lanes.values():
+        group: list[Event] = []
+        for event in sorted(line, key=lambda e: e.start_s):
+            if group and event.end_s - group[0].start_s > pixel_s:
+                found += _one_of_each(group)
+                group = []
+            group.append(event)
+        found += _one_of_each(group)
+    return found
+
+
+def _one_of_each(group: Sequence[Event]) -> list[Event]:
+    """Events of a lane, those of a kind joined, in the order in which they first began."""
+    lengths: dict[str, float] = {}
+    for event in group:
+        lengths[event.what] = lengths.get(event.what, 0.0) + event.end_s - event.start_s
+    end, start = max(e.end_s for e in group), group[0].start_s
+    joined = []
+    for what, length in lengths.items():
+        until = min(start + length, end)
+        joined.append(replace(group[0], what=what, start_s=start, end_s=until))
+        start = until
+    return joined
 
 
 def draw(run: Run, title: str, path: Path) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from itertools import pairwise
+
 import pytest
 
+from cl_compiler.cli.simulate_report import legible
 from cl_compiler.lang.ring import CLUSTER_SCHEDULES
+from cl_compiler.plan.clock import Event
+from cl_compiler.units import format_seconds
 
 CLUSTER = ["--hardware", "a800-4x8", "--problem", "32768x256"]
 
@@ -46,8 +52,68 @@ def test_ranks_that_differ_get_shards_that_differ(cli, cli_json):
     found = cli_json("simulate", *machine)
     assert found["advised_rows"] == [8000, 8000, 4000, 8000]
     for of in found["schedules"].values():
-        assert of["seconds"] < of["advised_shards_s"] < 0.85 * of["even_shards_s"]
-    assert "8000 on 3 of them, 4000 on 1 of them" in cli("simulate", *machine).stdout
+        assert of["seconds"] == of["advised_shards_s"] < 0.85 * of["even_shards_s"]
+    alike = cli_json("simulate", *machine[:-2])["schedules"]
+    assert all(of["seconds"] > alike[name]["seconds"] for name, of in found["schedules"].items())
+    text = cli("simulate", *machine).stdout
+    assert "8000 on 3 of them, 4000 on 1 of them" in text and "step, even shards" in text
+    best = found["schedules"][found["fastest"]]
+    assert best["seconds"] == min(of["seconds"] for of in found["schedules"].values())
+    (line,) = [x for x in text.splitlines() if x.startswith(found["fastest"])]
+    for seconds in (best["seconds"], best["even_shards_s"]):
+        assert format_seconds(seconds) in line
+
+
+def test_bars_too_narrow_to_see_are_joined_and_keep_their_lengths():
+    rng = random.Random(7)
+    events, now = [], [0.0, 0.0]
+    for _ in range(6000):
+        rank, what = rng.randrange(2), rng.choice(["compute", "wait"])
+        until = now[rank] + rng.expovariate(1e3) * (500 if rng.random() < 0.01 else 1)
+        events.append(Event(rank, what, now[rank], until))
+        now[rank] = until
+    bars, pixel_s = legible(events), max(now) / 1200
+    assert len(bars) < 4800 < len(events)  # of two kinds, at most one each in two pixels
+    for rank in range(2):
+        for what in ("compute", "wait"):
+            length = sum(e.end_s - e.start_s for e in bars if (e.rank, e.what) == (rank, what))
+            exact = sum(e.end_s - e.start_s for e in events if (e.rank, e.what) == (rank, what))
+            assert length == pytest.approx(exact)
+        lane = [e for e in bars if e.rank == rank]
+        assert all(a.end_s <= b.start_s + 1e-9 for a, b in pairwise(lane))
+    wide = [e for e in events if e.end_s - e.start_s > pixel_s]
+    assert wide and set(wide) <= set(bars)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--gantt x.banana", "the suffix is one of .png, .svg"),
+        ("--gantt missing/x.png", "there is no such folder"),
+        ("--html missing/x.html", "there is no such folder"),
+        ("--html x.banana", "the suffix is one of .html"),
+        ("--html folder.html", "this is a folder"),
+        ("--problem 0x64", "--problem: 0x64 has a size of 0"),
+    ],
+)
+def test_what_could_not_be_written_or_read_is_refused_before_the_work(
+    cli, options, words, tmp_path, monkeypatch
+):
+    (tmp_path / "folder.html").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cl_compiler.cli.simulate._simulated", None)
+    result = cli("simulate", *options.split())
+    assert result.exit_code == 2 and words in " ".join(result.output.replace("│", " ").split())
+    assert "--M " not in result.output
+
+
+@pytest.mark.parametrize("budget", ["--budget 1KiB", f"--budgets {','.join(['1KiB'] * 32)}"])
+def test_nothing_fits(cli, budget):
+    result = cli("simulate", *CLUSTER, *budget.split())
+    assert result.exit_code == 1 and not result.stdout
+    for name in CLUSTER_SCHEDULES:
+        (line,) = [x for x in result.stderr.splitlines() if x.startswith(f"not {name}: ")]
+        assert name == "half_ring" or "1.0 KiB" in line
 
 
 def test_ranks_of_little_memory_get_fewer_rows(cli, cli_json):
