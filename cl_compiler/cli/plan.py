@@ -60,7 +60,7 @@ def plan(
     with working("planning", steps) as step:
         from cl_compiler.codegen.backend import max_batch as find_largest
         from cl_compiler.codegen.backend import plan_of
-        from cl_compiler.codegen.ring.backend import plan_group
+        from cl_compiler.codegen.ring.backend import fits_group, plan_group
         from cl_compiler.lang.sweeps import plan_sweeps
         from cl_compiler.plan.record import plan_to_json
         from cl_compiler.plan.report import explain
@@ -75,7 +75,7 @@ def plan(
             asked = on_ranks(request, 0, differing)
             total = request.problem.M
             shares = shares_of_ranks(
-                asked, sweeps, total, differing.speeds, differing.budgets, plan_group
+                asked, sweeps, total, differing.speeds, differing.budgets, plan_group, fits_group
             )
         chosen = plan_of(request, sweeps) if shares is None else shares.plan
         largest = None

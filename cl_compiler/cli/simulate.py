@@ -16,6 +16,8 @@ from cl_compiler.cli.simulate_report import GANTT_SUFFIXES, draw, write_page
 from cl_compiler.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cl_compiler.errors import CompilerError
     from cl_compiler.lang.sweeps import SweepPlan
     from cl_compiler.plan.shards import RankShares
@@ -72,17 +74,17 @@ def simulate(
         dtype=dtype, precision=precision, schedule="auto", positives=positives,
         gradients=gradients, slots=slots, bank=bank, operands=operand,
     )  # fmt: skip
-    with working("simulating", ["plans", "events"]) as step:
+    with working("simulating", _steps(max_batch)) as step:
         step()
         whole = request_of(question)
         asked = on_ranks(whole, ranks, differing)
-        step()
         found, refused = _simulated(
             asked,
             whole.problem.M,
             0 if gantt is None and page is None else _GANTT_RANKS,
             differing,
             max_batch,
+            step,
         )
     if not found:
         raise _nothing(asked, refused)
@@ -215,10 +217,23 @@ def _fastest(of: _Found) -> str:
     return f"bound by {of.run.bound_by}; hides its exchange {hides}"
 
 
+def _steps(max_batch: bool) -> list[str]:
+    """What is done one after the other."""
+    from cl_compiler.lang.ring import CLUSTER_SCHEDULES
+
+    each = ("", ", the largest batch") if max_batch else ("",)
+    return ["the machine and the loss", *(s + what for s in CLUSTER_SCHEDULES for what in each)]
+
+
 def _simulated(
-    request: Request, total: int, drawn_ranks: int, ranks: Ranks | None, max_batch: bool
+    request: Request,
+    total: int,
+    drawn_ranks: int,
+    ranks: Ranks | None,
+    max_batch: bool,
+    step: Callable[[], None],
 ) -> tuple[dict[str, _Found], dict[str, CompilerError]]:
-    from cl_compiler.codegen.ring.backend import plan_group
+    from cl_compiler.codegen.ring.backend import fits_group
     from cl_compiler.errors import CompilerError
     from cl_compiler.lang.ring import CLUSTER_SCHEDULES
     from cl_compiler.lang.sweeps import plan_sweeps
@@ -229,13 +244,17 @@ def _simulated(
     refused: dict[str, CompilerError] = {}
     for schedule in CLUSTER_SCHEDULES:
         asked = replace(request, schedule=schedule)
+        step()
         try:
             of = _one(asked, sweeps, total, drawn_ranks, ranks)
         except CompilerError as error:
             refused[schedule] = error
+            if max_batch:
+                step()
             continue
         if max_batch:
-            of = replace(of, largest=largest_shard(asked, sweeps, plan_group) * request.group_size)
+            step()
+            of = replace(of, largest=largest_shard(asked, sweeps, fits_group) * request.group_size)
         found[schedule] = of
     return found, refused
 
@@ -248,7 +267,7 @@ def _one(
     Raises:
         CompilerError: the loss or the ranks cannot use it.
     """
-    from cl_compiler.codegen.ring.backend import plan_group
+    from cl_compiler.codegen.ring.backend import fits_group, plan_group
     from cl_compiler.errors import BudgetError
     from cl_compiler.plan.shards import shares_of_ranks
     from cl_compiler.plan.simulate import simulate as run
@@ -258,7 +277,9 @@ def _one(
         plan, program = plan_group(asked, sweeps)
         return _Found(plan, run(plan, program, hardware, drawn_ranks=drawn_ranks))
     speeds = ranks.relative_speeds
-    shares = shares_of_ranks(asked, sweeps, total, ranks.speeds, ranks.budgets, plan_group)
+    shares = shares_of_ranks(
+        asked, sweeps, total, ranks.speeds, ranks.budgets, plan_group, fits_group
+    )
     plan, program, rows = shares.plan, shares.program, shares.rows
     uneven = run(plan, program, hardware, speeds=speeds, shards=rows, drawn_ranks=drawn_ranks)
     try:

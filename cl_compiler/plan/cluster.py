@@ -26,10 +26,11 @@ from cl_compiler.lang.ring import (
 )
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan.exchange import exchange_seconds, hiding_rows, hops_of, levels_of
+from cl_compiler.plan.limits import fits_at_all, scaled
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.memory import compile_memory
 from cl_compiler.plan.search import choose_plan, plan_with_tile
-from cl_compiler.plan.space import RingProgram, at, sizes_of
+from cl_compiler.plan.space import RingProgram, at, sizes_of, space_of
 from cl_compiler.plan.travel import Travel, buffer_bytes, posted_bytes, shards_sent, travels_of
 from cl_compiler.plan.types import ClusterPlan, Plan, Problem, Request, Tile
 from cl_compiler.units import format_bytes
@@ -84,6 +85,13 @@ class Share:
         problem, ranks = self.request.problem, self.request.group_size
         return buffer_bytes(self.schedule, travel, problem, ranks, self.chunk, self.node)
 
+    @property
+    def most_on_its_way(self) -> int:
+        """Of all passes, bytes."""
+        none = (Travel("forward", 0, 0),)
+        travels = travels_of(self.program, self.request.problem) or none
+        return max(sum(self.buffers(travel)) for travel in travels)
+
     def too_little(self, needed_bytes: int) -> BudgetError:
         """The budget does not hold what is needed."""
         p, budget = self.request.problem, self.request.budget.device_bytes
@@ -105,9 +113,8 @@ def plan_of_tiles(share: Share) -> Plan:
     Raises:
         BudgetError: nothing fits; the message says what would.
     """
-    request, program = share.request, share.program
-    travels = travels_of(program, request.problem) or (Travel("forward", 0, 0),)
-    shards = max(sum(share.buffers(t)) for t in travels)
+    request = share.request
+    shards = share.most_on_its_way
     rest = request.budget.device_bytes - shards
     if rest < 1:
         raise share.too_little(shards)
@@ -123,6 +130,46 @@ def plan_of_tiles(share: Share) -> Plan:
     return replace(plan, memory=memory, peak_bytes=peak, peak_phase=phase)
 
 
+def tiles_fit(share: Share) -> bool:
+    """Whether a share has a plan in PyTorch's tiles: the smallest of them tell."""
+    budget = share.request.budget
+    if share.schedule == CANONICAL:
+        _, memory = memory_of(share, Tile(share.chunk, share.chunk))
+        return sum(count for _, count in memory) <= budget.device_bytes
+    rest = budget.device_bytes - share.most_on_its_way
+    if rest < 1:
+        return False
+    alone = replace(share.alone, budget=replace(budget, device_bytes=rest))
+    return fits_at_all(space_of(alone, share.sweeps, None, share.ring))
+
+
+def group_fits(
+    request: Request, sweeps: SweepPlan, share_fits: Callable[[Share], bool] = tiles_fit
+) -> Callable[[int], bool]:
+    """Of rows on every rank, columns in proportion: whether ``choose_cluster_plan`` has a plan.
+
+    Passes are lowered once, whatever the rows; and a share fits where its least chunks do.
+
+    Raises:
+        ScheduleError: as ``choose_cluster_plan``.
+    """
+    machine = machine_of(hardware_graph(request.hardware))
+    usable, _ = _usable(request, sweeps, machine)
+    nodes = {name: _node(machine, name, request.group_size) for name in usable}
+    programs = {name: _program(sweeps, name) for name in usable}
+
+    def fits(rows: int) -> bool:
+        asked = replace(request, problem=scaled(request.problem, rows))
+        *_, least = _chunks(asked.problem)
+        chunks = {name: CANONICAL_CHUNK if name == CANONICAL else least for name in usable}
+        return any(
+            share_fits(Share(asked, sweeps, programs[name], name, chunks[name], nodes[name]))
+            for name in usable
+        )
+
+    return fits
+
+
 def choose_cluster_plan(
     request: Request, sweeps: SweepPlan, plan_share: SharePlanner = plan_of_tiles
 ) -> tuple[Plan, Program]:
@@ -135,33 +182,12 @@ def choose_cluster_plan(
         ScheduleError: the loss cannot use the schedule, or cannot run on a group.
         BudgetError: nothing fits; the message says what would.
     """
-    reasons = ring_schedules(sweeps)
-    machine = machine_of(hardware_graph(request.hardware))
-    if not reasons["two_level"] and levels_of(machine, request.group_size) is None:
-        reasons["two_level"] = (
-            f"{request.hardware.name} has no nodes of several ranks with links inside and between"
-        )
-    if request.schedule == CANONICAL:
-        reasons[CANONICAL] = canonical_obstacle(sweeps)
-    wanted = CLUSTER_SCHEDULES if request.schedule == "auto" else (request.schedule,)
-    usable = [name for name in wanted if not reasons[name]]
-    if not usable:
-        others = ", ".join(s for s, reason in reasons.items() if not reason)
-        hint = f" Usable: {others}." if others else ""
-        raise ScheduleError(
-            f"{sweeps.ir.name} cannot use {' or '.join(wanted)} on a group of ranks: "
-            f"{reasons[wanted[0]]}.{hint}"
-        )
+    usable, reasons = _usable(request, sweeps, machine_of(hardware_graph(request.hardware)))
     found: dict[str, _Candidate] = {}
     programs: dict[str, Program] = {}
     obstacles: dict[str, BudgetError | ScheduleError] = {}
     for name in usable:
-        programs[name] = build_ring_program(
-            sweeps,
-            owner_computes=name in OWNER_COMPUTES,
-            canonical=name == CANONICAL,
-            half=name == HALF_RING,
-        )
+        programs[name] = _program(sweeps, name)
         try:
             found[name] = _candidate(request, sweeps, programs[name], name, plan_share)
         except (BudgetError, ScheduleError) as error:
@@ -181,6 +207,38 @@ def choose_cluster_plan(
     chosen = found[best]
     cluster = replace(chosen.cluster, rejected=tuple(rejected))
     return replace(chosen.plan, cluster=cluster), programs[best]
+
+
+def _usable(
+    request: Request, sweeps: SweepPlan, machine: Machine
+) -> tuple[list[str], dict[str, str]]:
+    """Cluster schedules that are asked for and possible; every schedule → "" or why it is not."""
+    reasons = ring_schedules(sweeps)
+    if not reasons["two_level"] and levels_of(machine, request.group_size) is None:
+        reasons["two_level"] = (
+            f"{request.hardware.name} has no nodes of several ranks with links inside and between"
+        )
+    if request.schedule == CANONICAL:
+        reasons[CANONICAL] = canonical_obstacle(sweeps)
+    wanted = CLUSTER_SCHEDULES if request.schedule == "auto" else (request.schedule,)
+    usable = [name for name in wanted if not reasons[name]]
+    if not usable:
+        others = ", ".join(s for s, reason in reasons.items() if not reason)
+        hint = f" Usable: {others}." if others else ""
+        raise ScheduleError(
+            f"{sweeps.ir.name} cannot use {' or '.join(wanted)} on a group of ranks: "
+            f"{reasons[wanted[0]]}.{hint}"
+        )
+    return usable, reasons
+
+
+def _program(sweeps: SweepPlan, schedule: str) -> Program:
+    return build_ring_program(
+        sweeps,
+        owner_computes=schedule in OWNER_COMPUTES,
+        canonical=schedule == CANONICAL,
+        half=schedule == HALF_RING,
+    )
 
 
 def _candidate(
@@ -288,7 +346,9 @@ __all__ = [
     "Share",
     "SharePlanner",
     "choose_cluster_plan",
+    "group_fits",
     "memory_of",
     "on_their_way",
     "plan_of_tiles",
+    "tiles_fit",
 ]

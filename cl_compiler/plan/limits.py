@@ -89,6 +89,11 @@ def smallest(space: Space, schedule: Schedule) -> Point:
     return space.point(schedule, tile, kept)
 
 
+def fits_at_all(space: Space) -> bool:
+    """Whether any schedule has a plan within the budget."""
+    return any(smallest(space, s).peak_bytes <= space.limit_bytes for s in space.schedules())
+
+
 def budget_error(space: Space) -> BudgetError:
     """Say what was asked for, what it needs and what would fit."""
     request, problem = space.request, space.request.problem
@@ -112,4 +117,12 @@ def budget_error(space: Space) -> BudgetError:
     )
 
 
-__all__ = ["budget_error", "largest", "largest_batch", "max_batch", "scaled", "smallest"]
+__all__ = [
+    "budget_error",
+    "fits_at_all",
+    "largest",
+    "largest_batch",
+    "max_batch",
+    "scaled",
+    "smallest",
+]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from cl_compiler.errors import ArgumentError, BudgetError
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.plan.cluster import Share, choose_cluster_plan, memory_of
+from cl_compiler.plan.cluster import Share, choose_cluster_plan, group_fits, memory_of
 from cl_compiler.plan.limits import largest, scaled
 from cl_compiler.plan.memory import GRADIENTS, RETURNED
 from cl_compiler.plan.types import MemoryBudget, Plan, Request
@@ -17,6 +17,8 @@ from cl_compiler.units import format_bytes
 
 GroupPlanner = Callable[[Request, SweepPlan], tuple[Plan, Program]]
 """Plans a request of a group; raises BudgetError where nothing fits."""
+GroupFits = Callable[[Request, SweepPlan], Callable[[int], bool]]
+"""Whether a planner would plan a request of a group with so many rows on each rank."""
 OF_ROWS = (GRADIENTS, RETURNED)
 """What is in proportion to a rank's own rows; tiles and what is on its way are not."""
 ROUNDS = 16
@@ -26,7 +28,7 @@ ROUNDS = 16
 def largest_shard(
     request: Request,
     sweeps: SweepPlan,
-    plan_of: GroupPlanner = choose_cluster_plan,
+    fits_of: GroupFits = group_fits,
     enough: int = 0,
 ) -> int:
     """The most rows that every rank of a group can have within its budget; 0: not even one.
@@ -36,21 +38,13 @@ def largest_shard(
     Args:
         request: of one rank, with ``group_size``; a schedule, or "auto" for the best of them.
         sweeps: the loss in sweeps.
-        plan_of: plans a request, or raises BudgetError.
+        fits_of: says which rows can be planned.
         enough: rows beyond which nobody looks; 0: there are none.
 
     Raises:
         ScheduleError: the loss cannot use the schedule.
     """
-
-    def fits(rows: int) -> bool:
-        asked = replace(request, problem=scaled(request.problem, rows))
-        try:
-            plan_of(asked, sweeps)
-        except BudgetError:
-            return False
-        return True
-
+    fits = fits_of(request, sweeps)
     return enough if enough and fits(enough) else largest(fits)
 
 
@@ -118,6 +112,7 @@ def shares_of_ranks(
     speeds: Sequence[float],
     budgets: Sequence[int] = (),
     plan_of: GroupPlanner = choose_cluster_plan,
+    fits_of: GroupFits = group_fits,
 ) -> RankShares:
     """Shards in proportion to speed where memory allows, and one plan that fits on every rank.
 
@@ -130,6 +125,7 @@ def shares_of_ranks(
         speeds: of each rank, in any unit.
         budgets: bytes of each rank.
         plan_of: plans a request, or raises BudgetError.
+        fits_of: says which rows it can plan.
 
     Raises:
         ArgumentError: as ``advised_rows``.
@@ -142,7 +138,7 @@ def shares_of_ranks(
     if isinstance(found, RankShares):
         return found
     by_budget = {
-        b: largest_shard(_within(request, b), sweeps, plan_of, total) for b in sorted(set(budgets))
+        b: largest_shard(_within(request, b), sweeps, fits_of, total) for b in sorted(set(budgets))
     }
     most = [by_budget[b] for b in budgets]
     for _ in range(ROUNDS):
@@ -210,4 +206,11 @@ def _peaks(
     return tuple(found[n] for n in rows)
 
 
-__all__ = ["GroupPlanner", "RankShares", "advised_rows", "largest_shard", "shares_of_ranks"]
+__all__ = [
+    "GroupFits",
+    "GroupPlanner",
+    "RankShares",
+    "advised_rows",
+    "largest_shard",
+    "shares_of_ranks",
+]

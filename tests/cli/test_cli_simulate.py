@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -149,9 +150,18 @@ def test_what_is_no_list_of_ranks(cli, options, words):
         assert cli("plan", "--hardware", "xeon-amx-2c", *options.split()).exit_code == 2
 
 
-@pytest.mark.full
-def test_the_largest_batch_is_in_the_table(cli, cli_json):
+def test_the_largest_batch_is_in_the_table(cli, cli_json, monkeypatch):
     options = [*CLUSTER, "--budget", "96MiB", "--max-batch"]
     found = cli_json("simulate", *options)["schedules"]
     assert all(of["max_batch"] % 32 == 0 and of["max_batch"] >= 32768 for of in found.values())
+    begun: list[str] = []
+
+    @contextmanager
+    def noted(what, steps):
+        waiting = iter(steps)
+        yield lambda: begun.append(next(waiting))
+        assert begun == steps
+
+    monkeypatch.setattr("cl_compiler.cli.simulate.working", noted)
     assert f"{found['ring_owner']['max_batch']:,}" in cli("simulate", *options).stdout
+    assert {f"{name}, the largest batch" for name in CLUSTER_SCHEDULES} < set(begun)

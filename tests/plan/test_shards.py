@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from cl_compiler.codegen.ring.backend import fits_group, plan_group
 from cl_compiler.errors import ArgumentError, BudgetError
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
@@ -92,3 +93,30 @@ def test_what_cannot_be():
         advised_rows(61, [1, 1], [30, 30])
     with pytest.raises(ArgumentError, match="positive number"):
         advised_rows(10, [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("preset", "loss", "dtype", "schedule", "template"),
+    [
+        ("a800-4x8", "clip", "bfloat16", "ring_owner", "triton"),
+        ("a800-4x8", "clip", "bfloat16", "all_gather", "torch"),
+        ("h100x8", "nt_xent", "float16", "half_ring", "triton"),
+        ("h100x8", "clip", "float64", "ring_owner", "torch"),
+        ("h100x8", "siglip", "bfloat16", "auto", "triton"),
+    ],
+)
+def test_whether_a_group_fits_is_whether_it_can_be_planned(preset, loss, dtype, schedule, template):
+    """The largest shard is found without a plan; there is one of it, and none of a row more."""
+    spec, found = load_hardware(preset), find(loss)
+    needs = frozenset(op.name for op in found.operands) | {*found.parameters}
+    problem, budget = Problem(300, 300, 768, dtype), MemoryBudget.parse("80MiB")
+    positives = "views" if found.is_single_set else "paired"
+    asked = Request(
+        found, spec, budget, problem, positives, needs, "ieee", schedule, 0, spec.world_size
+    )
+    sweeps = plan_sweeps(found, positives, needs)
+    rows = largest_shard(asked, sweeps, fits_group)
+    plan, _ = plan_group(replace(asked, problem=scaled(problem, rows)), sweeps)
+    assert plan.peak_bytes <= budget.device_bytes and plan.template == template
+    with pytest.raises(BudgetError):
+        plan_group(replace(asked, problem=scaled(problem, rows + 1)), sweeps)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from cl_compiler.codegen.ring.planning import kernel_planner
+from cl_compiler.codegen.ring.planning import kernel_planner, kernels_fit
 from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.codegen.ring.target import kernel_obstacle
 from cl_compiler.errors import BudgetError, ScheduleError
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import CANONICAL
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.plan.cluster import choose_cluster_plan
+from cl_compiler.plan.cluster import choose_cluster_plan, group_fits
 from cl_compiler.plan.types import Plan, Request
 
 
@@ -51,12 +52,28 @@ def plan_group(request: Request, sweeps: SweepPlan) -> tuple[Plan, Program]:
             return choose_cluster_plan(request, sweeps, kernel_planner(request.hardware.arch))
         except (BudgetError, ScheduleError) as error:
             reason = str(error)
-    if request.precision == "bf16x3":  # PyTorch's tiles have no such products
-        request = replace(request, precision="ieee")
-    plan, program = choose_cluster_plan(request, sweeps)
+    plan, program = choose_cluster_plan(_in_tiles(request), sweeps)
     if reason:
         plan = replace(plan, notes=(f"PyTorch's tiles are emitted: {reason}", *plan.notes))
     return plan, program
+
+
+def fits_group(request: Request, sweeps: SweepPlan) -> Callable[[int], bool]:
+    """Of rows on every rank, columns in proportion: whether ``plan_group`` has a plan.
+
+    Raises:
+        ScheduleError: the loss cannot use the schedule.
+    """
+    in_tiles = group_fits(_in_tiles(request), sweeps)
+    if request.hardware.kind == "cpu" or _obstacle(request):
+        return in_tiles
+    in_kernels = group_fits(request, sweeps, kernels_fit(request.hardware.arch))
+    return lambda rows: in_kernels(rows) or in_tiles(rows)
+
+
+def _in_tiles(request: Request) -> Request:
+    """PyTorch's tiles have no products of split operands."""
+    return replace(request, precision="ieee") if request.precision == "bf16x3" else request
 
 
 def _obstacle(request: Request) -> str:
@@ -66,4 +83,4 @@ def _obstacle(request: Request) -> str:
     return kernel_obstacle(request.problem, request.precision)
 
 
-__all__ = ["plan_and_print_ring", "plan_group"]
+__all__ = ["fits_group", "plan_and_print_ring", "plan_group"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from cl_compiler.codegen.triton.panel import kernel_plan, smallest_bytes
+from cl_compiler.codegen.triton.panel import kernel_plan, panels, smallest_bytes
 from cl_compiler.codegen.triton.workload import OF_TILES, Workload
 from cl_compiler.lang.ring import is_local
 from cl_compiler.plan.cluster import Share, on_their_way
@@ -78,9 +78,7 @@ def kernel_planner(arch: str) -> Callable[[Share], Plan]:
         Raises:
             BudgetError: not even the smallest fits.
         """
-        # every gradient tile leaves its kernel, whoever's gradient it goes into
-        program = replace(share.program, schedule="spill")
-        workload = ShareWorkload(share.alone, program, arch, share)
+        workload = _workload(share, arch)
         found = kernel_plan(workload)
         if found is None:
             raise share.too_little(smallest_bytes(workload))
@@ -89,4 +87,19 @@ def kernel_planner(arch: str) -> Callable[[Share], Plan]:
     return plan
 
 
-__all__ = ["ShareWorkload", "kernel_planner"]
+def kernels_fit(arch: str) -> Callable[[Share], bool]:
+    """Whether a rank of a group has room for kernels on a GPU of this architecture."""
+
+    def fits(share: Share) -> bool:
+        workload = _workload(share, arch)
+        return workload.peak_bytes(next(panels(workload))) <= workload.limit_bytes
+
+    return fits
+
+
+def _workload(share: Share, arch: str) -> ShareWorkload:
+    # every gradient tile leaves its kernel, whoever's gradient it goes into
+    return ShareWorkload(share.alone, replace(share.program, schedule="spill"), arch, share)
+
+
+__all__ = ["ShareWorkload", "kernel_planner", "kernels_fit"]
