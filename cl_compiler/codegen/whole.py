@@ -236,9 +236,10 @@ class _WholeProducts(ProductPrinter):
         self.made, self.overwritten = made, overwritten
 
     def product(self, target: str, view: View, tile: str, operand: str, extra: str) -> str:
-        if view.operand not in self.overwritten or target in self.made:
+        whole = f"d_{view.operand}"
+        if view.operand not in self.overwritten or whole in self.made:
             return super().product(target, view, tile, operand, extra)
-        self.made.add(target)
+        self.made.add(whole)
         if not extra:
             return f"{target} = torch.mm({tile}, {operand})"
         unread = self.p.row(view)  # with beta=0 of its first argument only the shape counts

@@ -17,7 +17,7 @@ from cl_compiler.lang import functions as fn
 from cl_compiler.lang.ir import Leaf, Let, Reduction, axes_of, ordered
 from cl_compiler.lang.lower_masks import MaskLowering
 from cl_compiler.lang.resolve import ONE_TO_ONE
-from cl_compiler.lang.rewrite import expand_function, shared_exp, softmax_over
+from cl_compiler.lang.rewrite import expand_function, shared_exp
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
     Compute,
@@ -272,9 +272,6 @@ class Lowering:
             return self.mask_leaf(expr)
         if isinstance(expr, shared_exp):
             return self.compute("exp", self.lower(expr.args[0] - expr.args[1]))
-        if isinstance(expr, softmax_over):
-            logits, dim = expr.args
-            return self.compute("softmax", TileRef(self.tile(logits)), ScalarRef(dim))
         if isinstance(expr, fn.stop_gradient):
             return self.lower(expr.args[0])
         if isinstance(expr, fn.MASK_FUNCTIONS) and self.diagonals.structural & expr.free_symbols:

@@ -25,13 +25,6 @@ class shared_exp(sp.Function):
     is_real = True
 
 
-class softmax_over(sp.Function):
-    """The softmax of a tile that spans everything, along its dimension 0 or 1."""
-
-    nargs = 2
-    is_real = True
-
-
 class present(sp.Function):
     """A logsumexp, or +inf where it is -inf: an empty one gives its elements no weight."""
 

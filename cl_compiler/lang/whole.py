@@ -14,10 +14,10 @@ import sympy as sp
 
 from cl_compiler.lang import functions as fn
 from cl_compiler.lang.buffers import Hoisted, assign_buffers
-from cl_compiler.lang.ir import COLS, ROWS, Reduction
+from cl_compiler.lang.ir import COLS, ROWS, Leaf, Reduction
 from cl_compiler.lang.lower import Lowering
 from cl_compiler.lang.lower_pass import reduce_tile, with_ties
-from cl_compiler.lang.rewrite import present, softmax_over, split_gradient, tidy
+from cl_compiler.lang.rewrite import present, split_gradient, tidy
 from cl_compiler.lang.sweeps import Grid, Sweep, SweepPlan
 from cl_compiler.lang.tile_ir import (
     Accumulate,
@@ -90,12 +90,31 @@ def inner_of(similarity: str) -> str:
 
 
 class _WholeLowering(Lowering):
-    """Keeps what its scale has not been applied to, where the scale's gradient reads it."""
+    """Keeps what its scale has not been applied to, where the scale's gradient reads it; makes
+    softmaxes of whole tiles, which are symbols in expressions: no mask moves into them."""
 
     def __init__(self, plan: SweepPlan, grid: Grid) -> None:
         super().__init__(plan, grid, "whole")
         self.scales = scale_gradients(plan)
         self.bare: dict[str, TileRef] = {}
+        self.softmaxes: dict[sp.Symbol, tuple[sp.Expr, int]] = {}
+        """Symbol → (logits, the dimension that is summed)."""
+
+    def softmax(self, logits: sp.Expr, dim: int) -> sp.Symbol:
+        """The symbol of a tile's softmax along a dimension."""
+        for symbol, known in self.softmaxes.items():
+            if known == (logits, dim):
+                return symbol
+        name = f"softmax{len(self.softmaxes)}"
+        self.leaves[name] = Leaf(name, "adjoint", self.grid)
+        self.softmaxes[self.leaves[name].symbol] = logits, dim
+        return self.leaves[name].symbol
+
+    def emit(self, expr: sp.Expr) -> Ref:
+        if expr not in self.softmaxes:
+            return super().emit(expr)
+        logits, dim = self.softmaxes[expr]
+        return self.compute("softmax", TileRef(self.tile(logits)), ScalarRef(sp.Integer(dim)))
 
     def similarity(self, name: str, alpha: sp.Expr, beta: sp.Expr) -> Ref:
         if name not in self.scales:
@@ -139,6 +158,7 @@ class _GridLowering:
         low.scan([plan.leaves[s].symbol for s in values.values()])
         low.scan([e for sweep in self.sweeps for r in sweep.reductions for e in self.folds(r)[1]])
         low.scan([part.pair for part in parts.values()])
+        low.scan([logits for logits, _ in low.softmaxes.values()])
         for target, similarity in values.items():
             low.code.append(AtPositives(target, low.tile(plan.leaves[similarity].symbol)))
         for sweep in self.sweeps:
@@ -189,10 +209,10 @@ class _GridLowering:
 
         return tidy(with_ties(expr.replace(fn.softmax_weight, weight)), self.low.axes)
 
-    def softmax(self, logits: sp.Expr, red: Reduction) -> sp.Expr:
+    def softmax(self, logits: sp.Expr, red: Reduction) -> sp.Symbol:
         """Along a reduction's axis, where its mask holds; NaN where it never does."""
-        masked = fn.select(red.where, logits, sp.S.NegativeInfinity)
-        return softmax_over(masked, sp.Integer(self.grid.index(red.over)))
+        masked = self.prepare(fn.select(red.where, logits, sp.S.NegativeInfinity))
+        return self.low.softmax(masked, self.grid.index(red.over))
 
     def folds(self, red: Reduction) -> tuple[Kind, tuple[sp.Expr, ...]]:
         """How a reduction folds which tiles."""
@@ -203,8 +223,8 @@ class _GridLowering:
                 lowest = sp.S.NegativeInfinity
                 return "max", (self.prepare(fn.select(red.where, red.operand, lowest)),)
             case "logsumexp":
-                weights = self.prepare(self.softmax(red.operand, red))
-                return "softmax", (weights.args[0], weights)
+                weights = self.softmax(red.operand, red)
+                return "softmax", (self.low.softmaxes[weights][0], weights)
             case _:
                 assert red.logits is not None
                 weighted = self.softmax(red.logits, red) * red.operand

@@ -67,11 +67,11 @@ def forward(x, y, logit_scale):
     col_lse = _lse_of_softmax(t1, t3, 0)
     row_total = (row_lse - logits_pos).sum(dtype=torch.float64)
     col_total = (col_lse - col_positive).sum(dtype=torch.float64)
-    t3.add_(t2)
-    t3.diagonal().add_(-2.0)
-    d_x = torch.addmm(x, t3, y, beta=0, alpha=d_row_total * logit_scale.item())
-    d_y = torch.addmm(y, t3.T, x, beta=0, alpha=d_row_total * logit_scale.item())
-    t0.mul_(t3)
+    t2.add_(t3)
+    t2.diagonal().add_(-2.0)
+    d_x = torch.addmm(x, t2, y, beta=0, alpha=d_row_total * logit_scale.item())
+    d_y = torch.addmm(y, t2.T, x, beta=0, alpha=d_row_total * logit_scale.item())
+    t0.mul_(t2)
     logits_inner = t0.sum(1)
     value = torch.scalar_tensor(
         row_total.item() / (2 * rows) + col_total.item() / (2 * cols), dtype=DTYPE

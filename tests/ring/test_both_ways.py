@@ -157,6 +157,10 @@ def test_which_hops_are_twice_as_fast():
 def test_planned_where_links_are_slow():
     """What is sent takes half as long; where links are shared it is no better than a ring."""
     spec, needs = load_hardware("mi300x8"), frozenset({"z", "logit_scale"})
+    slow = tuple(
+        replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s / 16) for link in spec.links
+    )
+    spec = replace(spec, links=slow)
     problem, budget = Problem(4096, 4096, 768, "bfloat16"), MemoryBudget.parse("16GiB")
     asked = Request(find("nt_xent"), spec, budget, problem, "views", needs, "bf16", "auto", 0, 8)
     sweeps = plan_sweeps(asked.loss, "views", needs)
