@@ -215,7 +215,7 @@ def _as_number(printer: StagePrinter, value: sp.Expr) -> str:
 def _targets(names: list[str]) -> str:
     """The gradients of some arguments, as targets of an assignment."""
     text = ", ".join(f"d_{name}" for name in names)
-    return f"({text},)" if len(names) == 1 else text
+    return f"({text}{',' * bool(names)})" if len(names) < 2 else text
 
 
 def _is_certain(plan: SweepPlan, number: sp.Expr) -> bool:

@@ -101,8 +101,13 @@ def test_random_loss_in_every_schedule_size_and_tile(seed: int):
                 assert_right(source, sample(case, m, n, seed=seed))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(SEEDS))
+IGNORED = (7, 94, 165)
+"""Seeds of losses that ignore all that needs a gradient, once in four draws."""
+
+
+@pytest.mark.parametrize(
+    "seed", [s if s in IGNORED else pytest.param(s, marks=pytest.mark.full) for s in range(SEEDS)]
+)
 def test_random_loss_with_some_gradients_only(seed: int):
     case, rng = draw(seed), Random(seed)
     for _ in range(4):
