@@ -32,6 +32,8 @@ GRADIENTS = "gradient accumulators"
 RETURNED = "returned gradients"
 VECTORS = "statistics (vectors)"
 AT_POSITIVES = "products at positives"
+WIDENED = 3
+"""Blocks of rows at positives where operands are 16-bit: both in fp32, and their products."""
 GATHERED = "other ranks' shards"
 
 Item = tuple[str, sp.Expr]
@@ -166,7 +168,7 @@ def _row_block(facts: ProgramFacts, casts: bool) -> list[Item]:
     if not facts.positive_widths:
         return []
     width = largest(facts.positive_widths)
-    factors = 3 if casts else 1  # both factors are widened before they are multiplied
+    factors = WIDENED if casts else 1  # both factors are widened before they are multiplied
     return [(AT_POSITIVES, factors * least(TILE_ROWS, M) * width * COMPUTE_BYTES)]
 
 

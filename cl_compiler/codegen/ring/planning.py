@@ -11,7 +11,7 @@ from cl_compiler.codegen.triton.workload import OF_TILES, Workload
 from cl_compiler.lang.ring import is_local
 from cl_compiler.plan.cluster import Share, on_their_way
 from cl_compiler.plan.facts import ProgramFacts
-from cl_compiler.plan.memory import AT_POSITIVES, CompiledMemory, Phase, phases_of
+from cl_compiler.plan.memory import AT_POSITIVES, WIDENED, CompiledMemory, Phase, phases_of
 from cl_compiler.plan.space import RingProgram
 from cl_compiler.plan.tape import tape_of
 from cl_compiler.plan.travel import Travel, travels_of
@@ -40,7 +40,7 @@ class ShareWorkload(Workload):
             Phase(
                 phase.name,
                 tuple(
-                    (what, bytes_ / 3 if what == AT_POSITIVES else bytes_)
+                    (what, bytes_ / WIDENED if what == AT_POSITIVES else bytes_)
                     for what, bytes_ in phase.items
                     if what not in OF_TILES and (what != AT_POSITIVES or late)
                 ),
@@ -56,11 +56,11 @@ class ShareWorkload(Workload):
     def _beside_of(self, index: int, tile: Tile) -> list[tuple[str, int]]:
         if index >= len(self._travels):
             return []
+        if is_local(self.program.passes[index].grid):
+            return self._workspace(index, tile)
         travel, chunk = self._travels[index], self.share.chunk
         rows, cols = tile.rows, tile.cols
         narrow = Tile(rows, min(cols, chunk)) if travel.side else Tile(min(rows, chunk), cols)
-        if is_local(self.program.passes[index].grid):
-            return self._workspace(index, tile)
         items = [*self._workspace(index, narrow), *on_their_way(*self.share.buffers(travel))]
         if self.program.passes[index].gradients and self.operand_bytes == 2:
             found = self._pass_sizes(index, narrow)

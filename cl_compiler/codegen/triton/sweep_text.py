@@ -27,12 +27,11 @@ class SweepText:
     leaving: list[RowGradientText] = field(default_factory=list)
     """Gradients of rows that are complete when a block of rows is."""
     before: list[str] = field(default_factory=list)
-    """Statements before everything else, and after the last launch."""
+    """Statements before everything else."""
     meets: bool = False
     """Two shards of one set meet once: panels that nobody else makes stand for their transposes."""
     may_be_empty: bool = False
     """There may be no rows."""
-    after: list[str] = field(default_factory=list)
     visits: ClassVar[str] = "panels"
     """What the launcher's template is for."""
 
