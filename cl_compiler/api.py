@@ -75,7 +75,8 @@ def compile_loss(
         problem: the largest sizes, a ``Problem`` or "MxNxD", to compile ahead of time; without it
             the loss specialises at its first call, and again for a new dtype, width or size class.
         precision: how similarities are multiplied; sums are fp32.  "ieee"; "bf16" (fp32 inputs are
-            rounded to it), on CPUs that have it; on GPUs also "fp16", "tf32", and "bf16x3": fp32
+            rounded to it), on CPUs that have it; on GPUs also "fp16", "tf32", "fp8" (16-bit
+            inputs are rounded to e4m3 where similarities are made of them), and "bf16x3": fp32
             inputs as two bf16 numbers each, three products.  "auto": 16-bit inputs in their own
             type where the machine multiplies in it; fp32 inputs in bf16x3 on a GPU, else in ieee.
         schedule: "auto", or one of recompute, spill, panel, retain, dense; with a group, one of

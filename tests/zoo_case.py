@@ -145,4 +145,12 @@ def _ids(case: Case, m: int, n: int, generator: torch.Generator) -> dict[str, Te
     return {"row_ids": row_ids, "col_ids": col_ids}
 
 
-__all__ = ["Case", "Formula", "Sample", "paired", "sample"]
+def held_in_e4m3(value: Tensor) -> Tensor:
+    """Numbers near these that e4m3 has, times a power of two; the largest ends its range."""
+    unit = 2.0 ** float(torch.log2(value.abs().max() / 448).ceil())
+    value = (value / unit).to(torch.float8_e4m3fn).double()
+    value.flatten()[value.abs().argmax()] = 448.0
+    return value * unit
+
+
+__all__ = ["Case", "Formula", "Sample", "held_in_e4m3", "paired", "sample"]

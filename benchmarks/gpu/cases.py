@@ -106,7 +106,7 @@ class Contest:
 Item = Ceiling | Contest
 
 OURS = {
-    "clip": ("ours", "ours:spill", "ours:retain", "ours:recompute"),
+    "clip": ("ours", "ours:spill", "ours:retain", "ours:recompute", "ours:fp8"),
     "infonce": ("ours", "ours:panel", "ours:spill"),
     "siglip": ("ours", "ours:panel", "ours:spill"),
     "nt_xent": ("ours", "ours:spill"),
@@ -120,7 +120,7 @@ PEERS = {
 }
 STEPS = ("ours", "ours:uncached", "open_clip")
 PROVIDERS = {
-    "ours": "uncached|recompute|spill|panel|retain|dense",
+    "ours": "uncached|fp8|recompute|spill|panel|retain|dense",
     "triton": r"[1-9]\d*x[1-9]\d*",
     "chunked": "compiled",
     "open_clip": "compiled",
@@ -129,7 +129,8 @@ PROVIDERS = {
     "cce": "filtered",
     "broken": "raise|memory|exit|hang",
 }
-"""What may follow a name's colon: schedules of ours, rows and columns of Triton's panels."""
+"""What may follow a name's colon: schedules of ours or a precision, rows and columns of Triton's
+panels."""
 FORMULA = {"clip": "open_clip", "siglip": "open_clip", "infonce": "dense", "nt_xent": "dense"}
 
 

@@ -1,9 +1,9 @@
 """The contestants: each turns a contest and its inputs into a step to be measured.
 
-``ours`` is ``compile_loss``; ``ours:<schedule>`` asks for one.  ``open_clip`` and ``dense`` are
-formulas as training code writes them, under autocast to the contest's dtype; ``chunked`` is
-``chunked.py``.  A name with ``:compiled`` goes through ``torch.compile``.  Packages are in
-``peers.py``.
+``ours`` is ``compile_loss``; ``ours:<schedule>`` asks for one, ``ours:fp8`` for that precision.
+``open_clip`` and ``dense`` are formulas as training code writes them, under autocast to the
+contest's dtype; ``chunked`` is ``chunked.py``.  A name with ``:compiled`` goes through
+``torch.compile``.  Packages are in ``peers.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RETAINED_BYTES = 8 << 30
 BIAS = -10.0
 
 DESCRIPTIONS = {
-    "ours": "compile_loss, schedule chosen by the planner or named",
+    "ours": "compile_loss, schedule chosen by the planner or named; fp8: similarities in e4m3",
     "triton": "the Triton back end's spill schedule without the planner, panels of the named size",
     "chunked": "torch.mm over panels of rows; elementwise PyTorch, or torch.compile, between",
     "open_clip": f"{OPEN_CLIP}'s formula, one rank, autocast: the matrix exists",
@@ -117,13 +117,15 @@ def prepare(name: str, contest: Contest, leaves: Mapping[str, Tensor]) -> Entran
     return Entrant(Step(_formula(family, variant, contest, leaves), everything))
 
 
-def _ours(schedule: str, contest: Contest, leaves: Mapping[str, Tensor]) -> Entrant:
+def _ours(variant: str, contest: Contest, leaves: Mapping[str, Tensor]) -> Entrant:
     problem = Problem(contest.M, contest.N, contest.D, contest.dtype)  # type: ignore[arg-type]
     sides = contest.M + (0 if contest.loss == "nt_xent" else contest.N)
     budget = sides * contest.D * (4 + problem.input_bytes) + WORKSPACE_BYTES
-    budget += RETAINED_BYTES if schedule == "retain" else 0
-    chosen = schedule or "auto"
-    loss_fn = compile_loss("auto", budget, loss=contest.loss, problem=problem, schedule=chosen)
+    budget += RETAINED_BYTES if variant == "retain" else 0
+    precision, schedule = ("fp8", "auto") if variant == "fp8" else ("auto", variant or "auto")
+    loss_fn = compile_loss(
+        "auto", budget, loss=contest.loss, problem=problem, precision=precision, schedule=schedule
+    )
 
     def forward() -> Tensor:
         found = loss_fn(**leaves)

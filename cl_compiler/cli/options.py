@@ -71,7 +71,8 @@ Precision = Annotated[
     str,
     typer.Option(
         "--precision",
-        help="How similarities are multiplied: auto, ieee, bf16; on GPUs also fp16, tf32, bf16x3.",
+        help="How similarities are multiplied: auto, ieee, bf16; on GPUs also fp16, tf32, "
+        "bf16x3, fp8.",
     ),
 ]
 Schedule = Annotated[

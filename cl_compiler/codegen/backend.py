@@ -11,9 +11,11 @@ from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.retain import retained
 from cl_compiler.codegen.triton.support import obstacle
 from cl_compiler.codegen.triton.workload import Workload
+from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.program import SCHEDULES, Schedule, build_program, valid_schedules
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan import limits
+from cl_compiler.plan.precision import FP8, SPLIT
 from cl_compiler.plan.search import choose_plan, nearby_plans
 from cl_compiler.plan.types import Candidate, Plan, Request, Tile
 from cl_compiler.units import format_bytes
@@ -52,6 +54,7 @@ def candidates_of(request: Request, sweeps: SweepPlan, most: int) -> tuple[Plan,
     workloads = _workloads(request, sweeps)[0].values()
     plans = [plan for w in workloads for plan in nearby_panels(w)]
     if not plans:
+        _refuse_eight_bits(request, "no kernels have such products within the budget")
         return nearby_plans(_widened(request), most, sweeps)
     return tuple(sorted(plans, key=lambda p: p.seconds)[:most])
 
@@ -67,6 +70,7 @@ def plan_of(request: Request, sweeps: SweepPlan) -> Plan:
         ArgumentError: the problem lacks the number of slots or the length of the bank.
     """
     if not _is_one_gpu(request):
+        _refuse_eight_bits(request, "only one GPU's kernels have such products")
         return choose_plan(_widened(request), sweeps)
     found, reasons = _kernel_plans(request, sweeps)
     if found:
@@ -75,6 +79,7 @@ def plan_of(request: Request, sweeps: SweepPlan) -> Plan:
         return replace(plan, rejected=(*_others(chosen, found, reasons), *plan.rejected))
     order = (request.schedule, *SCHEDULES[1:], *SCHEDULES)
     reason = next(reasons[s] for s in order if s in reasons)
+    _refuse_eight_bits(request, reason)
     plan = choose_plan(_widened(request), sweeps)
     return replace(plan, notes=(f"PyTorch's tiles are emitted: {reason}", *plan.notes))
 
@@ -88,7 +93,7 @@ def max_batch(request: Request, sweeps: SweepPlan) -> int:
     Raises:
         ScheduleError: the requested schedule is unknown, or the loss cannot use it.
     """
-    batch = limits.max_batch(_widened(request), sweeps)
+    batch = 0 if request.precision == FP8 else limits.max_batch(_widened(request), sweeps)
     if not _is_one_gpu(request):
         return batch
 
@@ -147,7 +152,7 @@ def _workloads(
             reasons[schedule] = "on request only: its kernels were never timed"
     for schedule in open_ or [_requested(request, sweeps)]:
         program = build_program(sweeps, schedule)
-        reason = obstacle(request.problem, program)
+        reason = obstacle(request.problem, program, request.precision)
         if reason:
             reasons[schedule] = reason
         else:
@@ -179,9 +184,17 @@ def _others(
     return result
 
 
+def _refuse_eight_bits(request: Request, reason: str) -> None:
+    """PyTorch's tiles would ignore it."""
+    if request.precision == FP8:
+        raise ScheduleError(
+            f"{request.loss.name} with precision {FP8!r}: {reason}. Use precision='auto'."
+        )
+
+
 def _widened(request: Request) -> Request:
     """With products that PyTorch's tiles can have: in fp32 where Triton's would be split."""
-    return replace(request, precision="ieee") if request.precision == "bf16x3" else request
+    return replace(request, precision="ieee") if request.precision == SPLIT else request
 
 
 __all__ = ["candidates_of", "max_batch", "plan_and_print", "plan_of", "print_plan"]

@@ -9,13 +9,17 @@ from cl_compiler.plan.types import DType
 SPLIT = "bf16x3"
 """Products of fp32 operands as three of bf16: what bf16 rounds off is a second bf16 number."""
 
-PRECISIONS = ("auto", "ieee", "bf16", "fp16", "tf32", "bf16x3")
+FP8 = "fp8"
+"""Products of e4m3 copies of 16-bit operands."""
+
+PRECISIONS = ("auto", "ieee", "bf16", "fp16", "tf32", "bf16x3", FP8)
 """auto: 16-bit inputs in their own type where the machine multiplies in it; fp32 inputs in bf16x3
 on a GPU, in ieee on a CPU.
 
 ieee: fp32 products (fp64 for fp64 inputs).  bf16, fp16: fp32 inputs are rounded to that type.
 tf32: fp32 inputs are rounded to 11 bits of mantissa by the tensor cores.  bf16x3: fp32 inputs as
-two bf16 numbers each, three products, 16 bits.  Sums are fp32 in all of them."""
+two bf16 numbers each, three products, 16 bits.  fp8: 16-bit inputs are rounded to 4 bits (e4m3)
+where similarities are made of them, on request only.  Sums are fp32 in all of them."""
 
 
 def products_of(precision: str, dtype: str, spec: HardwareSpec) -> str:
@@ -32,7 +36,8 @@ def products_of(precision: str, dtype: str, spec: HardwareSpec) -> str:
     if precision == "auto":
         return possible[0]
     if precision not in of_inputs:
-        takes = "16-bit inputs are multiplied in their own type or in ieee"
+        takes = "16-bit inputs are multiplied in their own type, in ieee or in fp8"
+        takes = "only 16-bit inputs are multiplied in fp8" if precision == FP8 else takes
         wide = "fp64 inputs are multiplied in ieee"
         raise ArgumentError(
             f"precision {precision!r} with {dtype} inputs: "
@@ -58,9 +63,9 @@ def _of_inputs(dtype: str, spec: HardwareSpec) -> tuple[str, ...]:
         case "float64":
             return ("ieee",)
         case "bfloat16":
-            return ("bf16", "ieee")
+            return ("bf16", "ieee", FP8)
         case "float16":
-            return ("fp16", "ieee")
+            return ("fp16", "ieee", FP8)
         case _ if spec.kind == "cpu":
             return ("ieee", "bf16x3", "bf16", "fp16", "tf32")
         case _:
@@ -71,13 +76,17 @@ def _of_machine(spec: HardwareSpec) -> tuple[str, ...]:
     rates = dict(spec.gemm_flops_per_s)
     if spec.kind == "cpu":
         return ("ieee", "bf16") if "bfloat16" in rates else ("ieee",)
-    return ("ieee", "bf16", "fp16", "bf16x3", *(("tf32",) if "tf32" in rates else ()))
+    narrow = FP8 in rates and spec.arch.startswith("sm_")  # AMD's e4m3 is another one
+    more = (("tf32", "tf32" in rates), (FP8, narrow))
+    return ("ieee", "bf16", "fp16", "bf16x3", *(p for p, has in more if has))
 
 
 def _why(precision: str, spec: HardwareSpec) -> str:
     if spec.kind == "cpu" and precision == "bf16":
         return " (no AMX, no AVX512-BF16)"
+    if precision == FP8 and spec.kind != "cpu":
+        return " in e4m3"
     return " (they are for GPUs)" if spec.kind == "cpu" else ""
 
 
-__all__ = ["PRECISIONS", "SPLIT", "products_of", "rounded_operands"]
+__all__ = ["FP8", "PRECISIONS", "SPLIT", "products_of", "rounded_operands"]

@@ -105,9 +105,9 @@ def test_changes_name_options():
 
 
 def test_precisions_are_those_of_compile_loss():
-    assert set(PRECISIONS) == {"auto", "ieee", "bf16", "fp16", "tf32", "bf16x3"}
+    assert set(PRECISIONS) == {"auto", "ieee", "bf16", "fp16", "tf32", "bf16x3", "fp8"}
     with pytest.raises(typer.BadParameter, match=", ".join(PRECISIONS)):
-        request_of(Question(hardware="h100x1", precision="fp8"))
+        request_of(Question(hardware="h100x1", precision="int4"))
 
 
 @pytest.mark.parametrize(

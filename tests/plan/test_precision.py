@@ -25,7 +25,7 @@ def test_automatic_precision(dtype, on_gpu, on_cpu):
     assert products_of("auto", dtype, XEON) == on_cpu
 
 
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "auto"])
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p not in ("auto", "fp8")])
 def test_a_gpu_multiplies_fp32_in_every_way(precision):
     assert products_of(precision, "float32", H100) == precision
 
@@ -42,7 +42,8 @@ def test_a_cpu_says_which_ways_it_has(precision):
         ("tf32", "bfloat16", "16-bit inputs are multiplied in their own type"),
         ("fp16", "bfloat16", "16-bit inputs are multiplied in their own type"),
         ("bf16", "float64", "fp64 inputs are multiplied in ieee"),
-        ("fp8", "float32", "use one of auto, ieee"),
+        ("fp8", "float32", "only 16-bit inputs are multiplied in fp8"),
+        ("int4", "float32", "use one of auto, ieee"),
     ],
 )
 def test_what_inputs_cannot_have_is_refused_with_the_reason(precision, dtype, said):

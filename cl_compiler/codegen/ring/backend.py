@@ -13,6 +13,7 @@ from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import CANONICAL
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan.cluster import choose_cluster_plan, group_fits
+from cl_compiler.plan.precision import FP8
 from cl_compiler.plan.types import Plan, Request
 
 
@@ -52,6 +53,11 @@ def plan_group(request: Request, sweeps: SweepPlan) -> tuple[Plan, Program]:
             return choose_cluster_plan(request, sweeps, kernel_planner(request.hardware.arch))
         except (BudgetError, ScheduleError) as error:
             reason = str(error)
+    if request.precision == FP8:
+        raise ScheduleError(
+            f"{request.loss.name} on a group with precision {FP8!r}: {reason}. "
+            "Use precision='auto'."
+        )
     plan, program = choose_cluster_plan(_in_tiles(request), sweeps)
     if reason:
         plan = replace(plan, notes=(f"PyTorch's tiles are emitted: {reason}", *plan.notes))

@@ -16,8 +16,8 @@ from cl_compiler.codegen.triton.core import (
 from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import Mode
-from cl_compiler.plan.precision import rounded_operands
-from cl_compiler.plan.types import Plan, Problem
+from cl_compiler.plan.precision import FP8, rounded_operands
+from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def target_of(plan: Plan, program: Program, arch: str, core: CoreTile | None) ->
     if reason:
         raise ScheduleError(f"{plan.loss_name} on a group cannot be emitted as Triton: {reason}.")
     widths = {op.name: problem.operands.get(op.name, problem.D) for op in program.plan.ir.operands}
-    descriptors = has_descriptors(arch) and has_aligned_rows(widths.values(), problem)
+    descriptors = has_descriptors(arch) and has_aligned_rows(
+        widths.values(), DTYPE_BYTES[problem.dtype]
+    )
     return Target(arch, problem, plan.precision, widths, descriptors, column_sums(arch), core)
 
 
@@ -66,6 +68,8 @@ def kernel_obstacle(problem: Problem, precision: str) -> str:
     """Why operands of a group cannot be multiplied by Triton kernels; "" where it can."""
     if problem.dtype == "float64":
         return "float64 has no tensor cores"
+    if precision == FP8:
+        return "groups have no fp8 products"
     if rounded_operands(problem.dtype, precision):
         return f"{problem.dtype} operands are not rounded to {precision} before they travel"
     return ""

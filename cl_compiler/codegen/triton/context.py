@@ -8,10 +8,11 @@ from typing import Any
 
 import sympy as sp
 
-from cl_compiler.codegen.context import LateText, build_context
+from cl_compiler.codegen.context import LateText, PositiveText, build_context
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
 from cl_compiler.codegen.triton.core import CoreTile, column_sums, has_descriptors
+from cl_compiler.codegen.triton.eight_bits import EightBitCopy, copies_of, read_as
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
 from cl_compiler.codegen.triton.retain import (
     KEPT_STEP,
@@ -28,8 +29,8 @@ from cl_compiler.lang.ir import SLOTS, View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Mode
-from cl_compiler.plan.precision import SPLIT, rounded_operands
-from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem
+from cl_compiler.plan.precision import FP8, SPLIT, rounded_operands
+from cl_compiler.plan.types import DTYPE_BYTES, Plan
 
 HELPERS = (
     "_exp",
@@ -91,7 +92,10 @@ def build_triton_context(
             return dict.fromkeys(modes, core)
         return tiles_of_pass(plan.problem, plan.precision, program, pass_, modes, arch)
 
-    descriptors = has_descriptors(arch) and has_aligned_rows(operands.values(), plan.problem)
+    copies = copies_of(program, names) if plan.precision == FP8 else {}
+    bytes_ = 1 if copies else DTYPE_BYTES[plan.problem.dtype]
+    descriptors = has_descriptors(arch) and has_aligned_rows(operands.values(), bytes_)
+    operands |= {c.copy: operands[op] for op, c in copies.items()}
     printer = SweepPrinter(
         program,
         names,
@@ -102,6 +106,7 @@ def build_triton_context(
         descriptors,
         column_sums(arch),
         leaving,
+        copies,
     )
     forward = [printer.stage(s, "forward", True) for s in program.forward]
     backward = [printer.stage(s, "backward", False) for s in program.backward]
@@ -137,6 +142,9 @@ def build_triton_context(
         "adds_at_positives": bool(own["late"])
         or any(r.residual for s in sweeps for r in s.leaving),
         "kept": kept,
+        "copies": [(op, c.copy, c.unit) for op, c in copies.items()],
+        "norms": [(n, *read_as(part, copies)) for n, part in common["norms"]],
+        "positive_sims": [_read_positive(p, copies) for p in common["positive_sims"]],
         "saved": [names(n) for n in program.plan.saved]
         + ["kept"] * bool(kept)
         + ["kept_positive"] * bool(kept.get("positives")),
@@ -154,9 +162,17 @@ def build_triton_context(
     }
 
 
-def has_aligned_rows(widths: Iterable[int], problem: Problem) -> bool:
-    """Whether rows start at multiples of 16 bytes, as descriptors require."""
-    return all(w * DTYPE_BYTES[problem.dtype] % 16 == 0 for w in widths)
+def _read_positive(p: PositiveText, copies: Mapping[str, EightBitCopy]) -> PositiveText:
+    """A similarity at positives, made of what the others are made of."""
+    (left, unit), (right, other) = read_as(p.left, copies), read_as(p.right, copies)
+    return replace(
+        p, left=left, right=right, scale=" * ".join(filter(None, (unit, other, p.scale)))
+    )
+
+
+def has_aligned_rows(widths: Iterable[int], bytes_: int) -> bool:
+    """Whether rows of so many elements start at multiples of 16 bytes, as descriptors require."""
+    return all(w * bytes_ % 16 == 0 for w in widths)
 
 
 def _ops(program: Program) -> tuple[Any, ...]:

@@ -15,11 +15,11 @@ from cl_compiler.lang.tile_ir import (
     TileProgram,
     VectorRef,
 )
-from cl_compiler.plan.precision import SPLIT
+from cl_compiler.plan.precision import FP8, SPLIT
 from cl_compiler.plan.types import DTYPE_BYTES, Problem
 
 SMALLEST_DOT = 16
-"""Rows, columns and depth of the smallest matrix instruction."""
+"""Rows, columns and depth of the smallest matrix instruction; its depth in fp8 is twice that."""
 
 Columns = Literal["fold", "whole", "reduce"]
 
@@ -120,9 +120,11 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
     On Hopper two programs with four warps share a multiprocessor, so that one's epilogue runs under
     the other's products; wide operands are fed better by one program with eight.
     """
-    width, bytes_ = problem.D, DTYPE_BYTES[problem.dtype]
-    depth = min(128 // bytes_, max(SMALLEST_DOT, 1 << (width - 1).bit_length()))
-    stages = 3 if bytes_ == 2 else 2
+    width, bytes_ = problem.D, 1 if precision == FP8 else DTYPE_BYTES[problem.dtype]
+    depth = min(
+        128 // bytes_, max(SMALLEST_DOT * 2 // min(bytes_, 2), 1 << (width - 1).bit_length())
+    )
+    stages = 3 if bytes_ <= 2 else 2
     if arch.startswith("sm_") and bytes_ == 4 and precision == "ieee":  # no tensor cores
         return [CoreTile(64, cols, SMALLEST_DOT, 8, 2) for cols in (64, 32)]
     if precision == SPLIT and arch.startswith("sm_") and not 90 <= capability(arch) < 100:
@@ -134,11 +136,12 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
         shapes = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4))
         return [CoreTile(rows, cols, min(depth, 32), w, 2) for rows, cols, w in shapes]
     if capability(arch) < 90:
-        return [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32, 16)]
+        depth = min(depth, 32 if bytes_ > 1 else 64)
+        return [CoreTile(128, cols, depth, 8, stages + 1) for cols in (128, 64, 32, 16)]
     if capability(arch) >= 100:
         narrow = [CoreTile(128, cols, depth, 8, stages, most=255) for cols in (32, 16)]
         return [*(CoreTile(128, cols, depth, 8, stages) for cols in (128, 64)), *narrow]
-    wide = [CoreTile(128, 256, depth, 8, stages)] if width >= 1024 and bytes_ == 2 else []
+    wide = [CoreTile(128, 256, depth, 8, stages)] if width >= 1024 and bytes_ <= 2 else []
     shared = [] if bytes_ == 4 else [CoreTile(128, 128, depth, 4, stages)]
     narrow = [CoreTile(128, cols, depth, 8, stages) for cols in (128, 64, 32)]
     return [*wide, *shared, *narrow]

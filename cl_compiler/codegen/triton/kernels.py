@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import sympy as sp
 
@@ -11,6 +12,7 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import VectorPrinter, bare
 from cl_compiler.codegen.symbols import symbol_table
 from cl_compiler.codegen.triton.core import Columns, CoreTile
+from cl_compiler.codegen.triton.eight_bits import EightBitCopy
 from cl_compiler.codegen.triton.expressions import (
     Affine,
     DiagonalPrinter,
@@ -23,7 +25,7 @@ from cl_compiler.codegen.triton.order import diagonals_together, goes_on
 from cl_compiler.codegen.triton.orientation import Orientation
 from cl_compiler.codegen.triton.text import KernelText, Partial
 from cl_compiler.codegen.triton.vectors import DeviceNumbers
-from cl_compiler.lang.ir import Leaf
+from cl_compiler.lang.ir import Leaf, View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import (
     Accumulate,
@@ -63,6 +65,8 @@ class KernelPrinter(GradientPrinter):
 
     orientation = Orientation()
     kind: type[KernelText] = KernelText
+    copies: Mapping[str, EightBitCopy] = {}
+    """Operand → the copy that similarities are made of, if not the operand itself."""
 
     def __init__(
         self,
@@ -146,9 +150,24 @@ class KernelPrinter(GradientPrinter):
     def _ids(self, dim: int) -> str:
         return "ids" if self.plan.ir.is_single_set else ("row_ids", "col_ids")[dim]
 
+    def views(self, similarity: str) -> tuple[View, View]:
+        left, right = super().views(similarity)
+        return self._read(left), self._read(right)
+
+    def _read(self, view: View) -> View:
+        copy = self.copies.get(view.operand)
+        return view if copy is None else replace(view, operand=copy.copy)
+
+    def _units(self, similarity: str) -> list[sp.Expr]:
+        """What products of copies are multiplied by to be those of the operands."""
+        units = [self.copies[v.operand].unit for v in super().views(similarity) if self.copies]
+        self.table.update({u: u for u in units})
+        return [sp.Symbol(u, real=True) for u in units]
+
     def gemm(self, g: Gemm, log2e: bool) -> Affine:
         leaf = self.plan.leaves[g.similarity]
         factors = [] if leaf.scale is None else [sp.Symbol(leaf.scale, real=True)]
+        factors += self._units(g.similarity)
         factors += [g.alpha] if g.alpha != 1 else []
         alpha = self.scalar(factors, log2e) if factors else ("LOG2E" if log2e else "")
         beta = self.scalar([g.beta], log2e) if g.beta != 0 else ""

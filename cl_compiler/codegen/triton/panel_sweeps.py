@@ -47,6 +47,7 @@ def panel_sweep(
     )
     kernels: list[KernelText] = []
     for printer in (bounded, maxima, safe):
+        printer.copies = host.copies
         kernels.append(printer.text(widths, precision))
         kernels[-1].guarded = printer is not bounded
     red = lse_of(pass_)
@@ -90,7 +91,8 @@ def panel_sweep(
         scale=f"torch.where(unsafe != 0, {safe_text}, {text} * _inverse({lse}[i:i1], {shift}))",
         products=_products(program, pass_, precision),
     )
-    sweep.params = _params(sweep, pass_, program, [*texts], [text, safe_text, shift])
+    late_texts = [text, safe_text, shift]
+    sweep.params = _params(sweep, pass_, program, [*texts], late_texts, bool(host.copies))
     return sweep, [bounded, maxima, safe]
 
 
@@ -143,13 +145,19 @@ def _part(view: View, rows: str) -> str:
 
 
 def _params(
-    sweep: PanelSweepText, pass_: Pass, program: Program, late: list[str], texts: list[str]
+    sweep: PanelSweepText,
+    pass_: Pass,
+    program: Program,
+    late: list[str],
+    texts: list[str],
+    copies: bool,
 ) -> list[str]:
     leaf = program.plan.leaves[pass_.gradients[0]]
     params: dict[str, None] = {}
+    views = [v for v in (leaf.left, leaf.right) if v is not None]
+    params.update(dict.fromkeys(v.operand for v in views if copies))
     for k in sweep.kernels:
         params.update(dict.fromkeys(k.operands))
-    views = [v for v in (leaf.left, leaf.right) if v is not None]
     totals = {f"d_{v.operand}" for v in views if v.operand in program.plan.needs and not v.stop}
     params.update(dict.fromkeys(sorted(totals)))
     params.update(dict.fromkeys([sweep.row_length, sweep.col_length]))

@@ -95,9 +95,16 @@ def products_of(
     return result
 
 
+def operands_of(plan: SweepPlan, g: GradientTile) -> tuple[str, str]:
+    """What a gradient tile is multiplied with."""
+    leaf = plan.leaves[g.similarity]
+    assert leaf.left is not None and leaf.right is not None
+    return leaf.left.operand, leaf.right.operand
+
+
 def part_of(matrix: str, view: View, rows: str) -> str:
     """Some rows of a matrix, and the columns that a view has of it."""
     return f"{matrix}[{rows}]" if view.prefix is None else f"{matrix}[{rows}, :{view.prefix}]"
 
 
-__all__ = ["ProductText", "as_named", "folds_of", "part_of", "products_of"]
+__all__ = ["ProductText", "as_named", "folds_of", "operands_of", "part_of", "products_of"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from cl_compiler.codegen.triton.eight_bits import obstacle_of_eight_bits
 from cl_compiler.codegen.triton.retain import obstacle_of_retain
 from cl_compiler.codegen.triton.row_panels import obstacle_of_panels
 from cl_compiler.codegen.triton.slots import obstacle_of_slots
 from cl_compiler.lang.program import Program
+from cl_compiler.plan.precision import FP8
 from cl_compiler.plan.types import Problem
 
 
-def obstacle(problem: Problem, program: Program) -> str:
+def obstacle(problem: Problem, program: Program, precision: str = "auto") -> str:
     """Why this plan cannot run as Triton kernels; "" where it can."""
     if problem.dtype == "float64":
         return "float64 has no tensor cores; the torch template runs it on any device"
@@ -18,5 +20,7 @@ def obstacle(problem: Problem, program: Program) -> str:
     if program.schedule == "panel" and (reason := obstacle_of_panels(program)):
         return reason
     if program.schedule == "retain" and (reason := obstacle_of_retain(problem, program)):
+        return reason
+    if precision == FP8 and (reason := obstacle_of_eight_bits(program)):
         return reason
     return obstacle_of_slots(program)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import LENGTH, shift_owner
 from cl_compiler.codegen.triton.core import Columns, CoreTile
+from cl_compiler.codegen.triton.eight_bits import EightBitCopy
 from cl_compiler.codegen.triton.kernels import KernelPrinter
 from cl_compiler.codegen.triton.owner import (
     OwnerPrinter,
@@ -17,7 +18,12 @@ from cl_compiler.codegen.triton.owner import (
     owned_operands,
 )
 from cl_compiler.codegen.triton.panel_sweeps import panel_sweep
-from cl_compiler.codegen.triton.products import ProductText, folds_of, products_of
+from cl_compiler.codegen.triton.products import (
+    ProductText,
+    folds_of,
+    operands_of,
+    products_of,
+)
 from cl_compiler.codegen.triton.retain import RetainPrinter
 from cl_compiler.codegen.triton.row_gradients import RowGradientText, inner_of
 from cl_compiler.codegen.triton.row_panels import lse_of
@@ -52,6 +58,7 @@ class SweepPrinter:
         descriptors: bool,
         columns: Columns,
         leaving: Sequence[str] = (),
+        copies: Mapping[str, EightBitCopy] | None = None,
     ) -> None:
         self.dtype, self.leaving = dtype, leaving
         self.positives: dict[str, str] = {}
@@ -59,7 +66,7 @@ class SweepPrinter:
         self.program, self.plan, self.names = program, program.plan, names
         self.tiles_of, self.widths, self.precision = tiles_of, widths, precision
         self.descriptors, self.columns = descriptors, columns
-        self.host = DeviceStages(program, names)
+        self.host = DeviceStages(program, names, copies)
         self.residuals: dict[str, bool] = {}
         """Similarities whose gradients leave residuals → whether their tiles are symmetric."""
 
@@ -84,6 +91,8 @@ class SweepPrinter:
         apart = [(m,) for m in modes] if not pass_.gradients else [modes]  # launchers of their own
         tiles = {m: t for group in apart for m, t in self.tiles_of(pass_, group).items()}
         printers = [self._printer(pass_, mode, name, tiles[mode]) for mode in modes]
+        for printer in printers:
+            printer.copies = self.host.copies
         kernels = [p.text(self.widths, self.precision) for p in printers]
         for kernel in kernels:
             kernel.guarded = len(modes) > 1
@@ -228,6 +237,8 @@ class SweepPrinter:
         products = [replace(p, total=blocks.get(p.total, p.total)) for p in products]
         owned = [] if own is None else owned_operands(self.plan, pass_, own)
         params: dict[str, None] = {}
+        for g in gradients if self.host.copies else ():
+            params.update(dict.fromkeys(operands_of(self.plan, g)))
         for k in kernels:
             params.update(dict.fromkeys(k.operands))
         params = params or {self.host.anchor: None}  # a count of ids makes no products

@@ -11,6 +11,7 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.printers import VectorPrinter, bare
 from cl_compiler.codegen.stages import StagePrinter
 from cl_compiler.codegen.symbols import PythonNumbers, shift_owner, softmean_partner
+from cl_compiler.codegen.triton.eight_bits import EightBitCopy, read_as
 from cl_compiler.lang.ir import Leaf, Reduction, View, axes_of
 from cl_compiler.lang.lower import inverse_of, shift_of
 from cl_compiler.lang.program import Program
@@ -74,8 +75,12 @@ class DeviceVectorPrinter(VectorPrinter):
 class DeviceStages(StagePrinter):
     """The torch statements around passes, for tensors on a device that must not be waited for."""
 
-    def __init__(self, program: Program, names: Names) -> None:
+    def __init__(
+        self, program: Program, names: Names, copies: Mapping[str, EightBitCopy] | None = None
+    ) -> None:
         super().__init__(program, names, False)
+        self.copies: Mapping[str, EightBitCopy] = copies or {}
+        """Operand → what similarities are made of instead of it."""
         self.numbers = DeviceNumbers(program.plan)
         self.anchor = program.plan.ir.operands[0].name
 
@@ -102,7 +107,8 @@ class DeviceStages(StagePrinter):
 
         def norm(view: View) -> str:
             part = "" if view.prefix is None else f"[:, :{view.prefix}]"
-            return f"_largest_norm({view.operand}{part})"
+            text, unit = read_as(f"{view.operand}{part}", self.copies)
+            return f"{unit} * _largest_norm({text})" if unit else f"_largest_norm({text})"
 
         def largest(factor: sp.Expr) -> str:
             if self.numbers(factor):

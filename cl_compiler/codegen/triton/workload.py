@@ -29,7 +29,7 @@ from cl_compiler.plan.cost import beside_sweeps
 from cl_compiler.plan.facts import PassFacts, ProgramFacts, facts_of
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.memory import VECTORS, CompiledMemory, Phase, phases_of
-from cl_compiler.plan.precision import SPLIT, rounded_operands
+from cl_compiler.plan.precision import FP8, SPLIT, rounded_operands
 from cl_compiler.plan.space import sizes_of
 from cl_compiler.plan.tape import Tape, tape_of
 from cl_compiler.plan.types import DTYPE_BYTES, Problem, Request, Tile
@@ -172,6 +172,11 @@ class Workload:
         return DTYPE_BYTES[rounded or problem.dtype]
 
     @property
+    def tile_bytes(self) -> int:
+        """Of one element of what similarities are made of."""
+        return 1 if self.request.precision == FP8 else self.operand_bytes
+
+    @property
     def multiprocessors(self) -> int:
         levels = self.request.hardware.levels
         return next((x.count for x in reversed(levels) if x.kind == "core"), 1)
@@ -278,15 +283,16 @@ class Workload:
 
     @cached_property
     def _rounded(self) -> list[tuple[str, int]]:
-        """The copies of fp32 operands that are rounded before they are multiplied."""
+        """The copies of operands that are rounded before they are multiplied."""
         problem, elements = self.request.problem, 0
-        kind = rounded_operands(problem.dtype, self.request.precision)
+        narrow = self.request.precision == FP8
+        kind = FP8 if narrow else rounded_operands(problem.dtype, self.request.precision)
         if kind is None:
             return []
         for op in self.program.plan.ir.operands:
             rows = problem.N if op.axes[0] == COLS else problem.M
             elements += rows * problem.operands.get(op.name, problem.D)
-        return [(f"operands in {kind}", elements * DTYPE_BYTES[kind])]
+        return [(f"operands in {kind}", elements * self.tile_bytes)]
 
     # -- seconds ---------------------------------------------------------------------------------
 
@@ -350,13 +356,13 @@ class Workload:
         times = [again * found.area * p.work.exps / machine.exp_per_s]
         times.append(again * found.area * p.work.passes / machine.pass_per_s)
         times.append(sum(2 * found.area * w / self._rate(w) for w in made))
-        near = found.area * sum(made) * self.operand_bytes * (1 / core.rows + 1 / core.cols)
+        near = found.area * sum(made) * self.tile_bytes * (1 / core.rows + 1 / core.cols)
         cache = next((x for x in machine.inner if x.kind == "cache"), None)
         if cache is not None:
             times.append(near / cache.bytes_per_s)
         element = gradient_bytes(self.request.problem, self.request.precision)
         written = 0 if owns else found.area * element * len(pass_.gradients)
-        read = found.panels * (found.rows + found.cols) * sum(made) * self.operand_bytes
+        read = found.panels * (found.rows + found.cols) * sum(made) * self.tile_bytes
         code = self.program.passes[index].programs[self.program.modes[0]]
         kept = KEPT_BYTES * found.area * (code.kept is not None)  # written once, or read once
         times.append((written + read + kept) / machine.device_bytes_per_s)
@@ -368,7 +374,7 @@ class Workload:
         blocks = -(-out // BLOCK_ROWS) * -(-width // BLOCK_COLS)
         waves = -(-blocks // self.multiprocessors)
         busy = blocks / (waves * self.multiprocessors)
-        seconds = 2 * found.area * width / (self._rate(inner) * busy)
+        seconds = 2 * found.area * width / (self._rate(inner, library=True) * busy)
         times = 3 if self.request.precision == SPLIT else 1
         element = gradient_bytes(self.request.problem, self.request.precision)
         moved = (
@@ -377,8 +383,11 @@ class Workload:
         moved += found.panels * width * (out * 8 * times + inner * self.operand_bytes)
         return max(seconds, moved / self.machine.device_bytes_per_s), moved
 
-    def _rate(self, inner: float) -> float:
-        return self.machine.gemm_rate(self.request.problem.dtype, self.request.precision, inner)
+    def _rate(self, inner: float, library: bool = False) -> float:
+        dtype, precision = self.request.problem.dtype, self.request.precision
+        if library and precision == FP8:  # dL/dS and the operands themselves
+            precision = "auto"
+        return self.machine.gemm_rate(dtype, precision, inner)
 
     # -- sizes -----------------------------------------------------------------------------------
 

@@ -95,7 +95,7 @@ def build(module: ModuleType, launch: Launch, arch: str) -> Binary:
     threads = launch.options["num_warps"] * target.warp_size
     read = read_cubin if nvidia else read_amdgcn
     registers, stack, counts, variants, body = read(compiled)
-    matrix = sum(n for name, n in counts.items() if re.match(r"HMMA|HGMMA|UTC\w*MMA|v_mfma", name))
+    matrix = sum(n for name, n in counts.items() if re.match(r"[HQ]G?MMA|UTC\w*MMA|v_mfma", name))
     return Binary(
         launch.kernel,
         registers,

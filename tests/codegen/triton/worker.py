@@ -24,7 +24,7 @@ from cl_compiler.runtime.loader import load_source
 from tests.codegen.triton.emit import PANEL, RESIDENT, SMALL, emit
 from tests.losses_zoo import cases
 from tests.ring.shards import emit_ring, run_group, split
-from tests.zoo_case import Sample, sample
+from tests.zoo_case import Sample, held_in_e4m3, sample
 
 CASES = {case.name: case for case in cases()}
 
@@ -91,6 +91,7 @@ def draw(request: dict[str, Any]) -> Sample:
             spread = 1 + (stretch - 1) * torch.linspace(0, 1, len(value), dtype=value.dtype)
             spread = spread.view(-1, *(1 for _ in value.shape[1:]))
             value = (value * spread).to(dtype).double()
+            value = held_in_e4m3(value) if request.get("e4m3") else value
         tensors[name] = value.requires_grad_(tensor.requires_grad)
     if request.get("aligned"):  # each row all but equals its positive
         with torch.no_grad():
