@@ -57,6 +57,9 @@ def simulate(
     max_batch: Annotated[
         bool, typer.Option("--max-batch", help="Also the largest batch within the budget.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also why the fastest's plan: memory, links, tiles.")
+    ] = False,
     json: opt.Json = False,
 ) -> None:
     """Run every cluster schedule of a loss on a described cluster, event by event.
@@ -97,6 +100,10 @@ def simulate(
     else:
         write(f"{title}: {_shards(asked, whole.problem.M, differing)}\n")
         _write_text(asked, found, refused, best, differing)
+        if explain:
+            from cl_compiler.plan.report import explain as in_tables
+
+            write(f"\n{in_tables(found[best].plan)}")
     if page is not None:
         notes = [f"not {name}: {why}" for name, why in refused.items()]
         notes += [f"fastest: {best}, {_fastest(found[best])}"]

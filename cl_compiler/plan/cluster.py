@@ -25,13 +25,15 @@ from cl_compiler.lang.ring import (
     ring_schedules,
 )
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.plan.exchange import exchange_seconds, hiding_rows, hops_of, levels_of
+from cl_compiler.plan.exchange import PRODUCTS, hops_of, levels_of
 from cl_compiler.plan.limits import fits_at_all, scaled
+from cl_compiler.plan.link_bytes import bytes_per_link
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.memory import compile_memory
+from cl_compiler.plan.overlap import overlap_of, phases_of
 from cl_compiler.plan.search import choose_plan, plan_with_tile
 from cl_compiler.plan.space import RingProgram, at, sizes_of, space_of
-from cl_compiler.plan.travel import Travel, buffer_bytes, posted_bytes, shards_sent, travels_of
+from cl_compiler.plan.travel import Travel, buffer_bytes, posted_bytes, travels_of
 from cl_compiler.plan.types import ClusterPlan, Plan, Problem, Request, Tile
 from cl_compiler.units import format_bytes
 
@@ -321,25 +323,23 @@ def _timed(
     problem, ranks = request.problem, request.group_size
     hops = hops_of(schedule, machine, ranks)
     forward, backward = posted_bytes(program, problem, ranks, schedule)
-    shard_bytes = (forward + backward) / max(1, shards_sent(schedule, ranks))
-    messages = -(-max(problem.M, problem.N) // chunk) * len(program.passes)
-    exchange_s = exchange_seconds(hops, shard_bytes, messages)
     compute_s = plan.seconds * ranks
-    # the first of P steps meets the own shard, and the last has nothing to wait for
-    hidden_s = compute_s * (ranks - 1) / ranks
-    exposed_s = max(0.0, exchange_s - hidden_s)
+    products_s = dict(plan.seconds_by_part).get(PRODUCTS, plan.seconds)
+    phases = phases_of(program, problem)
+    found = overlap_of(phases, schedule, problem, hops, ranks, chunk, compute_s, products_s)
     cluster = ClusterPlan(
         schedule,
         ranks,
         chunk,
         forward,
         backward,
-        exchange_s,
-        exposed_s,
-        hiding_rows(plan, problem, shard_bytes, hops),
+        found.exchange_s,
+        found.exposed_s,
+        found.rows,
+        bytes_per_link(phases, schedule, machine, ranks),
         node=_node(machine, schedule, ranks),
     )
-    return cluster, compute_s + exposed_s
+    return cluster, compute_s + found.exposed_s
 
 
 __all__ = [

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING
 from cl_compiler.plan.machine import Machine, Outer
 from cl_compiler.plan.travel import shards_sent
-from cl_compiler.plan.types import Plan, Problem
+from cl_compiler.plan.types import Problem
 
 PRODUCTS = "matrix products"
 
@@ -94,14 +94,21 @@ def exchange_seconds(hops: tuple[Hop, ...], shard_bytes: float, messages: int) -
     )
 
 
-def hiding_rows(plan: Plan, problem: Problem, shard_bytes: float, hops: tuple[Hop, ...]) -> int:
-    """Rows per rank from which on products hide the exchange; 0 where there is none.
+def hiding_rows(
+    products_s: float, problem: Problem, shard_bytes: float, hops: tuple[Hop, ...]
+) -> int:
+    """Rows per rank from which on products hide what is sent meanwhile; 0 where nothing is.
 
     A step's matrix products take a·b² seconds, its message latency_s + b·linear, and G steps are
     there to hide it: b* is the larger root of their difference.  Whatever else a step does hides
     more.
+
+    Args:
+        products_s: seconds of the matrix products of a shard as ``problem`` with another.
+        problem: of one rank.
+        shard_bytes: sent of a shard beside them.
+        hops: that it passes over.
     """
-    products_s = dict(plan.seconds_by_part).get(PRODUCTS, plan.seconds)
     rows = 0
     for hop in hops:
         if not math.isfinite(hop.bytes_per_s):

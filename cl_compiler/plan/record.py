@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from cl_compiler.errors import ArgumentError
@@ -11,11 +11,15 @@ from cl_compiler.plan.types import (
     Candidate,
     ClusterPlan,
     LevelPlan,
+    LinkBytes,
     MemoryBudget,
     Plan,
     Problem,
     Tile,
 )
+
+_PAIRS = ("hiding_rows_by_phase", "rejected")
+"""Fields of a cluster plan that list (name, value)."""
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -35,7 +39,9 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     result["notes"] = list(plan.notes)
     if plan.cluster is not None:
         cluster = {f.name: getattr(plan.cluster, f.name) for f in fields(plan.cluster)}
-        result["cluster"] = {**cluster, "rejected": [list(r) for r in plan.cluster.rejected]}
+        pairs = {name: [list(item) for item in cluster[name]] for name in _PAIRS}
+        links = [asdict(link) for link in plan.cluster.links]
+        result["cluster"] = {**cluster, **pairs, "links": links}
     return result
 
 
@@ -65,8 +71,9 @@ def plan_from_json(content: Mapping[str, Any]) -> Plan:
         values["seconds_by_part"] = tuple((w, s) for w, s in content["seconds_by_part"])
         values["notes"] = tuple(content["notes"])
         if (cluster := content["cluster"]) is not None:
-            rejected = tuple((name, why) for name, why in cluster["rejected"])
-            values["cluster"] = ClusterPlan(**{**cluster, "rejected": rejected})
+            pairs = {name: tuple((k, v) for k, v in cluster[name]) for name in _PAIRS}
+            links = tuple(LinkBytes(**link) for link in cluster["links"])
+            values["cluster"] = ClusterPlan(**{**cluster, **pairs, "links": links})
     except (TypeError, ValueError, KeyError) as error:
         raise ArgumentError(f"this is no plan of this version: {error}; plan again.") from error
     return Plan(**values)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from cl_compiler.plan.record import plan_from_json, plan_to_json
 from cl_compiler.plan.types import Candidate, Plan
-from cl_compiler.units import format_bytes, format_seconds
+from cl_compiler.units import format_bytes, format_rate, format_seconds
 
 
 def explain(plan: Plan) -> str:
@@ -17,6 +17,7 @@ def explain(plan: Plan) -> str:
     sections = [
         _summary(plan),
         _section("group of ranks", _cluster(plan)),
+        _section("bytes per link: the busiest of each kind, one way", _links(plan)),
         _section("levels", _levels(plan)),
         _section(f"memory at the peak ({plan.peak_phase})", _memory(plan)),
         _section("time", _time(plan)),
@@ -59,9 +60,8 @@ def _cluster(plan: Plan) -> list[str]:
     if c is None:
         return []
     rows = max(plan.problem.M, plan.problem.N)
-    hides = "-"
-    if c.hiding_rows:
-        hides = f"from {c.hiding_rows} rows per rank on; the largest shard has {rows}"
+    hides = ", ".join(f"{phase} from {n}" for phase, n in c.hiding_rows_by_phase if n)
+    hides = f"{hides} rows per rank on; the largest shard has {rows}" if hides else "-"
     told = [
         ("schedule", f"{c.schedule}: chunks of {c.chunk} rows among {c.group_size} ranks"),
         (
@@ -73,6 +73,25 @@ def _cluster(plan: Plan) -> list[str]:
         *((f"not {name}", why) for name, why in c.rejected),
     ]
     return table(told, indent=2)
+
+
+def _links(plan: Plan) -> list[str]:
+    if plan.cluster is None or not plan.cluster.links:
+        return []
+    rows = [("between", "link", "rate", "forward", "backward", "busy for")]
+    for link in plan.cluster.links:
+        sent = link.forward_bytes + link.backward_bytes
+        rows.append(
+            (
+                f"{link.level}s",
+                link.kind,
+                format_rate(link.bytes_per_s),
+                format_bytes(link.forward_bytes),
+                format_bytes(link.backward_bytes),
+                format_seconds(sent / link.bytes_per_s),
+            )
+        )
+    return table(rows, indent=2, right=(2, 3, 4, 5))
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

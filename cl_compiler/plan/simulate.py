@@ -15,8 +15,8 @@ import numpy as np
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING
-from cl_compiler.lang.tile_ir import Gemm
 from cl_compiler.plan.clock import Clock, Event, Links, Vector, links_of, links_of_levels
+from cl_compiler.plan.overlap import shares_of_passes
 from cl_compiler.plan.travel import Travel, travels_of
 from cl_compiler.plan.types import Plan
 
@@ -56,13 +56,8 @@ class Work:
 def work_of(plan: Plan, program: Program) -> tuple[Work, ...]:
     """The passes of a program; the plan's seconds of one shard pair by their matrix products."""
     assert plan.cluster is not None
-    weights = []
-    for pass_ in program.passes:
-        code = next(iter(pass_.programs.values()))
-        gemms = sum(isinstance(i, Gemm) for i in code.instructions)
-        weights.append(gemms + len(pass_.sides) * len(code.gradients) or 1)
     share = (plan.seconds - plan.cluster.exposed_s) / plan.cluster.group_size
-    total, diagonal = sum(weights), 0.0
+    diagonal = 0.0
     if plan.cluster.schedule == HALF_RING:  # planned: of half a shard pair, and diagonal tiles
         diagonal = min(1.0, plan.tile.cols / plan.problem.M)
         ranks = plan.cluster.group_size
@@ -70,7 +65,8 @@ def work_of(plan: Plan, program: Program) -> tuple[Work, ...]:
         share *= 2 / (1 + diagonal * whole / ranks)
     travels = travels_of(program, plan.problem)
     return tuple(
-        Work(t, share * w / total, diagonal) for t, w in zip(travels, weights, strict=True)
+        Work(travel, share * part, diagonal)
+        for travel, part in zip(travels, shares_of_passes(program), strict=True)
     )
 
 

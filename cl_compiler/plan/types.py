@@ -215,13 +215,28 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class LinkBytes:
+    """What passes over the busiest link of one kind, in one direction.
+
+    ``level``: whose instances it joins; ``kind``: such as "nvlink".  Statistics are not counted.
+    """
+
+    level: str
+    kind: str
+    bytes_per_s: float
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True)
 class ClusterPlan:
     """How a loss runs on a group of ranks.
 
     ``schedule``: see ``cl_compiler.lang.ring``; ``chunk``: rows of a shard that travel together.
     ``forward_bytes``, ``backward_bytes``: what a rank sends, statistics not counted.
     ``exchange_s``: seconds of sending them, and ``exposed_s`` those that products do not hide.
-    ``hiding_rows``: rows per rank from which on all of it is hidden (0: never).
+    ``hiding_rows_by_phase``: (phase, rows per rank from which on all of it is hidden) where
+    something is sent.  ``links``: of every kind that is used.
     """
 
     schedule: str
@@ -231,11 +246,17 @@ class ClusterPlan:
     backward_bytes: int
     exchange_s: float
     exposed_s: float
-    hiding_rows: int
+    hiding_rows_by_phase: tuple[tuple[str, int], ...] = ()
+    links: tuple[LinkBytes, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
     """(cluster schedule, why it was not taken)."""
     node: int = 0
     """Of a ring of rings, the ranks of a node; 0: one ring of all ranks."""
+
+    @property
+    def hiding_rows(self) -> int:
+        """Rows per rank from which on the exchange of every phase is hidden; 0: there is none."""
+        return max((rows for _, rows in self.hiding_rows_by_phase), default=0)
 
 
 @dataclass(frozen=True)

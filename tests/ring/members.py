@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 import pickle
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -166,10 +167,20 @@ def _digest(tensor: Tensor) -> str:
 def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, dict[str, Any]]:
     """Bytes of matrices that this rank sends to each other one, and holds, beside the plan's.
 
-    Half rings have a loss of one set.
+    ``remote``: how many matrices that others sent it holds at once, and the largest's bytes.  Half
+    rings have a loss of one set.
     """
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     plain, sent = group_loss.guarded_ring, Counter[int]()
+    remote: dict[int, int] = {}
+    most = [0, 0]
+
+    def came(tensors: Any) -> None:
+        for storage in (t.untyped_storage() for t in tensors if t.dim() > 1 and t.numel()):
+            if storage._cdata not in remote:
+                remote[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, remote.pop, storage._cdata)
+        most[:] = max(most[0], len(remote)), max(most[1], *remote.values(), 0)
 
     def ring_of(*args: Any) -> Any:
         ring = plain(*args)
@@ -184,6 +195,8 @@ def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, 
                 for peer, tensors in targets(*tensors_and_peers):
                     matrices = [t for t in tensors if t.dim() > 1]
                     sent[peer] += sum(t.numel() * t.element_size() for t in matrices)
+                if name == "exchange":
+                    came(tensors_and_peers[1])
                 return method(*tensors_and_peers)
 
             setattr(ring, name, post)
@@ -210,6 +223,7 @@ def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, 
         for _ in range(2):  # the second call makes nothing that stays
             x, y = shards(rank, rows, width)
             sent.clear()
+            most[:] = 0, 0
             with LiveBytes() as live:
                 loss_fn(*((x,) if one_set else (x, y)), logit_scale=SCALE).backward()
         plan = loss_fn.plan
@@ -219,6 +233,10 @@ def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, 
             "planned_sent": plan.cluster.forward_bytes + plan.cluster.backward_bytes,
             "planned_live": plan.peak_bytes,
             "chunk": plan.cluster.chunk,
+            "remote": tuple(most),
+            "links": [
+                (ln.level, ln.forward_bytes + ln.backward_bytes) for ln in plan.cluster.links
+            ],
         }
         loss_fn.close()
     return found

@@ -148,13 +148,14 @@ def test_the_batch_that_hides_communication_is_the_formulas_root():
     problem, shard_bytes = plan.problem, 1_000_000
     slow, fast = Hop(2e8, 50e-6, 1, 4), Hop(2e9, 10e-6, 2, 1)
     b = sp.Symbol("b", positive=True)
-    products = dict(plan.seconds_by_part)["matrix products"] / (problem.M * problem.N) * b**2
+    products_s = dict(plan.seconds_by_part)["matrix products"]
+    products = products_s / (problem.M * problem.N) * b**2
     roots = []
     for hop in (slow, fast):
         message = shard_bytes / problem.M / hop.bytes_per_s * b + hop.latency_s
         roots.append(max(sp.solve(hop.steps * products - message, b)))
-        assert abs(hiding_rows(plan, problem, shard_bytes, (hop,)) - roots[-1]) <= 1
-    assert abs(hiding_rows(plan, problem, shard_bytes, (slow, fast)) - max(roots)) <= 1
+        assert abs(hiding_rows(products_s, problem, shard_bytes, (hop,)) - roots[-1]) <= 1
+    assert abs(hiding_rows(products_s, problem, shard_bytes, (slow, fast)) - max(roots)) <= 1
 
 
 def test_plans_say_what_was_weighed_and_survive_json():
@@ -188,6 +189,21 @@ def test_a_schedule_that_the_loss_cannot_use_is_refused():
     assert chosen(replace(asked, schedule="auto"))[0].cluster.schedule != "ring_owner"
 
 
+def check_links(name: str, everyone: list[dict], node: int) -> None:
+    """What explain() says of links: the busiest between nodes, and inside of them.
+
+    A gather is one collective, of which nobody sees what passes where.
+    """
+    if name == "all_gather":
+        return
+    over = {"node": 0, "device": 0}
+    for rank, of in enumerate(everyone):
+        crossing = sum(n for peer, n in of["sent"].items() if peer // node != rank // node)
+        over["node"] = max(over["node"], crossing)
+        over["device"] = max(over["device"], sum(of["sent"].values()) - crossing)
+    assert dict(everyone[0]["links"]) == over, name
+
+
 @pytest.mark.parametrize(
     "schedules",
     [
@@ -204,6 +220,8 @@ def test_processes_send_and_hold_what_was_planned(schedules):
     u = rows * width
     backward = {"ring_travel": 4 + 4, "all_gather": 4 + 4}
     everyone = [o.needed() for o in launch(posted, ranks, schedules, rows, width)]
+    for name in everyone[0]:
+        check_links(name, [found[name] for found in everyone], node)
     for rank, found in enumerate(everyone):
         for name, of in found.items():
             forward = 2 * 4 if name == "canonical" else 4
@@ -212,6 +230,10 @@ def test_processes_send_and_hold_what_was_planned(schedules):
             assert sum(of["sent"].values()) == of["planned_sent"], (name, of)
             assert abs(of["live"] - of["planned_live"]) <= 0.05 * of["planned_live"], (name, of)
             assert of["chunk"] < rows
+            held, largest = of["remote"]  # two chunks of a ring, and one of accumulators
+            most = {"ring_owner": 2, "ring_travel": 3, "two_level": 4, "half_ring": 3}
+            assert held <= most.get(name, 4) and largest <= of["chunk"] * width * 4, (name, of)
+            assert held == 2 or name != "ring_owner"
         near, far, after = rank ^ 1, (rank + node) % ranks, (rank + 1) % ranks
         shard, nodes = u * (4 + 8), ranks // node
         if "ring_owner" in found:

@@ -1,0 +1,135 @@
+"""What of the exchange products hide, phase by phase: nothing of a forward hides in a backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cl_compiler.lang.program import Program
+from cl_compiler.lang.ring import is_local
+from cl_compiler.lang.tile_ir import Gemm
+from cl_compiler.plan.exchange import Hop, exchange_seconds, hiding_rows
+from cl_compiler.plan.travel import travels_of
+from cl_compiler.plan.types import Problem
+
+PHASES = ("forward", "backward")
+
+
+def shares_of_passes(program: Program) -> tuple[float, ...]:
+    """Of a program's matrix products, those of each pass."""
+    weights = []
+    for pass_ in program.passes:
+        code = next(iter(pass_.programs.values()))
+        gemms = sum(isinstance(i, Gemm) for i in code.instructions)
+        weights.append(gemms + len(pass_.sides) * len(code.gradients) or 1)
+    return tuple(w / sum(weights) for w in weights)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a forward or a backward moves of a shard, all passes together.
+
+    ``share``: of a program's products, those that are made while shards are on their way.
+    ``gradient_bytes``: what is accumulated on its way, of ``shard_bytes``.  ``passes``: over the
+    ring.
+    """
+
+    name: str
+    share: float
+    shard_bytes: float
+    gradient_bytes: float
+    passes: int
+
+
+def phases_of(program: Program, problem: Problem) -> tuple[Phase, ...]:
+    """The phases of a program in which something travels."""
+    rows = max(problem.M, problem.N)
+    shares, travels = shares_of_passes(program), travels_of(program, problem)
+    result = []
+    for name in PHASES:
+        of = [
+            (share, travel)
+            for share, travel, pass_ in zip(shares, travels, program.passes, strict=True)
+            if travel.phase == name and not is_local(pass_.grid)
+        ]
+        if not of:
+            continue
+        operands = sum(t.operand_width for _, t in of) * problem.input_bytes
+        gradients = sum(t.gradient_width for _, t in of) * problem.compute_bytes
+        share = sum(s for s, _ in of)
+        result.append(
+            Phase(name, share, rows * float(operands + gradients), rows * float(gradients), len(of))
+        )
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Seconds of the exchange, those that products do not hide, and from how many rows they do.
+
+    ``rows``: (phase, rows per rank from which on nothing of it is left over) of each.
+    """
+
+    exchange_s: float
+    exposed_s: float
+    rows: tuple[tuple[str, int], ...]
+
+
+def overlap_of(
+    phases: Sequence[Phase],
+    schedule: str,
+    problem: Problem,
+    hops: tuple[Hop, ...],
+    ranks: int,
+    chunk: int,
+    compute_s: float,
+    products_s: float,
+) -> Overlap:
+    """How products and messages of a step lie beside each other.
+
+    Args:
+        phases: of the program.
+        schedule: how shards travel.
+        problem: of one rank.
+        hops: that its shards pass over.
+        ranks: of the group.
+        chunk: rows that travel together.
+        compute_s: of everything that a rank computes in a step.
+        products_s: of the matrix products of one shard with one other.
+    """
+    rows = max(problem.M, problem.N)
+    chunks = -(-rows // chunk)
+    exchange_s = exposed_s = 0.0
+    hidden = []
+    for phase in phases:
+        hidden.append(
+            (phase.name, hiding_rows(products_s * phase.share, problem, phase.shard_bytes, hops))
+        )
+        if not hops:
+            continue
+        part_s, whole = compute_s * phase.share, phase.shard_bytes
+        if schedule == "all_gather":
+            # a gather is one message of all ranks' parts, and the first and the last are waited for
+            calls = chunks * phase.passes * _rounds(ranks)
+            sent_s = max(h.sends * whole / h.bytes_per_s + calls * h.latency_s for h in hops)
+            hiding_s = part_s * (chunks - 1) / chunks
+            left_s = sent_s / chunks
+        else:
+            sent_s = exchange_seconds(hops, whole, chunks * phase.passes)
+            # the first of P steps meets the own shard, and the last has nothing to wait for
+            hiding_s = part_s * (ranks - 1) / ranks
+            # what was accumulated of the last chunk comes home when nothing is left to multiply
+            last = phase.gradient_bytes * (rows - (chunks - 1) * chunk) / rows
+            left_s = max(last / h.bytes_per_s + h.latency_s for h in hops) if last else 0.0
+        exchange_s += sent_s
+        exposed_s += max(left_s, sent_s - hiding_s)
+    return Overlap(exchange_s, exposed_s, tuple(hidden))
+
+
+def _rounds(ranks: int) -> int:
+    """Of a collective: a message doubles who has it."""
+    return math.ceil(math.log2(max(ranks, 2)))
+
+
+__all__ = ["PHASES", "Overlap", "Phase", "overlap_of", "phases_of", "shares_of_passes"]
