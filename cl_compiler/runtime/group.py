@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
 from cl_compiler.errors import ArgumentError, GroupError
-from cl_compiler.runtime.guard import RECORD_BYTES, Record, listed, ranks_in_words
-from cl_compiler.runtime.watch import STORE_GONE, Watch, break_up
+from cl_compiler.runtime.guard import Record, listed, ranks_in_words
+from cl_compiler.runtime.own_group import OwnGroup
+from cl_compiler.runtime.watch import STORE_GONE, Watch, within
 
 GradConvention = Literal["mean", "sum", "global"]
 CONVENTIONS: tuple[GradConvention, ...] = ("mean", "sum", "global")
@@ -71,28 +72,22 @@ class RankGroup:
     ) -> None:
         check_group_options(timeout_s, convention)
         self.parent, self.timeout_s, self.convention = parent, float(timeout_s), convention
-        self.backend = _backend_of(parent)
-        members = dist.get_process_group_ranks(parent)
-        with _next_name(parent):
-            self.group = dist.new_group(
-                members,
-                timeout=timedelta(seconds=self.timeout_s),
-                backend=self.backend,
-                # Processes outside of the parent need not call this.
-                use_local_synchronization=len(members) < dist.get_world_size(),
-                sort_ranks=False,
-            )
-        self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._own = OwnGroup(parent, _backend_of(parent), self.timeout_s)
+        self.rank, self.world_size = self._own.rank, self._own.world_size
         self.device = torch.device("cpu")
-        if self.backend != "gloo":
+        if self._own.backend != "gloo":
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.calls = 0
         self._failed = ""
-        self._store = PrefixStore("cl_compiler", self.group.get_group_store())
+        self._store = PrefixStore("cl_compiler", self._own.group.get_group_store())
         # The thread holds the group, not this object: who forgets to close it leaves no thread.
-        taken_down = partial(break_up, self.group, self.backend)
-        self._watch = Watch(self._store, self.rank, self.world_size, taken_down)
+        self._watch = Watch(self._store, self.rank, self.world_size, self._own.break_up)
         weakref.finalize(self, self._watch.close).atexit = False
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group in which shards travel."""
+        return self._own.group
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -114,23 +109,24 @@ class RankGroup:
         self.check_alive()
         self._watch.enter(record.phase, record.sequence)
         own = torch.frombuffer(bytearray(record.pack()), dtype=torch.uint8).to(self.device)
-        everyone = own.new_empty(self.world_size, RECORD_BYTES)
         with self.watched():
-            work = dist.all_gather(list(everyone), own, group=self.group, async_op=True)
-            work.wait()
-        table = everyone.cpu().numpy()
+            table = self._own.all_gather(own).cpu().numpy()
         return [Record.unpack(row.tobytes()) for row in table]
 
     def tell(self, key: str, text: str) -> list[str]:
         """Every rank's text: for messages, where digests differ.  Every rank calls it."""
-        self._store.set(f"{key}/{self.rank}", text)
-        texts = []
-        for rank in range(self.world_size):
-            try:
-                self._store.wait([f"{key}/{rank}"], timedelta(seconds=min(self.timeout_s, 5.0)))
-                texts.append(self._store.get(f"{key}/{rank}").decode())
-            except Exception:
-                texts.append("unknown")
+        texts = ["unknown"] * self.world_size
+
+        def read() -> None:
+            self._store.set(f"{key}/{self.rank}", text)
+            for rank in range(self.world_size):
+                left = max(0.01, limit - time.monotonic())
+                self._store.wait([f"{key}/{rank}"], timedelta(seconds=left))
+                texts[rank] = self._store.get(f"{key}/{rank}").decode()
+
+        limit = time.monotonic() + min(self.timeout_s, 5.0)
+        with contextlib.suppress(Exception):  # it is only what a message says
+            within(min(self.timeout_s, 5.0) + 1.0, read)
         return texts
 
     def agree(self, error: Exception | None) -> None:
@@ -141,15 +137,21 @@ class RankGroup:
             ArgumentError: another rank has one.
             GroupError: a rank did not say in time.
         """
-        self._store.set(f"asked/{self.rank}", "" if error is None else str(error))
+        keys = [f"asked/{rank}" for rank in range(self.world_size)]
+
+        def read() -> dict[int, str]:
+            self._store.set(keys[self.rank], "" if error is None else str(error))
+            if error is None:
+                self._store.wait(keys, timedelta(seconds=self.timeout_s))
+            known = keys if error is None else ()
+            return {rank: self._store.get(key).decode() for rank, key in enumerate(known)}
+
+        try:
+            said = within(self.timeout_s + 1.0, read)
+        except (RuntimeError, TimeoutError) as late:
+            raise error or self.failure(late) from late
         if error is not None:
             raise error
-        keys = [f"asked/{rank}" for rank in range(self.world_size)]
-        try:
-            self._store.wait(keys, timedelta(seconds=self.timeout_s))
-        except RuntimeError as late:
-            raise self.failure(late) from late
-        said = {rank: self._store.get(key).decode() for rank, key in enumerate(keys)}
         wrong = [f"rank {rank}: {text}" for rank, text in said.items() if text]
         if wrong:
             raise ArgumentError(f"compile_loss on a group: {'; '.join(wrong)}")
@@ -160,12 +162,17 @@ class RankGroup:
         Raises:
             GroupError: rank 0 did not say in time.
         """
-        if self.rank == 0:
-            self._store.set("shared", json.dumps(make()))
-        try:
+        made = json.dumps(make()) if self.rank == 0 else ""
+
+        def read() -> Any:
+            if made:
+                self._store.set("shared", made)
             self._store.wait(["shared"], timedelta(seconds=self.timeout_s))
             return json.loads(self._store.get("shared"))
-        except RuntimeError as error:
+
+        try:
+            return within(self.timeout_s + 1.0, read)
+        except (RuntimeError, TimeoutError) as error:
             raise self.failure(error) from error
 
     @contextlib.contextmanager
@@ -180,6 +187,10 @@ class RankGroup:
     def watched(self) -> contextlib.AbstractContextManager[None]:
         """While it is entered, errors of communication become a ``GroupError`` on every rank."""
         return _Watched(self)
+
+    def registered(self) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, functions of ``torch.distributed`` take the group."""
+        return self._own.registered()
 
     def check_alive(self) -> None:
         """Raise if the group has failed.
@@ -228,41 +239,19 @@ class RankGroup:
                 text += f"all ranks are alive, and last entered: {shown}."
             self._watch.poison(text)
         self._failed = text
-        break_up(self.group, self.backend)
+        self._own.break_up()
         return GroupError(text)
 
     def close(self) -> None:
         """End the thread and the process group; every rank calls it."""
         self._failed = self._failed or "the group was closed."
         self._watch.close()
-        with contextlib.suppress(Exception):
-            dist.destroy_process_group(self.group)
-        del self.group, self._store  # and their connections
+        self._own.destroy()
+        del self._own, self._store  # and their connections
 
 
 def _quote(rank: int, text: str) -> str:
     return text if text.startswith("rank ") else f"rank {rank} failed: {text}"
-
-
-_MADE: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
-"""Of each parent, how many groups were made."""
-
-
-@contextlib.contextmanager
-def _next_name(parent: dist.ProcessGroup) -> Iterator[None]:
-    """While it is entered, a new group is called after its parent, and after how many that had.
-
-    PyTorch calls a group of some ranks after how many groups this process knows, which members of
-    overlapping groups need not agree about: they would wait for each other under different names.
-    """
-    _MADE[parent] = _MADE.get(parent, 0) + 1
-    name = f"cl_compiler/{parent.group_name}/{_MADE[parent]}"
-    plain = distributed_c10d._process_group_name
-    distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        distributed_c10d._process_group_name = plain
 
 
 def _backend_of(parent: dist.ProcessGroup) -> str:
@@ -310,7 +299,8 @@ def guarded_ring(
     ``check_backward``: meets the other ranks before a backward.
     """
     shard_scale, scalar_scale = ranks.scales
-    ring = _guarded(module)(ranks.group, lengths, shard_scale, scalar_scale, ranks.device)
+    with ranks.registered():
+        ring = _guarded(module)(ranks.group, lengths, shard_scale, scalar_scale, ranks.device)
     ring.ranks, ring.check_backward = ranks, check_backward
     return ring
 
@@ -334,7 +324,7 @@ def _guarded(module: ModuleType) -> type[Any]:
 
 def _watching(method: Callable[..., Any]) -> Callable[..., Any]:
     def post(self: Any, *tensors_and_peers: Any) -> Any:
-        with self.ranks.watched():
+        with self.ranks.watched(), self.ranks.registered():
             return method(self, *tensors_and_peers)
 
     return post

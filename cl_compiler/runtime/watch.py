@@ -4,10 +4,14 @@ Waiting for a rank that has failed would last until the timeout.  So a failure i
 store that the ranks met in ("poison"), every rank's thread looks there, and breaks the connections
 of its own group: whatever waits in it then raises.  Each thread also counts ("beat"), so that a
 rank that is stopped can be told from one that is late.
+
+Who keeps the store may be what has stopped: then no call of it returns.  The thread may wait there
+for ever, nothing else may (``within``).
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import sys
@@ -18,10 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 INTERVAL_S = 0.1
@@ -32,6 +34,35 @@ STORE_GONE = "rank 0 gave no sign of life any more, or what kept the store of th
 _POISON = "poison"
 _LOST_AFTER = 5
 """Looks at a store that fails until it counts as gone."""
+_PATIENCE_S = 1.5
+"""How long a rank that has seen an error waits for the store; it never answers if it is stopped."""
+
+T = TypeVar("T")
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What a call returns, or raises.
+
+    Raises:
+        TimeoutError: it takes longer; it goes on in a thread of its own, which nobody waits for.
+    """
+    answers: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="cl_compiler store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(f"the store of the ranks gave no answer within {seconds:g} s")
+    return answers[0]
 
 
 @dataclass
@@ -59,6 +90,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
+        self._mute = False  # the store gave no answer once, and is not asked any more
         self._interval_s = max(INTERVAL_S, self.world_size / 500)
         with contextlib.suppress(Exception):
             self.store = self.store.clone()  # type: ignore[attr-defined]  # its own connection
@@ -77,7 +109,7 @@ class Watch:
         self._stop.set()
         _alive.discard(self)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(5.0)
+            self._thread.join(0.1 if self._mute else 5.0)
         del self.store, self.break_up
 
     def enter(self, phase: str, sequence: int) -> None:
@@ -86,24 +118,26 @@ class Watch:
 
     def poison(self, text: str) -> None:
         """Tell the others that this rank has failed; the first word counts."""
-        with contextlib.suppress(Exception):
+
+        def tell() -> None:
             if not self.store.check([_POISON]):
                 self.store.set(_POISON, json.dumps([self.rank, text]))
+
+        with contextlib.suppress(Exception):
+            self._ask(tell)
 
     def heard(self) -> tuple[int, str] | None:
         """The failure that another rank reported, if any."""
         if self.reason is None:
             with contextlib.suppress(Exception):
-                if self.store.check([_POISON]):
-                    rank, text = json.loads(self.store.get(_POISON))
-                    if rank != self.rank:
-                        self.reason = rank, text
+                self._ask(self._look)
         return self.reason
 
     def others(self) -> tuple[list[int], dict[int, Beat]] | None:
         """(ranks that do not count any more, every rank's last beat); None: the store is gone."""
         before = self._beats()
-        time.sleep(max(DIAGNOSIS_S, 4 * self._interval_s))
+        if before:
+            time.sleep(max(DIAGNOSIS_S, 4 * self._interval_s))
         after = self._beats()
         if self.rank not in after:
             return None
@@ -116,14 +150,37 @@ class Watch:
         return silent, after
 
     def _beats(self) -> dict[int, Beat]:
-        beats: dict[int, Beat] = {}
-        for rank in [self.rank, *range(self.world_size)]:
-            try:
-                beats[rank] = Beat(*json.loads(self.store.get(f"beat/{rank}")))
-            except Exception:
-                if not beats:  # not even this rank's own
-                    return beats
-        return beats
+        """Of every rank that has said something; of none where the store is gone."""
+
+        def read() -> dict[int, Beat]:
+            keys = {rank: f"beat/{rank}" for rank in range(self.world_size)}
+            known = {rank: key for rank, key in keys.items() if self.store.check([key])}
+            return {rank: Beat(*json.loads(self.store.get(k))) for rank, k in known.items()}
+
+        with contextlib.suppress(Exception):
+            return self._ask(read)
+        return {}
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """An answer of the store, from outside of the thread.
+
+        Raises:
+            Exception: the store is gone, or stopped.
+        """
+        if self._mute:
+            raise TimeoutError("the store of the ranks is stopped")
+        try:
+            return within(_PATIENCE_S, call)
+        except TimeoutError:
+            self._mute = True
+            raise
+
+    def _look(self) -> None:
+        """Whether another rank has failed."""
+        if self.store.check([_POISON]):
+            rank, text = json.loads(self.store.get(_POISON))
+            if rank != self.rank:
+                self.reason = rank, text
 
     def _say(self) -> None:
         self.beat.count += 1
@@ -134,7 +191,8 @@ class Watch:
         failures = 0
         while not self._stop.wait(self._interval_s):
             try:
-                if self.store.check([_POISON]) and self.heard() is not None:
+                self._look()
+                if self.reason is not None:
                     break
                 self._say()
                 failures = 0
@@ -147,21 +205,19 @@ class Watch:
             self.break_up()
 
 
-def break_up(group: dist.ProcessGroup, backend: str) -> None:
-    """Make everything that waits in a group of this process raise."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    with contextlib.suppress(Exception):
-        if backend == "gloo":
-            # Gloo closes a group's connections when a wait times out, and has no other way.
-            work = dist.irecv(torch.empty(1), group=group, group_src=(rank + 1) % size, tag=0x5AFE)
-            if work is not None:
-                work.wait(timedelta(milliseconds=1))
-        else:
-            group.abort()
-
-
 _alive: weakref.WeakSet[Watch] = weakref.WeakSet()
 _hearing = False
+
+
+def _end_threads() -> None:
+    """Before the interpreter ends.
+
+    A thread that comes back from the store while it does cannot have the interpreter any more, and
+    is ended inside of C++ code, which ends the process: "terminate called without an active
+    exception".
+    """
+    for watch in list(_alive):
+        watch.close()
 
 
 def _hear_exceptions() -> None:
@@ -170,6 +226,7 @@ def _hear_exceptions() -> None:
     if _hearing:
         return
     _hearing = True
+    atexit.register(_end_threads)
     before = sys.excepthook
 
     def hook(
@@ -185,4 +242,4 @@ def _hear_exceptions() -> None:
     sys.excepthook = hook
 
 
-__all__ = ["STORE_GONE", "Beat", "Watch", "break_up"]
+__all__ = ["STORE_GONE", "Beat", "Watch", "within"]

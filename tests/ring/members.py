@@ -8,11 +8,13 @@ import os
 import pickle
 import weakref
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from cl_compiler import GradientCache, compile_loss
@@ -22,6 +24,7 @@ from cl_compiler.runtime.live_bytes import LiveBytes
 from tests.ring.ranks import shards
 
 SCALE = 10.0
+SHORT = timedelta(seconds=10)
 
 
 def dense(members: list[int], rows: tuple[int, ...]) -> tuple[float, dict[int, list[Tensor]]]:
@@ -88,6 +91,26 @@ def partial_groups(rank: int) -> dict[str, Any]:
     found["after a wrong option"] = error(compiled(group=dist.group.WORLD), rank, [0, 1, 2, 3])
     dist.barrier()
     dist.destroy_process_group()
+    return found
+
+
+def later_groups(rank: int) -> dict[str, Any]:
+    """Groups beside a loss that lives on some ranks only."""
+    found: dict[str, Any] = {}
+    pair = [rank // 2 * 2, rank // 2 * 2 + 1]
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    if rank < 2:
+        # PyTorch numbers what it splits by the groups that a process knows: names may differ.
+        halves[0]._set_group_name(f"known to {rank} as")
+        first = compiled(group=halves[0])
+        found["parents' names differ"] = error(first, rank, pair)
+    if rank in (1, 2):  # called after its ranks, and after how many groups each of them knows
+        middle = dist.new_group([1, 2], timeout=SHORT, use_local_synchronization=True)
+        found["middle"] = error(compiled(group=middle), rank, [1, 2])
+    if rank < 2:
+        found["again"] = error(first, rank, pair)
+        found["in the profiler's list"] = len(distributed_c10d._world.pg_config_info)
+        found["known"] = len(distributed_c10d._world.pg_names)
     return found
 
 

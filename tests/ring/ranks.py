@@ -73,9 +73,11 @@ def die(
 
     one_set = schedule == HALF_RING
     loss = "nt_xent" if one_set else "clip"
-    timeout_s = TIMEOUT_S if how == "SIGSTOP" else 20.0
-    loss_fn = compiled(timeout_s, schedule=schedule, loss=loss)
     operands = shards(rank)[: 1 if one_set else 2]
+    loss_fn = compiled(schedule=schedule, loss=loss)
+    if how == "SIGSTOP":  # code is compiled before ranks have little time
+        loss_fn(*operands, logit_scale=10.0).backward()
+        loss_fn = compiled(TIMEOUT_S, schedule=schedule, loss=loss)
     loss_fn(*operands, logit_scale=10.0).backward()  # connections exist, code is compiled
     if rank == victim:
         acting_at(step, action)

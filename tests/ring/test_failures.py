@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from benchmarks.links import NoLinksError, obstacle, shaped
-from tests.ring import ranks
+from tests.ring import ending, ranks
 from tests.ring.processes import launch
 
 SLACK_S = 2.0
@@ -102,6 +108,33 @@ def test_a_killed_rank(tmp_path):
 
 def test_the_rank_that_keeps_the_store_is_killed(tmp_path):
     survive(2.0, 0, GONE.format(0), 3, ranks.die, 1, "SIGKILL", tmp_path / "at", store="tcp")
+
+
+def test_the_rank_that_keeps_the_store_is_stopped(tmp_path):
+    """No call of the store returns any more: neither the error nor its diagnosis waits for it."""
+    limit_s = ranks.TIMEOUT_S + SLACK_S
+    args = (ranks.die, 1, "SIGSTOP", tmp_path / "at")
+    survive(limit_s, 0, GONE.format(0), 3, *args, store="tcp")
+
+
+def test_survivors_end_as_any_script_with_an_error(tmp_path):
+    """Exit code 1 and a traceback: no abort by a thread that comes back too late, and no hang."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", ending.__name__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+        timeout=3 * ending.LIMIT_S,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank, (code, written) in enumerate(json.loads(done.stdout)):
+        if rank != ending.VICTIM:
+            assert code == 1, (rank, code, written[-2000:])
+            assert "Traceback" in written and "GroupError" in written
+            assert "terminate called" not in written
 
 
 @pytest.mark.full

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from cl_compiler import compile_loss
 from cl_compiler import lang as cl
@@ -11,8 +17,9 @@ from cl_compiler.errors import ArgumentError, LossDefinitionError, ScheduleError
 from cl_compiler.lang.reference import evaluate_outputs
 from cl_compiler.lang.ring import build_ring_program
 from cl_compiler.lang.sweeps import plan_sweeps
+from cl_compiler.runtime import own_group
 from tests import losses_zoo as zoo
-from tests.ring.members import copies, partial_groups
+from tests.ring.members import copies, later_groups, partial_groups
 from tests.ring.processes import launch
 from tests.ring.shards import emit_ring, run_group, split
 from tests.tiles import errors
@@ -30,6 +37,45 @@ def test_groups_of_some_ranks():
         assert "ArgumentError" in found.pop("2-D mesh")
         assert "ArgumentError" in found.pop("no member")
         assert max(found.values()) < 2e-6, found
+
+
+def test_a_loss_on_some_ranks_leaves_other_groups_alone():
+    """PyTorch names groups by how many a process knows: a loss's own do not count."""
+    for rank, outcome in enumerate(launch(later_groups, 4)):
+        found = outcome.needed()
+        if rank < 2:
+            known = 2 + (rank == 1)  # all ranks, the half, and the middle
+            assert found.pop("known") == found.pop("in the profiler's list") == known
+        assert len(found) == (2, 3, 1, 0)[rank], found
+        assert all(wrong < 2e-6 for wrong in found.values()), found
+
+
+def test_no_name_of_a_group_comes_back(monkeypatch):
+    """Not even after all groups are gone: the store still has what ranks said under the old one.
+
+    A group that did not come about is not counted: ranks that got there and ranks that did not are
+    in step when they try again.
+    """
+    world, store = SimpleNamespace(bound_device_id="cuda:0"), dist.HashStore()
+    monkeypatch.setattr(c10d, "_get_default_group", lambda: world)
+    monkeypatch.setattr(c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "1")
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    plain, names = c10d._process_group_name, []
+    for members in ((0, 1), (0, 1), (0, 1, 2)):
+        for comes in (False, True):
+            with contextlib.suppress(TimeoutError), own_group._named(members, "nccl"):
+                names.append(c10d._process_group_name([0, 1], use_hashed_name=True))
+                assert world.bound_device_id is None  # else a part of its communicator is asked for
+                assert os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "0"
+                assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "2"
+                if not comes:
+                    raise TimeoutError
+    assert names[::2] == names[1::2] and len(set(names)) == 3
+    assert c10d._process_group_name is plain and world.bound_device_id == "cuda:0"
+    assert os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "1"
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ
 
 
 def test_a_loss_on_a_group_is_like_any_other():
