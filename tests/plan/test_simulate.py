@@ -114,7 +114,10 @@ def test_from_the_closed_forms_batch_on_nothing_waits(preset, schedule):
     ],
 )
 def test_published_memory_of_other_losses(batch, dense, rows, inf_cl):
-    """Table 1 of Inf-CL (Cheng et al. 2024): 8 A800, ViT-L/14, D = 768, in 1000 MiB."""
+    """Table 1 of Inf-CL (Cheng et al. 2024): 8 A800, ViT-L/14, D = 768, in 1000 MiB.
+
+    The largest difference is 0.01, of Inf-CL at 256k.
+    """
     unit, sizes = 1000 * 2**20, (batch * 1024, 768, 8)
     for published, model in (
         (dense, dense_bytes),
@@ -122,7 +125,7 @@ def test_published_memory_of_other_losses(batch, dense, rows, inf_cl):
         (inf_cl, inf_cl_bytes),
     ):
         if published is not None:
-            assert abs(model(*sizes) / unit - published) <= 0.02 * max(1.0, published / 10)
+            assert abs(model(*sizes) / unit - published) <= 0.02
 
 
 @pytest.mark.parametrize(("batch", "published"), [(1024, 6.53), (4096, 26.12)])

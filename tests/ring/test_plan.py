@@ -134,14 +134,6 @@ def test_a_rank_holds_what_was_predicted(schedule):
     assert abs(measured - predicted) <= 0.01 * predicted, (predicted, measured)
 
 
-@pytest.mark.full
-def test_owner_computes_holds_little_more_than_its_gradients():
-    """At most 9.8 bytes per element of a shard, gradients included (8 are theirs)."""
-    predicted, measured = live_bytes(request("ring_owner", 2, 16384, 512, "1GiB"))
-    assert abs(measured - predicted) <= 0.01 * predicted, (predicted, measured)
-    assert measured / (16384 * 512) <= 9.8
-
-
 def test_the_batch_that_hides_communication_is_the_formulas_root():
     """At b*, a step's products take as long as its message."""
     plan, _ = chosen(request("ring_owner", 4, 1024, 256))
