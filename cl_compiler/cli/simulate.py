@@ -240,11 +240,9 @@ def _simulated(
     max_batch: bool,
     step: Callable[[], None],
 ) -> tuple[dict[str, _Found], dict[str, CompilerError]]:
-    from cl_compiler.codegen.ring.backend import fits_group
     from cl_compiler.errors import CompilerError
     from cl_compiler.lang.ring import CLUSTER_SCHEDULES
     from cl_compiler.lang.sweeps import plan_sweeps
-    from cl_compiler.plan.shards import largest_shard
 
     sweeps = plan_sweeps(request.loss, request.positives, request.needs)
     found: dict[str, _Found] = {}
@@ -261,9 +259,19 @@ def _simulated(
             continue
         if max_batch:
             step()
-            of = replace(of, largest=largest_shard(asked, sweeps, fits_group) * request.group_size)
+            of = replace(of, largest=_largest(asked, sweeps, ranks))
         found[schedule] = of
     return found, refused
+
+
+def _largest(asked: Request, sweeps: SweepPlan, ranks: Ranks | None) -> int:
+    """Rows of all ranks together: of even shards, or of those that are advised."""
+    from cl_compiler.codegen.ring.backend import fits_group, plan_group
+    from cl_compiler.plan.shards import largest_shard, largest_total
+
+    if ranks is None:
+        return largest_shard(asked, sweeps, fits_group) * asked.group_size
+    return largest_total(asked, sweeps, ranks.speeds, ranks.budgets, plan_group, fits_group)
 
 
 def _one(
@@ -337,7 +345,7 @@ def _tables(asked: Request, found: dict[str, _Found]) -> tuple[Table, Table]:
     if differ:
         columns.append("step, even shards")
     if any(of.largest is not None for of in found.values()):
-        columns.append("largest batch, even shards" if differ else "largest batch")
+        columns.append("largest batch")
     others = tuple((name, format_bytes(count)) for name, count in _others(asked))
     title = "\nwhat other losses take on one rank, by their formulas"
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cl_compiler.errors import ArgumentError, BudgetError
@@ -132,14 +132,81 @@ def shares_of_ranks(
         BudgetError: the rows do not fit on these ranks.
         ScheduleError: the loss cannot use the schedule.
     """
-    if not budgets:
-        budgets = [request.budget.device_bytes] * len(speeds)
+    budgets = budgets or [request.budget.device_bytes] * len(speeds)
     found = _common_plan(request, sweeps, advised_rows(total, speeds), budgets, plan_of)
     if isinstance(found, RankShares):
         return found
-    by_budget = {
-        b: largest_shard(_within(request, b), sweeps, fits_of, total) for b in sorted(set(budgets))
+    by_budget = _rows_by_budget(request, sweeps, budgets, fits_of, total)
+    shares = _limited(request, sweeps, total, speeds, budgets, by_budget, plan_of)
+    if shares is not None:
+        return shares
+    held = ", ".join(f"{format_bytes(b)}: {n} rows" for b, n in by_budget.items())
+    raise BudgetError(
+        f"{request.loss.name} with {total} rows and D={request.problem.D} does not fit on ranks "
+        f"with these budgets, which hold at most ({held}); give them fewer rows, or more memory."
+    )
+
+
+def largest_total(
+    request: Request,
+    sweeps: SweepPlan,
+    speeds: Sequence[float],
+    budgets: Sequence[int] = (),
+    plan_of: GroupPlanner = choose_cluster_plan,
+    fits_of: GroupFits = group_fits,
+) -> int:
+    """The most rows of all ranks together that ``shares_of_ranks`` finds shards for.
+
+    Every rank is as full as its own memory lets it be, whatever its speed.  Where they can all run
+    one plan, that is their sum; else less by what tiles of different size leave free, to within
+    1/128.
+
+    Args:
+        request: of a rank; its rows are not looked at.
+        sweeps: the loss in sweeps.
+        speeds: of each rank, in any unit.
+        budgets: bytes of each rank; left out, all have the request's.
+        plan_of: plans a request, or raises BudgetError.
+        fits_of: says which rows it can plan.
+
+    Raises:
+        ScheduleError: the loss cannot use the schedule.
+    """
+    budgets = budgets or [request.budget.device_bytes] * len(speeds)
+    by_budget = _rows_by_budget(request, sweeps, budgets, fits_of)
+    low, high = 0, sum(by_budget[b] for b in budgets)
+    total = high
+    while high - low > high // 128:
+        fits = _limited(request, sweeps, total, speeds, budgets, by_budget, plan_of) is not None
+        low, high = (total, high) if fits else (low, total - 1)
+        total = (low + high + 1) // 2
+    return low
+
+
+def _rows_by_budget(
+    request: Request,
+    sweeps: SweepPlan,
+    budgets: Sequence[int],
+    fits_of: GroupFits,
+    enough: int = 0,
+) -> dict[int, int]:
+    """The most rows that a rank with each budget can have."""
+    return {
+        b: largest_shard(_within(request, b), sweeps, fits_of, enough) for b in sorted(set(budgets))
     }
+
+
+def _limited(
+    request: Request,
+    sweeps: SweepPlan,
+    total: int,
+    speeds: Sequence[float],
+    budgets: Sequence[int],
+    by_budget: Mapping[int, int],
+    plan_of: GroupPlanner,
+) -> RankShares | None:
+    """Shards of which none has more rows than a rank with its budget can have; None: there are
+    none."""
     most = [by_budget[b] for b in budgets]
     for _ in range(ROUNDS):
         if sum(most) < total:
@@ -150,11 +217,7 @@ def shares_of_ranks(
             return found
         # the rank that was found has too little room for the tiles of the others: fewer rows
         most[found] = min(most[found], rows[found]) * 7 // 8
-    held = ", ".join(f"{format_bytes(b)}: {n} rows" for b, n in by_budget.items())
-    raise BudgetError(
-        f"{request.loss.name} with {total} rows and D={request.problem.D} does not fit on ranks "
-        f"with these budgets, which hold at most ({held}); give them fewer rows, or more memory."
-    )
+    return None
 
 
 def _within(request: Request, device_bytes: int) -> Request:
@@ -212,5 +275,6 @@ __all__ = [
     "RankShares",
     "advised_rows",
     "largest_shard",
+    "largest_total",
     "shares_of_ranks",
 ]

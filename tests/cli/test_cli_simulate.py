@@ -120,12 +120,14 @@ def test_nothing_fits(cli, budget):
 def test_ranks_of_little_memory_get_fewer_rows(cli, cli_json):
     machine = ["--hardware", "xeon-amx-2c", "--problem", "16384x256", "--dtype", "float32"]
     budgets = ["--budgets", "64MiB,64MiB,8MiB,64MiB"]
-    found = cli_json("simulate", *machine, *budgets)
+    found = cli_json("simulate", *machine, *budgets, "--max-batch")
     assert found["ranks"] == 4 and "ring_owner" in found["schedules"]
     for of in found["schedules"].values():
         rows, peaks = of["advised_rows"], of["peak_bytes_of_ranks"]
         assert sum(rows) == 16384 and rows[2] < 4096 < min(rows[0], rows[1], rows[3])
         assert peaks[2] <= 8 << 20 and of["even_shards_s"] is None
+        # gradients alone fill 8 MiB at 4096 rows, so even shards stop below 16384
+        assert of["max_batch"] > 5 * 16384
     text = cli("plan", *machine, "--budgets", "64MiB,16MiB,64MiB", "--speeds", "2,2,1").stdout
     assert "64.0 MiB" in text and "memory_budget for all of them" in text
 

@@ -15,7 +15,12 @@ from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.cluster import Share, choose_cluster_plan, memory_of
 from cl_compiler.plan.limits import scaled
-from cl_compiler.plan.shards import advised_rows, largest_shard, shares_of_ranks
+from cl_compiler.plan.shards import (
+    advised_rows,
+    largest_shard,
+    largest_total,
+    shares_of_ranks,
+)
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
 
 
@@ -86,6 +91,26 @@ def test_every_rank_keeps_within_its_own_memory(speeds, mebibytes):
     assert roomy.rows == advised_rows(total, speeds)
     with pytest.raises(BudgetError, match="does not fit on ranks with these budgets"):
         shares_of_ranks(asked, sweeps, total, speeds, [1 << 20] * len(speeds))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "speeds", "mebibytes"),
+    [("ring_owner", (1, 1, 1, 2), (64, 64, 12, 30)), ("ring_travel", (2, 1), (32, 32))],
+)
+def test_the_largest_batch_fills_every_rank(schedule, speeds, mebibytes):
+    """With one row more there are no shards; even ones would stop at the least memory."""
+    asked, sweeps = group_of(len(speeds), 4096, 256)
+    budgets = [n << 20 for n in mebibytes]
+    asked = replace(asked, schedule=schedule, budget=MemoryBudget(min(budgets)))
+    total = largest_total(asked, sweeps, speeds, budgets)
+    found = shares_of_ranks(asked, sweeps, total, speeds, budgets)
+    assert sum(found.rows) == total
+    for peak, most in zip(found.peak_bytes, budgets, strict=True):
+        assert 0.9 * most < peak <= most
+    with pytest.raises(BudgetError):
+        shares_of_ranks(asked, sweeps, total + 1, speeds, budgets)
+    even = len(speeds) * largest_shard(asked, sweeps)
+    assert total == even if len(set(budgets)) == 1 else total > 2 * even
 
 
 def test_what_cannot_be():
