@@ -130,14 +130,16 @@ def compile_loss(
             return _on_group(ranks, machine, loss, problem, precision, schedule, nonfinite)
     if deterministic == CANONICAL:
         schedule = canonical_schedule(schedule, False)
-    check_options(precision, schedule, SCHEDULES, nonfinite, deterministic, verify, tune)
+    hardware = load_hardware(hardware_spec)
+    ranks_there = 0 if hardware.world_size == 1 else hardware.world_size
+    known = CLUSTER_SCHEDULES if ranks_there else SCHEDULES
+    check_options(precision, schedule, known, nonfinite, deterministic, verify, tune)
     from cl_compiler.runtime.function import CompiledLoss
 
-    hardware = load_hardware(hardware_spec)
     budget = _budget(memory_budget, hardware, is_here=hardware_spec == "auto")
     ir = find_loss(loss)
-    specialise = Specialiser(ir, hardware, budget, precision, schedule, tune=tune)
-    planned = None if problem is None else specialise.signature_of(Problem.parse(problem))
+    specialise = Specialiser(ir, hardware, budget, precision, schedule, ranks_there, tune=tune)
+    planned = None if problem is None else specialise.share_of(Problem.parse(problem))
     return CompiledLoss(
         loss_signature(ir),
         specialise,
@@ -168,11 +170,7 @@ def _on_group(
     hardware = HardwareSpec.from_dict(seen["hardware"])
     budget = MemoryBudget(seen["device_bytes"], seen["host_bytes"])
     specialise = Specialiser(ir, hardware, budget, precision, schedule, ranks.world_size)
-    planned = None
-    if problem is not None:
-        whole = Problem.parse(problem)
-        m, n = (-(-length // ranks.world_size) for length in (whole.M, whole.N))
-        planned = specialise.signature_of(replace(whole, M=m, N=n))
+    planned = None if problem is None else specialise.share_of(Problem.parse(problem))
     text = json.dumps(loss_to_json(ir), sort_keys=True)
     return GroupLoss(
         loss_signature(ir),
@@ -306,6 +304,12 @@ class Specialiser:
             needs=frozenset(names),
         )
 
+    def share_of(self, problem: Problem) -> CallSignature:
+        """The call of one rank with an even share of a problem; of one device the whole."""
+        ranks = self.group_size or 1
+        m, n = (-(-length // ranks) for length in (problem.M, problem.N))
+        return self.signature_of(replace(problem, M=m, N=n))
+
     def request(self, call: CallSignature) -> Request:
         """Everything that the plan depends on."""
         precision = products_of(self.precision, call.dtype, self.hardware)
@@ -420,10 +424,7 @@ def build_variant(request: Request, described: Mapping[str, Any], name: str) -> 
     from cl_compiler.plan.report import plan_to_json
 
     sweeps = plan_sweeps(request.loss, request.positives, request.needs)
-    printed = plan_and_print
-    if request.group_size:
-        from cl_compiler.codegen.ring.backend import plan_and_print_ring as printed
-    plan, source = printed(request, sweeps, name)
+    plan, source = plan_and_print(request, sweeps, name)
     return Variant(name, source, dict(described), plan_to_json(plan))
 
 

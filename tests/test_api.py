@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from cl_compiler import Problem, compile_loss
 from cl_compiler.api import fetch_variant
@@ -22,7 +23,10 @@ from tests.plan.requests import request
             {"deterministic": "ranks"},
             r"deterministic='ranks': use True or False, or \"canonical\"\.$",
         ),
-        ({"precision": "fp8"}, "precision='fp8': use one of auto, ieee, bf16, fp16, tf32, bf16x3"),
+        (
+            {"precision": "int4"},
+            "precision='int4': use one of auto, ieee, bf16, fp16, tf32",
+        ),
         ({"nonfinite": "warn"}, "nonfinite='warn': use 'propagate' or 'error'"),
         ({"schedule": "spil"}, "schedule='spil': use auto or one of recompute"),
         ({"problem": (64, 64, 8)}, r"give Problem\(64, 64, 8\)"),
@@ -55,3 +59,15 @@ def test_a_variant_is_fetched_without_being_executed(monkeypatch: pytest.MonkeyP
     assert not fetch_variant(r).hit
     again = fetch_variant(r)
     assert again.hit and again.plan["problem"]["M"] == 64
+
+
+def test_a_machine_of_several_devices_is_planned_as_a_group() -> None:
+    """What each rank runs can be read; to call it takes the ranks."""
+    loss_fn = compile_loss("h100x8", "1GiB", problem="8192x8192x512", schedule="ring_owner")
+    assert loss_fn.plan.problem.M == 1024 and loss_fn.plan.cluster is not None
+    assert loss_fn.plan.cluster.schedule == "ring_owner"
+    assert "torch.distributed" in loss_fn.source
+    with pytest.raises(ArgumentError, match="pass group= on every rank"):
+        loss_fn(torch.randn(8, 4), torch.randn(8, 4), logit_scale=1.0)
+    with pytest.raises(ScheduleError, match="use auto or one of ring_owner"):
+        compile_loss("h100x8", "1GiB", schedule="spill")

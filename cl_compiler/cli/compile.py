@@ -9,6 +9,7 @@ import typer
 
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import working, write, write_json
+from cl_compiler.cli.ranks import on_its_ranks
 from cl_compiler.cli.requests import Question, ask, request_of
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def compile_question(question: Question) -> Entry:
         step()
         from cl_compiler.api import fetch_variant
 
-        request = request_of(question)
+        request = on_its_ranks(request_of(question))
         step()
         return fetch_variant(request)
 

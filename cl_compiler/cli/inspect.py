@@ -9,6 +9,7 @@ import typer
 
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import working, write, write_code, write_json, write_table
+from cl_compiler.cli.ranks import on_its_ranks
 from cl_compiler.cli.requests import Question, ask, changed, check_path, refuse_others, request_of
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _generate(question: Question) -> tuple[Plan, str, str]:
         from cl_compiler.plan.record import plan_from_json
 
         step()
-        request = request_of(question)
+        request = on_its_ranks(request_of(question))
         described, key = key_of(request)
         step()
         built = build_variant(request, described, key.variant)
@@ -159,7 +160,7 @@ def _draw(question: Question, path: Path, json: bool) -> dict[str, Any]:
         from cl_compiler.lang.sweeps import plan_sweeps
 
         step()
-        request: Request = request_of(question)
+        request: Request = on_its_ranks(request_of(question))
         sweeps = plan_sweeps(request.loss, request.positives, request.needs)
         machine = hardware_graph(request.hardware)
         chosen = plan_of(request, sweeps)

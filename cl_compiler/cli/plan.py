@@ -8,7 +8,7 @@ import typer
 
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import Table, working, write, write_json, write_report, write_table
-from cl_compiler.cli.ranks import Budgets, Speeds, on_ranks, ranks_of, table_of
+from cl_compiler.cli.ranks import Budgets, Speeds, on_its_ranks, on_ranks, ranks_of, table_of
 from cl_compiler.cli.requests import ask, request_of
 from cl_compiler.units import format_bytes
 
@@ -41,8 +41,9 @@ def plan(
     """Show how a loss would run: schedule, tiles, bytes, seconds, and what was rejected.
 
     Nothing is compiled or measured, and any machine can be planned for: preset names are in
-    `cl-compiler doctor`. With --speeds or --budgets, of every rank one, the problem is that of a
-    group of ranks: which of them gets how many rows, and the plan of the largest shard.
+    `cl-compiler doctor`. On several devices the problem is that of all of them, and the plan that
+    of a rank. With --speeds or --budgets, of every rank one: which of them gets how many rows, and
+    the plan of the largest shard.
     """
     differing = ranks_of(speeds, budgets, budget)
     if differing is not None and (schedule != "auto" or max_batch):
@@ -71,7 +72,9 @@ def plan(
         step()
         sweeps = plan_sweeps(request.loss, request.positives, request.needs)
         shares = None
-        if differing is not None:
+        if differing is None:
+            request = on_its_ranks(request)
+        else:
             asked = on_ranks(request, 0, differing)
             total = request.problem.M
             shares = shares_of_ranks(

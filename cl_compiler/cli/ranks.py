@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from cl_compiler.plan.shards import RankShares
     from cl_compiler.plan.types import Request
 
-__all__ = ["Budgets", "Ranks", "Speeds", "in_words", "on_ranks", "ranks_of", "table_of"]
+__all__ = [
+    "Budgets",
+    "Ranks",
+    "Speeds",
+    "in_words",
+    "on_its_ranks",
+    "on_ranks",
+    "ranks_of",
+    "table_of",
+]
 
 Speeds = Annotated[
     str | None,
@@ -130,6 +139,11 @@ def on_ranks(request: Request, count: int, ranks: Ranks | None) -> Request:
         problem=replace(request.problem, M=m, N=n),
         group_size=count,
     )
+
+
+def on_its_ranks(request: Request) -> Request:
+    """The same on a machine of one device; on more, of one of their ranks."""
+    return request if request.hardware.world_size == 1 else on_ranks(request, 0, None)
 
 
 def in_words(rows: Sequence[int]) -> str:

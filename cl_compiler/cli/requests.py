@@ -231,7 +231,7 @@ def budget_of(text: str | None, hardware: HardwareSpec, *, is_here: bool) -> Mem
 
 
 def request_of(question: Question) -> Request:
-    """Everything that a plan depends on.
+    """Everything that a plan depends on; of several devices, of what all of them do together.
 
     Raises:
         typer.BadParameter: an option's text cannot be read, or names nothing.
@@ -239,6 +239,7 @@ def request_of(question: Question) -> Request:
     """
     from cl_compiler.cli.user_loss import find_loss
     from cl_compiler.lang.program import SCHEDULES
+    from cl_compiler.lang.ring import CLUSTER_SCHEDULES
     from cl_compiler.plan.problems import check_problem
     from cl_compiler.plan.types import Request
 
@@ -248,9 +249,11 @@ def request_of(question: Question) -> Request:
     positives = positives_of(question.positives, loss, problem)
     with reading(""):
         check_problem(problem, loss, positives)
-    if question.schedule not in ("auto", *SCHEDULES):
+    schedules = SCHEDULES if hardware.world_size == 1 else CLUSTER_SCHEDULES
+    if question.schedule not in ("auto", *schedules):
         raise typer.BadParameter(
-            f"--schedule {question.schedule!r}: use auto or one of {', '.join(SCHEDULES)}"
+            f"--schedule {question.schedule!r} on {hardware.name}: use auto or one of "
+            f"{', '.join(schedules)}"
         )
     return Request(
         loss,

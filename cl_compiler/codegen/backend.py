@@ -1,4 +1,5 @@
-"""Which templates print a plan: Triton's on one GPU where they serve it, PyTorch's otherwise."""
+"""Which templates print a plan: a ring's on a group of ranks; of one device Triton's on a GPU where
+they serve it, PyTorch's otherwise."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cl_compiler.codegen.render import render
+from cl_compiler.codegen.ring.backend import fits_group, plan_and_print_ring, plan_group
 from cl_compiler.codegen.triton.panel import kernel_plan, nearby_panels, smallest_bytes
 from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.retain import retained
@@ -17,6 +19,7 @@ from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan import limits
 from cl_compiler.plan.precision import FP8, SPLIT
 from cl_compiler.plan.search import choose_plan, nearby_plans
+from cl_compiler.plan.shards import largest_shard
 from cl_compiler.plan.types import Candidate, Plan, Request, Tile
 from cl_compiler.units import format_bytes
 
@@ -30,6 +33,8 @@ def plan_and_print(request: Request, sweeps: SweepPlan, variant: str) -> tuple[P
     Raises:
         as ``plan_of``.
     """
+    if request.group_size:
+        return plan_and_print_ring(request, sweeps, variant)
     plan = plan_of(request, sweeps)
     return plan, print_plan(plan, request, sweeps, variant)
 
@@ -69,6 +74,8 @@ def plan_of(request: Request, sweeps: SweepPlan) -> Plan:
         HardwareError: the machine has no rate for the way in which products are computed.
         ArgumentError: the problem lacks the number of slots or the length of the bank.
     """
+    if request.group_size:
+        return plan_group(request, sweeps)[0]
     if not _is_one_gpu(request):
         _refuse_eight_bits(request, "only one GPU's kernels have such products")
         return choose_plan(_widened(request), sweeps)
@@ -93,6 +100,8 @@ def max_batch(request: Request, sweeps: SweepPlan) -> int:
     Raises:
         ScheduleError: the requested schedule is unknown, or the loss cannot use it.
     """
+    if request.group_size:
+        return request.group_size * largest_shard(request, sweeps, fits_group)
     batch = 0 if request.precision == FP8 else limits.max_batch(_widened(request), sweeps)
     if not _is_one_gpu(request):
         return batch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cl_compiler.errors import BudgetError, ScheduleError
 from cl_compiler.hardware.graph import hardware_graph
@@ -263,12 +264,27 @@ def _candidate(
             budget=request.budget,
             seconds=seconds,
             rejected=(),
-            levels=tuple(level for level in plan.levels if level.kind != "cluster"),
-            units=plan.units * request.group_size,
+            **_of_all_shards(plan, request.group_size, cluster),
         )
         return _Candidate(plan, cluster, seconds)
     assert last is not None
     raise last
+
+
+def _of_all_shards(plan: Plan, ranks: int, cluster: ClusterPlan) -> dict[str, Any]:
+    """What a plan for one shard of the other side says of all that pass by."""
+    parts = [(what, seconds * ranks) for what, seconds in plan.seconds_by_part]
+    parts += [("exchange that is not hidden", cluster.exposed_s)] * (cluster.exposed_s > 0)
+    levels = [
+        replace(a, traffic_bytes=a.traffic_bytes * ranks, seconds=a.seconds * ranks)
+        for a in plan.levels
+        if a.kind != "cluster"
+    ]
+    return {
+        "seconds_by_part": tuple(parts),
+        "levels": tuple(levels),
+        "units": plan.units * ranks,
+    }
 
 
 def _node(machine: Machine, schedule: str, ranks: int) -> int:

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.cli.conftest import SMALL
 
 CLUSTER = ["--hardware", "h100x8", "--budget", "1GiB", "--problem", "8192x512"]
@@ -28,14 +30,28 @@ def test_compiling_imports_no_pytorch_and_executes_nothing():
         assert done.stderr == "0 False []\n"
 
 
-def test_what_the_file_does_not_say_is_said(cli, cli_json):
-    """A plan for several devices is one rank's share; the notes say so, in the terminal too."""
-    for _ in range(2):  # compiled, and found again
-        text = cli("compile", *CLUSTER).stdout
-        assert "\nnote: one rank's share of 8: 1024 rows x 8192 columns" in text
+def test_several_devices_are_a_group(cli, cli_json, tmp_path):
+    """What every rank of them runs is compiled ahead, where ``group=`` finds it; notes are said."""
+    for found in ("compiled: ", "already compiled: "):
+        text = cli("compile", *CLUSTER, "--out", tmp_path / "clip.py").stdout
+        assert text.startswith(found) and "\nnote: Triton kernels for sm_90" in text
     assert "note: " not in cli("compile", *SMALL).stdout
-    notes = cli_json("compile", *CLUSTER)["plan"]["notes"]
-    assert any(note.startswith("one rank's share of 8") for note in notes)
+    source = (tmp_path / "clip.py").read_text()
+    assert "import torch.distributed" in source and "M, N of each rank" in source
+    plan = cli_json("compile", *CLUSTER)["plan"]
+    assert plan["problem"]["M"] == 1024 and plan["cluster"]["group_size"] == 8
+    assert cli("inspect", *CLUSTER).stdout.strip() == source.strip()
+
+
+@pytest.mark.parametrize("schedule", ["ring_owner", "all_gather"])
+def test_a_cluster_schedule_can_be_asked_for(cli, cli_json, schedule):
+    asked = cli_json("plan", *CLUSTER, "--schedule", schedule)
+    assert asked["cluster"]["schedule"] == schedule
+    assert sum(seconds for _, seconds in asked["seconds_by_part"]) == pytest.approx(
+        asked["seconds"]
+    )
+    other = cli("plan", *CLUSTER, "--schedule", "spill").stderr
+    assert "on h100x8: use auto or one of ring_owner" in other
 
 
 def test_a_host_budget_is_said_to_have_no_effect(cli):

@@ -134,7 +134,7 @@ def test_sizes_that_no_call_could_have(asked, said):
         ({"budget": "much"}, "^--budget: cannot read 'much' as an amount of memory"),
         ({"budget": "disk=1GiB"}, "^--budget: memory budget"),
         ({"hardware": "h100x7"}, "^--hardware: no hardware preset is called 'h100x7'"),
-        ({"schedule": "spil"}, "^--schedule 'spil': use auto or one of recompute"),
+        ({"schedule": "spil"}, r"^--schedule 'spil' on \S+: use auto or one of recompute"),
         ({"loss": "klip"}, "^--loss: there is no loss 'klip'. Did you mean 'clip'?.*file.py:name"),
     ],
 )

@@ -69,6 +69,7 @@ PRINTED = {
     "inspect --schedule spill --diff": r" +this plan +the other\nschedule +spill +recompute\n"
     r"(.*\n)+-# schedule  spill\n",
     "inspect --loss infonce --graph": r"loss graph: infonce\.png\nhardware graph: infonce-hard",
+    "inspect --hardware h100x8": r"# Generated(.*\n)+# schedule  ring_\w+; M, N of each rank",
     "simulate": r"clip on a800-4x8: 32 ranks(.*\n)+ring_owner +1024(.*\n)+fastest: \w+, bound by",
     "compile": r"compiled: .*/cache/[0-9a-f]{16}/clip-[0-9a-f]{12}/kernels\.py\nwritten: clip\.py",
     "cache list": r"0 variants, 0 B, in .*/cache\n",
