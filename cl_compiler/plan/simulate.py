@@ -181,8 +181,6 @@ def _around(
     links, *inner = levels
     arriving: Vector | None = None
     owed: Vector | float = 0.0
-    before = np.empty_like(owner)
-    before[links.next_ranks] = np.arange(links.ranks)
     for seconds, whole_sent, whole_back in parts:
         here = owner
         for step in range(links.circle):
@@ -203,7 +201,7 @@ def _around(
             if posted is not None:
                 clock.wait(posted)
             if shares is not None:
-                here = here[before]
+                here = here[links.ranks_before]
     if arriving is not None:
         clock.wait(arriving)
         clock.compute(owed * clock.join_s_per_byte)
