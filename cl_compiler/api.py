@@ -70,7 +70,8 @@ def compile_loss(
         memory_budget: bytes, "512MiB", {"device": …, "host": …}, a ``MemoryBudget``, or None for a
             quarter: of the memory that is free here ("auto"), or of the named device's.  It bounds
             every byte that the loss allocates or keeps, returned gradients included, the caller's
-            inputs not.  What is given for the host has no effect so far.
+            inputs not.  What is given for the host bounds the gradients that are made there of
+            shards in host memory.
         loss: a name in ``cl_compiler.losses``, or what ``@cl.define_loss`` returned.
         problem: the largest sizes, a ``Problem`` or "MxNxD", to compile ahead of time; without it
             the loss specialises at its first call, and again for a new dtype, width or size class.
@@ -80,7 +81,8 @@ def compile_loss(
             inputs as two bf16 numbers each, three products.  "auto": 16-bit inputs in their own
             type where the machine multiplies in it; fp32 inputs in bf16x3 on a GPU, else in ieee.
         schedule: "auto", or one of recompute, spill, panel, retain, dense; with a group, one of
-            ring_owner, ring_travel, all_gather, two_level, half_ring, both_ways.
+            ring_owner, ring_travel, all_gather, two_level, half_ring, both_ways, and host, for
+            shards in host memory: CPU tensors that are streamed through the device.
         deterministic: bitwise repeatable on the same machine with the same number of threads (the
             emitted CPU code always is).  "canonical", with a group: bitwise the same value and
             gradients for any number of ranks, where every shard is a multiple of 256 rows and

@@ -13,6 +13,7 @@ from cl_compiler.cli.output import Table, working, write, write_json, write_tabl
 from cl_compiler.cli.ranks import Budgets, Ranks, Speeds, in_words, on_ranks, ranks_of, table_of
 from cl_compiler.cli.requests import ask, check_path, request_of
 from cl_compiler.cli.simulate_report import GANTT_SUFFIXES, draw, write_page
+from cl_compiler.lang.ring import HOST
 from cl_compiler.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def simulate(
         )
     if not found:
         raise _nothing(asked, refused)
-    best = min(found, key=lambda name: found[name].run.seconds)
+    # of those for inputs on the devices, if there are any
+    best = min(found, key=lambda name: (name == HOST, found[name].run.seconds))
     title = f"{loss} on {asked.hardware.name}"
     if gantt is not None:
         draw(found[best].run, f"{title}: {best}", gantt)

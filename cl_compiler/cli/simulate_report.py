@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["GANTT_SUFFIXES", "draw", "write_page"]
 
 GANTT_SUFFIXES = (".png", ".svg")
-_COLOURS = {"compute": "#2f6ea5", "send": "#7fb069", "gradient": "#c0622b", "wait": "#d0d3d8"}
+_COLOURS = {
+    "compute": "#2f6ea5",
+    "send": "#7fb069",
+    "gradient": "#c0622b",
+    "copy": "#8e6bb0",
+    "wait": "#d0d3d8",
+}
 _LANES = {"compute": (0.0, "products"), "wait": (0.0, "products"), "send": (0.45, "send")}
 """Of each kind its line, and the events that follow one another there; gradients have their own."""
 _PIXELS = 1200

@@ -53,23 +53,24 @@ def ring_obstacle(plan: SweepPlan) -> str:
     return ""
 
 
-HALF_RING, BOTH_WAYS = "half_ring", "both_ways"
+HALF_RING, BOTH_WAYS, HOST = "half_ring", "both_ways", "host"
 CLUSTER_SCHEDULES = (
     *("ring_owner", "ring_travel", "all_gather", "two_level"),
-    *(HALF_RING, BOTH_WAYS),
+    *(HALF_RING, BOTH_WAYS, HOST),
 )
 """ring_owner: operands travel, every gradient is made at its owner; ring_travel: an operand travels
 with its gradient; all_gather: shards are gathered, and gradients sent home, a chunk at a time;
 two_level: as ring_owner, in a ring of nodes and a ring inside each; half_ring: of one set with
 itself, a shard travels half of the ring with its gradient, so that two shards meet once; both_ways:
-as ring_owner, half of the ranks in each direction at once."""
+as ring_owner, half of the ranks in each direction at once; host: as ring_owner, of shards in host
+memory, of which a block is on the device while the other side's travel past it."""
 CANONICAL = "canonical"
 """Every rank meets all chunks in global order, so that results do not depend on the number of
 ranks; what is reduced over a side is made where that side streams past.  Only taken when asked
 for."""
 CANONICAL_CHUNK = 256
 """Rows of a chunk; every shard is a whole number of them."""
-OWNER_COMPUTES = frozenset({"ring_owner", "two_level", BOTH_WAYS, CANONICAL})
+OWNER_COMPUTES = frozenset({"ring_owner", "two_level", BOTH_WAYS, HOST, CANONICAL})
 """Schedules in which no gradient travels."""
 
 
@@ -100,6 +101,15 @@ def _half_obstacle(plan: SweepPlan) -> str:
             )
         if len(_needed_sides(plan, sweep.gradients)) == 1:
             return "one side of its matrix takes no gradient, so a tile differs from its transpose"
+    return ""
+
+
+def local_obstacle(plan: SweepPlan) -> str:
+    """Why operands of a loss cannot be streamed through a device; "" where they can."""
+    for sweep in plan.sweeps:
+        if is_local(sweep.grid):
+            what = "slots" if SLOTS in sweep.grid else "queue"
+            return f"its {what} would be read where the shards are, in host memory"
     return ""
 
 
@@ -252,11 +262,13 @@ __all__ = [
     "CANONICAL_CHUNK",
     "CLUSTER_SCHEDULES",
     "HALF_RING",
+    "HOST",
     "LOCAL_AXES",
     "OWNER_COMPUTES",
     "build_ring_program",
     "canonical_obstacle",
     "is_local",
+    "local_obstacle",
     "ring_obstacle",
     "ring_schedules",
 ]

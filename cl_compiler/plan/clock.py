@@ -29,7 +29,7 @@ EVENTS = 20_000
 
 @dataclass(frozen=True)
 class Event:
-    """One rank's use of one resource; ``what``: "compute", "send", "gradient" or "wait"."""
+    """One rank's use of one resource; ``what``: "compute", "send", "gradient", "copy", "wait"."""
 
     rank: int
     what: str
@@ -52,7 +52,7 @@ class Links:
     members: int = 0
     wires: Vector | None = None
 
-    @cached_property
+    @property
     def ranks(self) -> int:
         return len(self.latency_s)
 
@@ -60,19 +60,6 @@ class Links:
     def next_ranks(self) -> Vector:
         """The rank that each rank sends to."""
         return (np.arange(self.ranks) + 1) % self.ranks if self.after is None else self.after
-
-    @cached_property
-    def ranks_before(self) -> Vector:
-        """The rank that sends to each rank."""
-        before = np.empty(self.ranks, dtype=int)
-        before[self.next_ranks] = np.arange(self.ranks)
-        return before
-
-    @cached_property
-    def ports(self) -> tuple[Vector, Vector]:
-        """(where each hop leaves its rank, where it arrives), numbered by wire and rank."""
-        first = 0 if self.wires is None else self.wires * self.ranks
-        return first + np.arange(self.ranks), first + self.next_ranks
 
     @property
     def circle(self) -> int:
@@ -156,16 +143,15 @@ class Clock:
         ranks = self.links.ranks
         self.now = np.zeros(ranks)
         self.compute_s, self.waiting_s = np.zeros(ranks), np.zeros(ranks)
-        # when the wires of every rank are free, see ``Links.ports``
-        self._sends, self._receives = np.zeros(WIRES * ranks), np.zeros(WIRES * ranks)
+        self._sends, self._receives = np.zeros((WIRES, ranks)), np.zeros((WIRES, ranks))
+        self._copies = np.zeros(ranks)
         self._collective = 0.0
 
     def compute(self, seconds: Vector | float) -> None:
         """Every rank's device is busy."""
         took = seconds / self.speed
-        end = self.now + took
-        self._draw("compute", self.now, end)
-        self.now = end
+        self._draw("compute", self.now, self.now + took)
+        self.now = self.now + took
         self.compute_s += took
 
     def exchange(
@@ -174,23 +160,34 @@ class Clock:
         """Post to the rank after, and a receive from the one before: when it has both."""
         links = links or self.links
         self.now = self.now + self.post_s
-        sends, receives = links.ports
-        ready = np.maximum(self.now, self.now[links.next_ranks])  # both ends have posted
-        start = np.maximum(self._sends[sends], self._receives[receives])
-        np.maximum(start, ready, out=start)
-        end = start + links.latency_s + sent_bytes * links.s_per_byte
-        self._sends[sends] = end
-        self._receives[receives] = end
+        size = np.broadcast_to(np.asarray(sent_bytes, dtype=float), self.now.shape)
+        after, every = links.next_ranks, np.arange(links.ranks)
+        wires = np.zeros(links.ranks, dtype=int) if links.wires is None else links.wires
+        ready = np.maximum(self.now, self.now[after])  # both ends have posted
+        free = np.maximum(self._sends[wires, every], self._receives[wires, after])
+        start = np.maximum(ready, free)
+        end = start + links.latency_s + size * links.s_per_byte
+        arrived = np.empty_like(end)
+        arrived[after] = end
+        self._sends[wires, every] = end
+        self._receives[wires, after] = end
         self._draw(what, start, end)
-        done: Vector = np.maximum(end, end[links.ranks_before])
+        done: Vector = np.maximum(end, arrived)
         return done
+
+    def copy(self, seconds: Vector | float) -> Vector:
+        """Post a copy between host memory and the device, after earlier ones: when it is done."""
+        start = np.maximum(self.now, self._copies)
+        self._copies = start + seconds
+        self._draw("copy", start, self._copies)
+        return self._copies
 
     def wait(self, until: Vector) -> None:
         """Until what was posted is done."""
-        end = np.maximum(until, self.now)
-        self._draw("wait", self.now, end)
-        self.waiting_s += end - self.now
-        self.now = end
+        waited = np.maximum(until - self.now, 0.0)
+        self._draw("wait", self.now, self.now + waited)
+        self.now = self.now + waited
+        self.waiting_s += waited
 
     def together(self, seconds: float) -> Vector:
         """A collective: it begins when the last rank has posted it, one after the other."""
@@ -202,8 +199,6 @@ class Clock:
         return ends
 
     def _draw(self, what: str, start: Vector, end: Vector) -> None:
-        if not self.drawn or len(self.events) >= EVENTS:
-            return
         for rank in range(min(self.drawn, self.links.ranks)):
             if end[rank] > start[rank] and len(self.events) < EVENTS:
                 self.events.append(Event(rank, what, float(start[rank]), float(end[rank])))

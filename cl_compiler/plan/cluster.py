@@ -7,35 +7,35 @@ time that products do not hide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cl_compiler.errors import BudgetError, ScheduleError
 from cl_compiler.hardware.graph import hardware_graph
-from cl_compiler.hardware.ranks import one_device
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import (
     CANONICAL,
     CANONICAL_CHUNK,
     CLUSTER_SCHEDULES,
     HALF_RING,
+    HOST,
     OWNER_COMPUTES,
     build_ring_program,
     canonical_obstacle,
+    local_obstacle,
     ring_schedules,
 )
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan.exchange import PRODUCTS, hops_of, levels_of
-from cl_compiler.plan.limits import fits_at_all, scaled
+from cl_compiler.plan.host import check_host_memory, host_obstacle, host_plan, streams
+from cl_compiler.plan.limits import scaled
 from cl_compiler.plan.link_bytes import bytes_per_link
 from cl_compiler.plan.machine import Machine, machine_of
-from cl_compiler.plan.memory import compile_memory
 from cl_compiler.plan.overlap import overlap_of, phases_of
-from cl_compiler.plan.search import choose_plan, plan_with_tile
-from cl_compiler.plan.space import RingProgram, at, sizes_of, space_of
-from cl_compiler.plan.travel import Travel, buffer_bytes, posted_bytes, travels_of
-from cl_compiler.plan.types import ClusterPlan, Plan, Problem, Request, Tile
+from cl_compiler.plan.share import Share, SharePlanner, plan_of_tiles, tiles_fit
+from cl_compiler.plan.travel import posted_bytes
+from cl_compiler.plan.types import ClusterPlan, Plan, Problem, Request
 from cl_compiler.units import format_bytes
 
 PARTS = 8
@@ -51,99 +51,6 @@ class _Candidate:
     plan: Plan
     cluster: ClusterPlan
     seconds: float
-
-
-@dataclass(frozen=True)
-class Share:
-    """One rank's part of a program: which shards travel how, ``chunk`` rows at a time.
-
-    ``node``: of a ring of rings, the ranks of a node.
-    """
-
-    request: Request
-    sweeps: SweepPlan
-    program: Program
-    schedule: str
-    chunk: int
-    node: int
-
-    @property
-    def alone(self) -> Request:
-        """The same products as one device would be asked for."""
-        schedule = self.program.schedule if self.sweeps.gradient_levels else "spill"
-        return replace(
-            self.request,
-            hardware=one_device(self.request.hardware),
-            schedule=schedule,
-            group_size=0,
-        )
-
-    @property
-    def ring(self) -> RingProgram:
-        """What this rank makes of the shards that it meets."""
-        return RingProgram(self.program, self.request.group_size)
-
-    def buffers(self, travel: Travel) -> tuple[int, int]:
-        """(shards, gradients) on their way in one pass, bytes."""
-        problem, ranks = self.request.problem, self.request.group_size
-        return buffer_bytes(self.schedule, travel, problem, ranks, self.chunk, self.node)
-
-    @property
-    def most_on_its_way(self) -> int:
-        """Of all passes, bytes."""
-        none = (Travel("forward", 0, 0),)
-        travels = travels_of(self.program, self.request.problem) or none
-        return max(sum(self.buffers(travel)) for travel in travels)
-
-    def too_little(self, needed_bytes: int) -> BudgetError:
-        """The budget does not hold what is needed."""
-        p, budget = self.request.problem, self.request.budget.device_bytes
-        return BudgetError(
-            f"{self.request.loss.name} on {self.request.group_size} ranks with shards of {p.M} "
-            f"rows, D={p.D}, needs {format_bytes(needed_bytes)} on each; the budget is "
-            f"{format_bytes(budget)}. Raise it, or give ranks fewer rows."
-        )
-
-
-SharePlanner = Callable[[Share], Plan]
-"""The plan of one rank's share, with the memory of all that it holds; raises BudgetError, or
-ScheduleError where it cannot compute so."""
-
-
-def plan_of_tiles(share: Share) -> Plan:
-    """The plan of a share in PyTorch's tiles.
-
-    Raises:
-        BudgetError: nothing fits; the message says what would.
-    """
-    request = share.request
-    shards = share.most_on_its_way
-    rest = request.budget.device_bytes - shards
-    if rest < 1:
-        raise share.too_little(shards)
-    alone = replace(share.alone, budget=replace(request.budget, device_bytes=rest))
-    if share.schedule == CANONICAL:  # sums are cut the same way whatever fits
-        plan = plan_with_tile(alone, Tile(share.chunk, share.chunk), share.sweeps, share.ring)
-    else:
-        plan = choose_plan(alone, share.sweeps, ring=share.ring)
-    phase, memory = memory_of(share, plan.tile)
-    peak = sum(count for _, count in memory)
-    if peak > request.budget.device_bytes:
-        raise share.too_little(peak)
-    return replace(plan, memory=memory, peak_bytes=peak, peak_phase=phase)
-
-
-def tiles_fit(share: Share) -> bool:
-    """Whether a share has a plan in PyTorch's tiles: the smallest of them tell."""
-    budget = share.request.budget
-    if share.schedule == CANONICAL:
-        _, memory = memory_of(share, Tile(share.chunk, share.chunk))
-        return sum(count for _, count in memory) <= budget.device_bytes
-    rest = budget.device_bytes - share.most_on_its_way
-    if rest < 1:
-        return False
-    alone = replace(share.alone, budget=replace(budget, device_bytes=rest))
-    return fits_at_all(space_of(alone, share.sweeps, None, share.ring))
 
 
 def group_fits(
@@ -164,11 +71,19 @@ def group_fits(
     def fits(rows: int) -> bool:
         asked = replace(request, problem=scaled(request.problem, rows))
         *_, least = _chunks(asked.problem)
-        chunks = {name: CANONICAL_CHUNK if name == CANONICAL else least for name in usable}
-        return any(
-            share_fits(Share(asked, sweeps, programs[name], name, chunks[name], nodes[name]))
+        shares = [
+            Share(
+                asked,
+                sweeps,
+                programs[name],
+                name,
+                CANONICAL_CHUNK if name == CANONICAL else least,
+                nodes[name],
+                least if name == HOST else 0,
+            )
             for name in usable
-        )
+        ]
+        return any(share_fits(s) and not host_obstacle(s) for s in shares)
 
     return fits
 
@@ -190,13 +105,16 @@ def choose_cluster_plan(
     programs: dict[str, Program] = {}
     obstacles: dict[str, BudgetError | ScheduleError] = {}
     for name in usable:
+        if name == HOST and found:  # inputs would have to be elsewhere
+            reasons[HOST] = "shards fit the device's memory"
+            continue
         programs[name] = _program(sweeps, name)
         try:
             found[name] = _candidate(request, sweeps, programs[name], name, plan_share)
         except (BudgetError, ScheduleError) as error:
             obstacles[name] = error
-    if not found:
-        raise next(iter(obstacles.values()))
+    if not found:  # what shards in host memory need is the least of all
+        raise obstacles.get(HOST, next(iter(obstacles.values())))
     best = min(found, key=lambda name: (round(found[name].seconds, 9), usable.index(name)))
     rejected = [(name, reasons[name]) for name in CLUSTER_SCHEDULES if reasons[name]]
     rejected += [(name, str(error)) for name, error in obstacles.items()]
@@ -221,6 +139,10 @@ def _usable(
         reasons["two_level"] = (
             f"{request.hardware.name} has no nodes of several ranks with links inside and between"
         )
+    if request.schedule == "auto" and not reasons[HOST] and not streams(request.hardware):
+        reasons[HOST] = "the device's memory is the host's"
+    if not reasons[HOST] and streams(request.hardware):
+        reasons[HOST] = local_obstacle(sweeps)
     if request.schedule == CANONICAL:
         reasons[CANONICAL] = canonical_obstacle(sweeps)
     wanted = CLUSTER_SCHEDULES if request.schedule == "auto" else (request.schedule,)
@@ -247,26 +169,35 @@ def _program(sweeps: SweepPlan, schedule: str) -> Program:
 def _candidate(
     request: Request, sweeps: SweepPlan, program: Program, schedule: str, plan_share: SharePlanner
 ) -> _Candidate:
-    problem = request.problem
     machine = machine_of(hardware_graph(request.hardware))
     node = _node(machine, schedule, request.group_size)
+    chunks = [CANONICAL_CHUNK] if schedule == CANONICAL else list(_chunks(request.problem))
+    shares = [Share(request, sweeps, program, schedule, chunk, node) for chunk in chunks]
+    if schedule == HOST:
+        rounds = [replace(shares[-1], resident=rows) for rows in _blocks(request.problem)]
+        check_host_memory(rounds[-1])
+        with_least, _ = _first_that_fits(rounds, plan_share)
+        shares = [replace(share, resident=with_least.resident) for share in shares]
+    share, plan = _first_that_fits(shares, plan_share)
+    cluster, seconds = _timed(share, plan, machine)
+    plan = replace(
+        plan,
+        hardware_name=request.hardware.name,
+        budget=request.budget,
+        seconds=seconds,
+        rejected=(),
+        **_of_all_shards(plan, request.group_size, cluster),
+    )
+    return _Candidate(plan, cluster, seconds)
+
+
+def _first_that_fits(shares: Iterable[Share], plan_share: SharePlanner) -> tuple[Share, Plan]:
     last: BudgetError | None = None
-    for chunk in [CANONICAL_CHUNK] if schedule == CANONICAL else _chunks(problem):
+    for share in shares:
         try:
-            plan = plan_share(Share(request, sweeps, program, schedule, chunk, node))
+            return share, plan_share(share)
         except BudgetError as error:
             last = error
-            continue
-        cluster, seconds = _timed(request, program, plan, machine, schedule, chunk)
-        plan = replace(
-            plan,
-            hardware_name=request.hardware.name,
-            budget=request.budget,
-            seconds=seconds,
-            rejected=(),
-            **_of_all_shards(plan, request.group_size, cluster),
-        )
-        return _Candidate(plan, cluster, seconds)
     assert last is not None
     raise last
 
@@ -304,67 +235,49 @@ def _chunks(problem: Problem) -> Iterator[int]:
         chunk = max(LEAST_CHUNK, chunk // 2)
 
 
-def memory_of(share: Share, tile: Tile) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """(phase of the peak, (what, bytes) there) of a share in PyTorch's tiles."""
-    problem, program, chunk = share.request.problem, share.program, share.chunk
-    casts = problem.dtype in ("bfloat16", "float16")
-    memory = compile_memory(share.ring.facts(problem.operands), casts=casts)
-    machine = machine_of(hardware_graph(share.alone.hardware))
-    sizes = sizes_of(share.alone, problem, machine)
-    narrow = (Tile(min(tile.rows, chunk), tile.cols), Tile(tile.rows, min(tile.cols, chunk)))
-    by_side = [{**sizes, **at(t, 0)} for t in narrow]  # a tile is no longer than a chunk
-    values = [{**sizes, **at(tile, 0)}] * len(memory.phases)
-    totals = list(memory.totals(values[0]))
-    extra: dict[int, tuple[int, int]] = {}
-    sweeps = [i for i, phase in enumerate(memory.phases) if " sweep " in phase.name]
-    for index, travel in zip(sweeps, travels_of(program, problem), strict=True):
-        extra[index] = share.buffers(travel)
-        values[index] = by_side[travel.side]
-        totals[index] = memory.totals(values[index])[index] + sum(extra[index])
-    peak = max(range(len(totals)), key=totals.__getitem__)
-    items = memory.items_of(peak, values[peak])
-    return memory.phases[peak].name, (*items, *on_their_way(*extra.get(peak, (0, 0))))
+def _blocks(problem: Problem) -> Iterator[int]:
+    """Rows that stay on a device while the others' shards travel: all of them, or half as many."""
+    rows = max(problem.M, problem.N)
+    yield rows
+    while rows > LEAST_CHUNK:
+        rows = max(LEAST_CHUNK, -(-rows // 2))
+        yield rows
 
 
-def on_their_way(shards: int, gradients: int) -> tuple[tuple[str, int], ...]:
-    """(what, bytes) of what is between ranks, as far as there is any."""
-    both = (("shards on their way", shards), ("gradients on their way", gradients))
-    return tuple(item for item in both if item[1])
-
-
-def _timed(
-    request: Request, program: Program, plan: Plan, machine: Machine, schedule: str, chunk: int
-) -> tuple[ClusterPlan, float]:
+def _timed(share: Share, plan: Plan, machine: Machine) -> tuple[ClusterPlan, float]:
     """The cluster's part of a plan, and seconds of a forward with its backward."""
+    request, program, schedule = share.request, share.program, share.schedule
     problem, ranks = request.problem, request.group_size
     hops = hops_of(schedule, machine, ranks)
-    forward, backward = posted_bytes(program, problem, ranks, schedule)
+    resident = share.resident
+    forward, backward = posted_bytes(program, problem, ranks, schedule, resident)
     compute_s = plan.seconds * ranks
     products_s = dict(plan.seconds_by_part).get(PRODUCTS, plan.seconds)
-    phases = phases_of(program, problem)
-    found = overlap_of(phases, schedule, problem, hops, ranks, chunk, compute_s, products_s)
+    phases = phases_of(program, problem, resident)
+    found = overlap_of(phases, schedule, problem, hops, ranks, share.chunk, compute_s, products_s)
+    links, host = bytes_per_link(phases, schedule, machine, ranks), None
+    exposed_s = found.exposed_s
+    if resident:  # copies and messages go on at the same time; products wait for blocks
+        host, link = host_plan(share, plan.tile)
+        exposed_s, links = max(exposed_s, host.copy_s - compute_s) + host.wait_s, (*links, link)
     cluster = ClusterPlan(
         schedule,
         ranks,
-        chunk,
+        share.chunk,
         forward,
         backward,
         found.exchange_s,
-        found.exposed_s,
+        exposed_s,
         found.rows,
-        bytes_per_link(phases, schedule, machine, ranks),
-        node=_node(machine, schedule, ranks),
+        links,
+        node=share.node,
+        resident=resident,
+        host=host,
     )
-    return cluster, compute_s + found.exposed_s
+    return cluster, compute_s + exposed_s
 
 
 __all__ = [
-    "Share",
-    "SharePlanner",
     "choose_cluster_plan",
     "group_fits",
-    "memory_of",
-    "on_their_way",
-    "plan_of_tiles",
-    "tiles_fit",
 ]

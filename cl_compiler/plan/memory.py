@@ -35,6 +35,10 @@ AT_POSITIVES = "products at positives"
 WIDENED = 3
 """Blocks of rows at positives where operands are 16-bit: both in fp32, and their products."""
 GATHERED = "other ranks' shards"
+COPIED = "contiguous copies of inputs"
+WHOLE_IN_FP32 = "an operand in fp32"
+IN_HOST = frozenset({COPIED, GRADIENTS, RETURNED, AT_POSITIVES, WHOLE_IN_FP32})
+"""What lies in host memory where shards do."""
 
 Item = tuple[str, sp.Expr]
 
@@ -63,7 +67,7 @@ def phases_of(
     fused = facts.program.fused
     early = [o for o in facts.outputs if o.operand in leaving]
     facts = replace(facts, outputs=tuple(o for o in facts.outputs if o not in early))
-    always = [("contiguous copies of inputs", COPIES), *_shards(facts)]
+    always = [(COPIED, COPIES), *_shards(facts)]
     forward = [*always, _vectors(facts.forward_vectors)]
     backward = [*always, _vectors(facts.backward_vectors)]
     if fused:
@@ -189,7 +193,7 @@ def _returns(facts: ProgramFacts, rest: Sequence[Item], casts: bool) -> list[Pha
         phases.append(_phase(f"return of the gradient of {facts.outputs[index].operand}", items))
     if casts and facts.norm_casts:
         whole = largest(facts.norm_casts) * COMPUTE_BYTES
-        items = [*rest, *_accumulators(facts), ("an operand in fp32", whole)]
+        items = [*rest, *_accumulators(facts), (WHOLE_IN_FP32, whole)]
         phases.append(_phase("gradients through norms", items))
     return phases
 
@@ -219,19 +223,35 @@ class CompiledMemory:
         return tuple(item for item in items if item[1])
 
 
-def compile_memory(facts: ProgramFacts, *, casts: bool) -> CompiledMemory:
-    """The phases of a program as functions of numbers."""
+def part_of(phases: Sequence[Phase], *, in_host: bool) -> tuple[Phase, ...]:
+    """What of each phase lies in host memory where shards do, or what does not."""
+    return tuple(
+        _phase(p.name, [i for i in p.items if (i[0] in IN_HOST) == in_host]) for p in phases
+    )
+
+
+def compile_memory(
+    facts: ProgramFacts, *, casts: bool, in_host: bool | None = None
+) -> CompiledMemory:
+    """The phases of a program as functions of numbers.
+
+    ``in_host``: of shards in host memory, what lies there or what does not; None: all of it.
+    """
     phases = phases_of(facts, casts=casts)
+    if in_host is not None:
+        phases = part_of(phases, in_host=in_host)
     return CompiledMemory(phases, tape_of([p.total for p in phases]))
 
 
 __all__ = [
     "GATHERED",
     "GRADIENTS",
+    "IN_HOST",
     "RETURNED",
     "VECTORS",
     "CompiledMemory",
     "Phase",
     "compile_memory",
+    "part_of",
     "phases_of",
 ]

@@ -42,8 +42,11 @@ class Phase:
     passes: int
 
 
-def phases_of(program: Program, problem: Problem) -> tuple[Phase, ...]:
-    """The phases of a program in which something travels."""
+def phases_of(program: Program, problem: Problem, resident: int = 0) -> tuple[Phase, ...]:
+    """The phases of a program in which something travels.
+
+    ``resident``: of shards in host memory, the rows for which the others travel once.
+    """
     rows = max(problem.M, problem.N)
     shares, travels = shares_of_passes(program), travels_of(program, problem)
     result = []
@@ -55,11 +58,17 @@ def phases_of(program: Program, problem: Problem) -> tuple[Phase, ...]:
         ]
         if not of:
             continue
-        operands = sum(t.operand_width for _, t in of) * problem.input_bytes
-        gradients = sum(t.gradient_width for _, t in of) * problem.compute_bytes
+        operands = (
+            sum(t.operand_width * t.rounds(problem, resident) for _, t in of) * problem.input_bytes
+        )
+        gradients = (
+            sum(t.gradient_width * t.rounds(problem, resident) for _, t in of)
+            * problem.compute_bytes
+        )
         share = sum(s for s, _ in of)
+        turns = sum(t.rounds(problem, resident) for _, t in of)
         result.append(
-            Phase(name, share, rows * float(operands + gradients), rows * float(gradients), len(of))
+            Phase(name, share, rows * float(operands + gradients), rows * float(gradients), turns)
         )
     return tuple(result)
 

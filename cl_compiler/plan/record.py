@@ -10,6 +10,7 @@ from cl_compiler.errors import ArgumentError
 from cl_compiler.plan.types import (
     Candidate,
     ClusterPlan,
+    HostPlan,
     LevelPlan,
     LinkBytes,
     MemoryBudget,
@@ -41,7 +42,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         cluster = {f.name: getattr(plan.cluster, f.name) for f in fields(plan.cluster)}
         pairs = {name: [list(item) for item in cluster[name]] for name in _PAIRS}
         links = [asdict(link) for link in plan.cluster.links]
-        result["cluster"] = {**cluster, **pairs, "links": links}
+        host = None if plan.cluster.host is None else asdict(plan.cluster.host)
+        result["cluster"] = {**cluster, **pairs, "links": links, "host": host}
     return result
 
 
@@ -73,7 +75,8 @@ def plan_from_json(content: Mapping[str, Any]) -> Plan:
         if (cluster := content["cluster"]) is not None:
             pairs = {name: tuple((k, v) for k, v in cluster[name]) for name in _PAIRS}
             links = tuple(LinkBytes(**link) for link in cluster["links"])
-            values["cluster"] = ClusterPlan(**{**cluster, **pairs, "links": links})
+            host = None if cluster["host"] is None else HostPlan(**cluster["host"])
+            values["cluster"] = ClusterPlan(**{**cluster, **pairs, "links": links, "host": host})
     except (TypeError, ValueError, KeyError) as error:
         raise ArgumentError(f"this is no plan of this version: {error}; plan again.") from error
     return Plan(**values)

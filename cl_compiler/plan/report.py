@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cl_compiler.plan.record import plan_from_json, plan_to_json
-from cl_compiler.plan.types import Candidate, Plan
+from cl_compiler.plan.types import Candidate, HostPlan, Plan
 from cl_compiler.units import format_bytes, format_rate, format_seconds
 
 
@@ -62,14 +62,19 @@ def _cluster(plan: Plan) -> list[str]:
     rows = max(plan.problem.M, plan.problem.N)
     hides = ", ".join(f"{phase} from {n}" for phase, n in c.hiding_rows_by_phase if n)
     hides = f"{hides} rows per rank on; the largest shard has {rows}" if hides else "-"
+    schedule, resident, host = c.schedule, "", c.host
+    if host is not None:
+        resident = f", blocks of {c.resident} stay"
+        schedule = f"{schedule} (inputs and gradients in host memory)"
     told = [
-        ("schedule", f"{c.schedule}: chunks of {c.chunk} rows among {c.group_size} ranks"),
+        ("schedule", f"{schedule}: chunks of {c.chunk} rows among {c.group_size} ranks{resident}"),
         (
             "sent",
             f"{format_bytes(c.forward_bytes)} forward, {format_bytes(c.backward_bytes)} backward",
         ),
         ("exchange", f"{format_seconds(c.exchange_s)}, {format_seconds(c.exposed_s)} not hidden"),
         ("hidden", hides),
+        *_host(host),
         *((f"not {name}", why) for name, why in c.rejected),
     ]
     return table(told, indent=2)
@@ -92,6 +97,17 @@ def _links(plan: Plan) -> list[str]:
             )
         )
     return table(rows, indent=2, right=(2, 3, 4, 5))
+
+
+def _host(host: HostPlan | None) -> list[tuple[str, str]]:
+    """What passes between host memory and a device."""
+    if host is None:
+        return []
+    copied = f"{format_seconds(host.copy_s)} beside products"
+    told = [("host copies", f"{copied}, {format_seconds(host.wait_s)} that they wait for")]
+    if host.memory_bytes:
+        told.append(("host memory", f"{format_bytes(host.memory_bytes)}, inputs not counted"))
+    return told
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from cl_compiler.errors import ArgumentError, BudgetError
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.plan.cluster import Share, choose_cluster_plan, group_fits, memory_of
+from cl_compiler.plan.cluster import choose_cluster_plan, group_fits
 from cl_compiler.plan.limits import largest, scaled
 from cl_compiler.plan.memory import GRADIENTS, RETURNED
+from cl_compiler.plan.share import Share, memory_of
 from cl_compiler.plan.types import MemoryBudget, Plan, Request
 from cl_compiler.units import format_bytes
 
@@ -260,7 +261,8 @@ def _peaks(
     for n in set(rows):
         asked = replace(request, problem=scaled(request.problem, max(n, 1)))
         if plan.template == "torch":
-            share = Share(asked, sweeps, program, cluster.schedule, cluster.chunk, cluster.node)
+            cut = (cluster.schedule, cluster.chunk, cluster.node, cluster.resident)
+            share = Share(asked, sweeps, program, *cut)
             _, items = memory_of(share, plan.tile)
             found[n] = sum(count for _, count in items)
         else:

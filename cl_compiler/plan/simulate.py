@@ -14,10 +14,12 @@ import numpy as np
 
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING
+from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING, HOST
 from cl_compiler.plan.clock import Clock, Event, Links, Vector, links_of, links_of_levels
+from cl_compiler.plan.host import link_rate
 from cl_compiler.plan.overlap import shares_of_passes
-from cl_compiler.plan.travel import Travel, travels_of
+from cl_compiler.plan.streamed import joined, streamed
+from cl_compiler.plan.travel import HostLink, Travel, host_link_of, travels_of
 from cl_compiler.plan.types import Plan
 
 
@@ -45,12 +47,15 @@ class Run:
 class Work:
     """One pass on one rank: what it moves, and seconds of a whole shard against a whole shard.
 
-    On half rings two shards meet once; ``diagonal``: of a shard, the length of a tile.
+    On half rings two shards meet once; ``diagonal``: of a shard, the length of a tile.  Of shards
+    in host memory, ``host``: bytes over the host link; ``rounds``: how often they travel.
     """
 
     travel: Travel
     seconds: float
     diagonal: float = 0.0
+    rounds: int = 1
+    host: HostLink | None = None
 
 
 def work_of(plan: Plan, program: Program) -> tuple[Work, ...]:
@@ -63,10 +68,18 @@ def work_of(plan: Plan, program: Program) -> tuple[Work, ...]:
         ranks = plan.cluster.group_size
         whole = 1 if ranks % 2 else 2
         share *= 2 / (1 + diagonal * whole / ranks)
-    travels = travels_of(program, plan.problem)
+    resident, problem = plan.cluster.resident, plan.problem
     return tuple(
-        Work(travel, share * part, diagonal)
-        for travel, part in zip(travels, shares_of_passes(program), strict=True)
+        Work(
+            travel,
+            share * part,
+            diagonal,
+            travel.rounds(problem, resident),
+            host_link_of(travel, problem, resident) if resident else None,
+        )
+        for travel, part in zip(
+            travels_of(program, problem), shares_of_passes(program), strict=True
+        )
     )
 
 
@@ -108,6 +121,7 @@ def simulate(
         levels,
         None if not shards else np.asarray(shards) / max(plan.problem.M, 1),
         lines_of(spec, cluster.schedule, ranks),
+        1.0 / link_rate(spec) if cluster.schedule == HOST else 0.0,
     )
 
 
@@ -122,12 +136,13 @@ def run(
     levels: Sequence[Links] = (),
     shares: Vector | None = None,
     lines: Sequence[Line] = (),
+    host_s_per_byte: float = 0.0,
 ) -> Run:
     """Run passes on a clock; shards of ``rows`` rows travel ``chunk`` rows at a time.
 
     ``levels``: the circles of a ring of rings, from the outermost to the innermost; ``lines``: of
     shards that do not go all around (``lines_of``).  ``shares``: of ``rows``, what each rank has;
-    left out, all of them.
+    left out, all of them.  ``host_s_per_byte``: over the host link, of shards in host memory.
     """
     forward_s = 0.0
     phase = "forward"
@@ -143,6 +158,9 @@ def run(
         parts = [min(chunk, rows - start) for start in range(0, rows, chunk)]
         if schedule == "all_gather":
             _gathered(clock, item.seconds / rows, per_row, back, parts, shares)
+            continue
+        if host_s_per_byte:
+            streamed(clock, item, (per_row, back), rows, parts, shares, host_s_per_byte)
             continue
         if lines:
             half = schedule == HALF_RING
@@ -181,6 +199,8 @@ def _around(
     links, *inner = levels
     arriving: Vector | None = None
     owed: Vector | float = 0.0
+    before = np.empty_like(owner)
+    before[links.next_ranks] = np.arange(links.ranks)
     for seconds, whole_sent, whole_back in parts:
         here = owner
         for step in range(links.circle):
@@ -201,7 +221,7 @@ def _around(
             if posted is not None:
                 clock.wait(posted)
             if shares is not None:
-                here = here[links.ranks_before]
+                here = here[before]
     if arriving is not None:
         clock.wait(arriving)
         clock.compute(owed * clock.join_s_per_byte)
@@ -275,21 +295,14 @@ def _along(
                 clock.compute(back * size * clock.start_s_per_byte if back else 0.0)
                 clock.compute(work.seconds * met * share * size)
                 if back:
-                    _joined(clock, arriving[k], back * (size if step > 1 else share))
+                    joined(clock, arriving[k], back * (size if step > 1 else share))
                     links = line.links if step < line.steps else line.home
                     arriving[k] = clock.exchange(back * size, "gradient", links)
             for until in posted:
                 clock.wait(until)
         start += count
     for waited in arriving:
-        _joined(clock, waited, row_bytes[1] * parts[-1] * share)
-
-
-def _joined(clock: Clock, arriving: Vector | None, new_bytes: Vector | float) -> None:
-    """Wait for what other ranks accumulated, and join it."""
-    if arriving is not None:
-        clock.wait(arriving)
-        clock.compute(new_bytes * clock.join_s_per_byte)
+        joined(clock, waited, row_bytes[1] * parts[-1] * share)
 
 
 def _gathered(

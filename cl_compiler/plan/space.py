@@ -150,6 +150,8 @@ class RingProgram:
 
     program: Program
     ranks: int
+    streams: bool = False
+    """Shards, and gradients of them, are in host memory, which is not the device's."""
 
     def facts(self, extra_operands: Iterable[str] = ()) -> ProgramFacts:
         """Counted; tiles of the diagonal are made whole in the own shard, and in the shard of the
@@ -217,7 +219,8 @@ class Space:
                 facts = self.ring.facts(problem.operands)
             casts = problem.input_bytes < problem.compute_bytes
             cost = compile_cost(facts, self.machine, problem, self.request.precision)
-            memory = compile_memory(facts, casts=casts)
+            streams = self.ring is not None and self.ring.streams
+            memory = compile_memory(facts, casts=casts, in_host=False if streams else None)
             self.options[schedule] = Option(
                 schedule,
                 facts,

@@ -10,10 +10,15 @@ of a chunk:
     two_level    as ring_owner; of P-1 shards, N-1 travel between nodes   4ue
     half_ring    [P/2]ue       [P/2]u(e+4)      2ue + 12u
     both_ways    as ring_owner, half of it each way               4ue
+    host         as ring_owner, once for every block of r rows    3ue
     canonical    2(P-1)ue      2(P-1)ue         2ue
 
 Statistics, a few numbers per row, are held too; they are not counted in what is sent.  Of one set,
 ``ring_owner`` and ``ring_travel`` make its one gradient at home, and send (P-1)ue backward.
+
+Of ``host``, with B = P·b rows of all ranks, [b/r]·B·D·e bytes pass over all ranks' host links
+while the shards of a pass travel, [b/r]·ue over one rank's; blocks of r rows that stay, r·D(e+4)
+with a gradient, take ue there and 4u back.
 """
 
 from __future__ import annotations
@@ -26,9 +31,9 @@ from types import MappingProxyType
 import sympy as sp
 
 from cl_compiler.lang.program import Pass, Program
-from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, is_local
+from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST, is_local
 from cl_compiler.lang.tile_ir import Accumulate, Compute, VectorRef
-from cl_compiler.plan.sizes import COMPUTE_BYTES, INPUT_BYTES, count_of, least
+from cl_compiler.plan.sizes import COMPUTE_BYTES, INPUT_BYTES, count_of, largest, least
 from cl_compiler.plan.tape import Tape, tape_of
 from cl_compiler.plan.types import Problem
 
@@ -57,6 +62,8 @@ CHUNKS_HELD: Mapping[str, tuple[sp.Expr, sp.Expr]] = MappingProxyType(
             least(sp.Integer(2), _HALF) + least(sp.Integer(2), _REST),
             3 * (least(sp.Integer(1), _HALF) + least(sp.Integer(1), _REST)),
         ),
+        # of its own shard a rank has the chunk that is sent; alone, the one that follows, too
+        HOST: (least(sp.Integer(2), _OTHERS), 3 * least(sp.Integer(1), _OTHERS)),
         HALF_RING: (least(sp.Integer(2), _HALF), 3 * least(sp.Integer(1), _HALF)),
     }
 )
@@ -69,6 +76,8 @@ class Travel:
 
     ``vectors``, ``folds``: statistics that are read with a shard, and made with it.
     ``side``: 0 where rows travel, 1 where columns do.
+    ``home_width``, ``gain_width``: of operands that stay, and of gradients that are made there;
+    ``adds``: to those of an earlier pass.
     """
 
     phase: str
@@ -77,19 +86,33 @@ class Travel:
     vectors: int = 0
     folds: int = 0
     side: int = 1
+    home_width: int = 0
+    gain_width: int = 0
+    adds: bool = False
+
+    def home_rows(self, problem: Problem) -> int:
+        """Rows of what stays."""
+        return problem.M if self.side else problem.N
+
+    def rounds(self, problem: Problem, resident: int) -> int:
+        """How often shards travel: once for every block of what stays; 0: all of it does."""
+        return max(1, -(-self.home_rows(problem) // resident)) if resident else 1
 
 
 def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
     """What each pass of a program moves; nothing where a rank has both sides to itself."""
     backward = {id(p) for stage in program.backward for p in stage.passes}
     result = []
+    made: set[str] = set()
     for pass_ in program.passes:
         phase = "backward" if id(pass_) in backward else "forward"
         if is_local(pass_.grid):
             result.append(Travel(phase, 0, 0))
+            made |= _moved(program, pass_, 0)[1] | _moved(program, pass_, 1)[1]
             continue
         side = 0 if pass_.sides == ("right",) else 1
         operands, gradients = _moved(program, pass_, side)
+        stay, gains = _moved(program, pass_, 1 - side)
         result.append(
             Travel(
                 phase,
@@ -97,8 +120,12 @@ def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
                 sum(_width(problem, name) for name in gradients),
                 *_statistics(pass_, side),
                 side,
+                sum(_width(problem, name) for name in stay),
+                sum(_width(problem, name) for name in gains),
+                not made.isdisjoint(gains),
             )
         )
+        made |= gradients | gains
     return tuple(result)
 
 
@@ -137,29 +164,88 @@ def shards_sent(schedule: str, ranks: int) -> int:
     return round(tape_of([SHARDS_SENT.get(schedule, _OTHERS)])({"P": ranks})[0])
 
 
-def posted_bytes(program: Program, problem: Problem, ranks: int, schedule: str) -> tuple[int, int]:
+def posted_bytes(
+    program: Program, problem: Problem, ranks: int, schedule: str, resident: int = 0
+) -> tuple[int, int]:
     """(forward, backward): operands and gradients that a rank sends with shards as ``problem``.
 
-    Statistics, a few numbers per row, are not counted.
+    Statistics, a few numbers per row, are not counted.  ``resident``: rows that stay on a device.
     """
     sent = {"forward": 0, "backward": 0}
     for travel in travels_of(program, problem):
         values = _values(travel, problem, ranks) | {"rows": max(problem.M, problem.N)}
-        sent[travel.phase] += round(_sent(schedule)(values)[0])
+        rounds = travel.rounds(problem, resident)
+        sent[travel.phase] += rounds * round(_sent(schedule)(values)[0])
     return sent["forward"], sent["backward"]
 
 
-def buffer_bytes(
-    schedule: str, travel: Travel, problem: Problem, ranks: int, chunk: int, node: int = 0
-) -> tuple[int, int]:
-    """(shards, gradients) on their way in one pass, with their statistics, bytes.
+@dataclass(frozen=True)
+class HostLink:
+    """Bytes of matrices between a rank's host memory and its device, in one phase.
 
-    ``node``: of a ring of rings, the ranks of a node.
+    ``streamed``: shards, copied while others are computed; ``stays``: blocks of what stays, for
+    which products wait; ``returned``: their gradients.
+    """
+
+    streamed: int = 0
+    stays: int = 0
+    returned: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.streamed + self.stays + self.returned
+
+
+def host_link_of(travel: Travel, problem: Problem, resident: int) -> HostLink:
+    """Of one pass with shards as ``problem``."""
+    home, rows = travel.home_rows(problem), (problem.M, problem.N)[travel.side]
+    gained = home * travel.gain_width * problem.compute_bytes
+    return HostLink(
+        travel.rounds(problem, resident) * rows * travel.operand_width * problem.input_bytes,
+        home * travel.home_width * problem.input_bytes + gained * travel.adds,
+        gained,
+    )
+
+
+def host_link_bytes(program: Program, problem: Problem, resident: int) -> tuple[HostLink, HostLink]:
+    """(forward, backward) of one rank with shards as ``problem``."""
+    found = {"forward": HostLink(), "backward": HostLink()}
+    for travel in travels_of(program, problem):
+        if not travel.operand_width + travel.home_width:
+            continue
+        a, b = found[travel.phase], host_link_of(travel, problem, resident)
+        found[travel.phase] = HostLink(
+            a.streamed + b.streamed, a.stays + b.stays, a.returned + b.returned
+        )
+    return found["forward"], found["backward"]
+
+
+def buffer_bytes(
+    schedule: str,
+    travel: Travel,
+    problem: Problem,
+    ranks: int,
+    chunk: int,
+    node: int = 0,
+    resident: int = 0,
+) -> tuple[int, int, int]:
+    """(shards, gradients) on their way in one pass, with their statistics, and blocks that stay of
+    shards in host memory, bytes.
+
+    ``node``: of a ring of rings, the ranks of a node; ``resident``: rows of a block.
     """
     values = _values(travel, problem, ranks)
-    values |= {"chunk": chunk, "ranks_of_node": node}
+    values |= {"chunk": chunk, "ranks_of_node": node, "resident": resident}
+    home, rows = travel.home_rows(problem), (problem.M, problem.N)[travel.side]
+    if resident:
+        values |= {"home": home, "rows": rows, "w_home": travel.home_width}
+        values |= {"w_gain": travel.gain_width}
+        values["resident"] = min(resident, home)
     shards, gradients = _held(schedule)(values)
-    return round(shards), round(gradients)
+    if not resident:
+        return round(shards), round(gradients), 0
+    own, blocks = _of_host()(values)
+    return round(shards + own), round(gradients), round(blocks)
 
 
 def _values(travel: Travel, problem: Problem, ranks: int) -> dict[str, float]:
@@ -189,11 +275,29 @@ def _held(schedule: str) -> Tape:
     return tape_of([shards * CHUNK * per_row, gradients * CHUNK * accumulated])
 
 
+@cache
+def _of_host() -> Tape:
+    """What ``host`` holds of this rank's own shards: chunks that set out, a block that stays."""
+    resident, home = sp.symbols("resident home", positive=True)
+    w_home, w_gain = sp.symbols("w_home w_gain")
+    turns = count_of(home, resident) * count_of(ROWS_SENT, CHUNK)
+    alone = largest([sp.Integer(1), least(sp.Integer(2), turns) - _OTHERS])
+    return tape_of(
+        [
+            alone * CHUNK * OPERANDS * INPUT_BYTES,
+            resident * (w_home * INPUT_BYTES + w_gain * COMPUTE_BYTES),
+        ]
+    )
+
+
 __all__ = [
     "CHUNKS_HELD",
     "SHARDS_SENT",
+    "HostLink",
     "Travel",
     "buffer_bytes",
+    "host_link_bytes",
+    "host_link_of",
     "posted_bytes",
     "shards_sent",
     "travels_of",

@@ -229,6 +229,19 @@ class LinkBytes:
 
 
 @dataclass(frozen=True)
+class HostPlan:
+    """Between a rank's host memory, where its shards are, and its device.
+
+    ``memory_bytes``: in host memory, inputs not counted; 0 where the device's memory is the host's.
+    ``copy_s``: of copies while products are made; ``wait_s``: of copies that products wait for.
+    """
+
+    memory_bytes: int
+    copy_s: float
+    wait_s: float
+
+
+@dataclass(frozen=True)
 class ClusterPlan:
     """How a loss runs on a group of ranks.
 
@@ -252,6 +265,15 @@ class ClusterPlan:
     """(cluster schedule, why it was not taken)."""
     node: int = 0
     """Of a ring of rings, the ranks of a node; 0: one ring of all ranks."""
+    resident: int = 0
+    """Of shards in host memory, rows of a block that stays on the device; 0: none are there."""
+    host: HostPlan | None = None
+    """Of shards in host memory, what passes between it and the device."""
+
+    @property
+    def inputs_in_host(self) -> bool:
+        """Whether a rank is called with tensors in host memory, and returns gradients there."""
+        return self.resident > 0
 
     @property
     def hiding_rows(self) -> int:

@@ -51,6 +51,7 @@ class ArgumentChecker:
     """Checks the arguments of one loss.
 
     ``device_type``: where they have to lie, "cpu" or "cuda"; scalars may always be on the CPU.
+    ``in_host_too``: or in host memory, all of them.
     ``nonfinite``: also look at every element.  ``may_be_empty``: a shard may have no rows.
     """
 
@@ -61,10 +62,11 @@ class ArgumentChecker:
         *,
         nonfinite: bool = False,
         may_be_empty: bool = False,
+        in_host_too: bool = False,
     ) -> None:
         self.signature, self._nonfinite = signature, nonfinite
         self._may_be_empty = may_be_empty
-        self._device_type = device_type
+        self._device_type, self._in_host_too = device_type, in_host_too
         self._known: dict[Kind, tuple[CallSignature, torch.dtype]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -230,7 +232,8 @@ class ArgumentChecker:
                 f"{self.signature.name}: {name} is on the meta device and has no elements; make it "
                 "on the CPU."
             )
-        if value.device.type != self._device_type and not (is_scalar and value.is_cpu):
+        elsewhere = value.device.type != self._device_type
+        if elsewhere and not (value.is_cpu and (is_scalar or self._in_host_too)):
             wanted = self._device_type
             raise ArgumentError(
                 f"{self.signature.name}: {name} is on {value.device}, and this loss was compiled "

@@ -14,10 +14,12 @@ from cl_compiler.runtime.function import CompiledLoss, Specialise
 from cl_compiler.runtime.group import RankGroup, guarded_ring
 from cl_compiler.runtime.guard import (
     FAILED,
+    IN_HOST,
     NOT_FINITE,
     Record,
     check_agreement,
     check_chunks,
+    check_place,
     digest,
     joint_positives,
 )
@@ -55,8 +57,13 @@ class GroupLoss(CompiledLoss):
         self._texts = {"loss": loss_text, "request": request_text}
         self._chunk = chunk
         self._group_options = (ranks.world_size, ranks.timeout_s, ranks.convention)
+        self._on_gpu = device_type != "cpu"
         self._check = ArgumentChecker(
-            signature, device_type, nonfinite=nonfinite == "error", may_be_empty=True
+            signature,
+            device_type,
+            nonfinite=nonfinite == "error",
+            may_be_empty=True,
+            in_host_too=self._on_gpu,  # the plan says where they have to be
         )
 
     @property
@@ -104,6 +111,9 @@ class GroupLoss(CompiledLoss):
         try:
             call, records = self._meet(args, kwargs, sequence)
             variant = self._variant(self._joint(call.signature, records))
+            if self._on_gpu:
+                of, name = variant.plan.cluster, self.signature.name
+                check_place(name, records, of.schedule, of.inputs_in_host)
             lengths = {
                 "rows": tuple(r.rows for r in records),
                 "cols": tuple(r.cols for r in records),
@@ -165,9 +175,11 @@ class GroupLoss(CompiledLoss):
         details = self._details(call)
         names = [n for n, _ in (*self.signature.operands, *self.signature.inputs)]
         bits = [n in signature.needs for n in (*names, *self.signature.parameters)]
+        in_host = self._on_gpu and call.values[self.signature.operands[0][0]].is_cpu
         return Record(
             "forward",
             sequence,
+            flags=IN_HOST * in_host,
             rows=signature.M,
             cols=signature.N,
             width=signature.D,

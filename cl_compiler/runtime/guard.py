@@ -20,7 +20,7 @@ _LAYOUT = struct.Struct("<4sHBBIIIIBBH8s8s8s8sI")
 PHASES = ("forward", "backward")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 POSITIVES = ("paired", "diagonal", "views", "ids")
-FAILED, NOT_FINITE = 1, 2
+FAILED, NOT_FINITE, IN_HOST = 1, 2, 4
 _SHOWN = 8
 """Ranks that a message lists, at most."""
 
@@ -35,7 +35,8 @@ class Record:
     """One rank's view of one call; digests stand for what does not fit.
 
     ``sequence``: which call it is, and in a backward of which call; ``flags``: FAILED (this rank's
-    arguments are wrong), NOT_FINITE.  ``needs``: a bit per argument that needs a gradient.
+    arguments are wrong), NOT_FINITE, IN_HOST (shards are in host memory, and the device is another
+    one).  ``needs``: a bit per argument that needs a gradient.
     ``request``: everything else that the plan depends on; ``shapes``: widths of further operands,
     slots and queue; ``scalars``: the parameters' values.  ``copies_kib``: of contiguous copies.
     """
@@ -162,6 +163,9 @@ def check_agreement(
         raise ArgumentError(
             f"{name}: {_NAMES[field]} must be the same on every rank: {listed(texts)}."
         )
+    if len({r.flags & IN_HOST for r in records}) > 1:
+        shown = listed(["in host memory" if r.flags & IN_HOST else "on a device" for r in records])
+        raise ArgumentError(f"{name}: shards must be in one kind of memory on every rank: {shown}.")
     if len({r.positives == "ids" for r in records}) > 1:
         shown = listed(["ids" if r.positives == "ids" else "no ids" for r in records])
         raise ArgumentError(f"{name}: pass ids on every rank or on none: {shown}.")
@@ -185,6 +189,34 @@ def check_chunks(name: str, records: Sequence[Record], chunk: int) -> None:
             f"depend on where shards end, and every shard is a multiple of {chunk} rows and "
             f"columns: {shown}. Give ranks such shards, or compile with deterministic=True."
         )
+
+
+def check_place(name: str, records: Sequence[Record], schedule: str, in_host: bool) -> None:
+    """Raise where shards are not in the memory that a plan reads them from.
+
+    Args:
+        name: the loss's, for messages.
+        records: of every rank; all of them have shards in one kind of memory.
+        schedule: the plan's.
+        in_host: whether it streams shards from host memory.
+
+    Raises:
+        ArgumentError: the message says where they have to be.
+    """
+    given = bool(records[0].flags & IN_HOST)
+    if given == in_host:
+        return
+    if in_host:
+        raise ArgumentError(
+            f"{name}: shards are on a device, and the plan, schedule={schedule!r}, streams them "
+            "from host memory: nothing else was asked for, or fits the budget (explain() says). "
+            "Pass CPU tensors, pinned so that copies overlap, or give a larger memory_budget and "
+            "another schedule."
+        )
+    raise ArgumentError(
+        f"{name}: shards are in host memory, and the plan, schedule={schedule!r}, reads them on a "
+        "device. Move them with .to('cuda'), or compile with schedule='host', which streams them."
+    )
 
 
 def joint_positives(records: Sequence[Record]) -> str:
@@ -213,11 +245,13 @@ assert _LAYOUT.size == RECORD_BYTES and len(fields(Record)) == 15
 
 __all__ = [
     "FAILED",
+    "IN_HOST",
     "NOT_FINITE",
     "RECORD_BYTES",
     "Record",
     "check_agreement",
     "check_chunks",
+    "check_place",
     "digest",
     "joint_positives",
     "listed",

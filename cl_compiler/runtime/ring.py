@@ -79,10 +79,12 @@ class LoopbackRing:
         lengths: Mapping[str, Sequence[int]],
         shard_scale: float = 1.0,
         scalar_scale: float = 1.0,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.hub, self.rank, self.world_size = hub, rank, hub.world_size
         self.lengths = {axis: tuple(n) for axis, n in lengths.items()}
         self.shard_scale, self.scalar_scale = shard_scale, scalar_scale
+        self.device = torch.device(device)
         self.posted_bytes = 0
         self._expected: dict[int, list[Sequence[Tensor]]] = {}
 

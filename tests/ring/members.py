@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from cl_compiler import GradientCache, compile_loss
-from cl_compiler.lang.ring import HALF_RING
+from cl_compiler.lang.ring import HALF_RING, HOST
 from cl_compiler.runtime import group_loss
 from cl_compiler.runtime.live_bytes import LiveBytes
 from tests.ring.ranks import shards
@@ -66,6 +66,8 @@ def partial_groups(rank: int) -> dict[str, Any]:
     found["every other rank"] = error(apart, rank, members)
     found["all ranks"] = error(together, rank, [0, 1, 2, 3])
     found["again"] = error(apart, rank, members)
+    in_host = compiled(group=pairs[rank % 2], schedule=HOST)
+    found["every other rank, in host memory"] = error(in_host, rank, members, (23, 9))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "data"))
     found["mesh"] = error(compiled(mesh=mesh["data"]), rank, [rank // 2 * 2, rank // 2 * 2 + 1])
     for name, where in (
@@ -236,7 +238,7 @@ def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, 
     for schedule in schedules:
         loss_fn = compile_loss(
             "xeon-amx-2c",
-            "64MiB",
+            "2560KiB" if schedule == HOST else "64MiB",  # several blocks
             loss="nt_xent" if schedule == HALF_RING else "clip",
             group=dist.group.WORLD,
             schedule=schedule,
@@ -256,6 +258,7 @@ def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, 
             "planned_sent": plan.cluster.forward_bytes + plan.cluster.backward_bytes,
             "planned_live": plan.peak_bytes,
             "chunk": plan.cluster.chunk,
+            "resident": plan.cluster.resident,
             "remote": tuple(most),
             "links": [
                 (ln.level, ln.forward_bytes + ln.backward_bytes) for ln in plan.cluster.links

@@ -47,11 +47,16 @@ def emit_ring(
     width: int = 6,
     needs: frozenset[str] | None = None,
     node: int = 1,
+    resident: int = 5,
     precision: str = "ieee",
     arch: str = "",
     core: CoreTile | None = None,
+    device: str = "",
 ) -> str:
-    """The text of the file for one case, without the planner; ``arch``: as Triton kernels."""
+    """The text of the file for one case, without the planner; ``arch``: as Triton kernels.
+
+    ``device``: "cuda" for PyTorch's tiles on GPUs.
+    """
     needs = case.needs if needs is None else needs
     sweeps = plan_sweeps(case.loss, case.positives, needs)
     program = build_ring_program(
@@ -84,7 +89,8 @@ def emit_ring(
         cluster_schedule=schedule,
         chunk=chunk,
         ranks_of_node=node,
-        device="cuda" if arch else "cpu",
+        resident=resident,
+        device=device or ("cuda" if arch else "cpu"),
         arch=arch,
         core=core,
     )

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import plan_sweeps
-from cl_compiler.plan.cluster import Share, choose_cluster_plan, plan_of_tiles
+from cl_compiler.plan.cluster import choose_cluster_plan
 from cl_compiler.plan.other_losses import inf_cl_bytes
+from cl_compiler.plan.share import Share, plan_of_tiles
 from cl_compiler.plan.types import ClusterPlan, MemoryBudget, Plan
 from cl_compiler.runtime.live_bytes import LiveBytes
 from cl_compiler.runtime.loader import load_source

@@ -78,6 +78,8 @@ GOLDENS = (
     Golden("clip", "ring_travel", hardware="h100x8"),
     Golden("nt_xent", "half_ring", "views"),
     Golden("clip", "both_ways"),
+    Golden("clip", "host"),
+    Golden("clip", "host", hardware="h100x8"),
 )
 
 

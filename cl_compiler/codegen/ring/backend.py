@@ -35,6 +35,7 @@ def plan_and_print_ring(request: Request, sweeps: SweepPlan, variant: str) -> tu
         cluster_schedule=plan.cluster.schedule,
         chunk=plan.cluster.chunk,
         ranks_of_node=plan.cluster.node,
+        resident=plan.cluster.resident,
         device="cpu" if on_cpu else "cuda",
         arch=request.hardware.arch if plan.template == "triton" else "",
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.passes import PassPrinter, PassText
+from cl_compiler.codegen.ring.host import in_blocks
 from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText
 from cl_compiler.codegen.ring.stages import RingStagePrinter
 from cl_compiler.codegen.ring.target import Target
@@ -74,6 +75,8 @@ class PeerKernelPrinter(KernelPrinter):
         self.is_python = PythonNumbers(self.plan, self.code.hoisted)  # type: ignore[assignment]
         self.own_parts: dict[str, None] = {}
         """Vectors along the travelling side that are read at positives only, which are at home."""
+        self.at_home: dict[str, None] = {}
+        """Vectors along the other side."""
 
     def _name_hoisted(self) -> None:
         self.table = dict(self.hoisted_names)
@@ -93,6 +96,8 @@ class PeerKernelPrinter(KernelPrinter):
         text = self._ids(dim) if name in ("row_ids", "col_ids") else self.symbol(name)
         if dim == self.travels and text not in self.sent:
             self.own_parts.setdefault(text)
+        if dim != self.travels:
+            self.at_home.setdefault(text)
         text = self.lies(text, dim)
         variable = f"{text}_{'log2_' if log2e else ''}{'ij'[dim]}"
         self.vectors[text, dim, log2e] = variable
@@ -288,6 +293,7 @@ class KernelPassPrinter(RingPassPrinter):
 
 def kernel_pass_printer(
     target: Target,
+    in_host: bool,
     program: Program,
     pass_: Pass,
     mode: Mode,
@@ -299,16 +305,47 @@ def kernel_pass_printer(
     are PyTorch's."""
     if pass_.is_slots:
         return PassPrinter(program, pass_, mode, names, name, cast)
-    kind = LocalKernelPrinter if is_local(pass_.grid) else KernelPassPrinter
+    if is_local(pass_.grid):
+        return LocalKernelPrinter(target, program, pass_, mode, names, name, cast)
+    kind = HostKernelPassPrinter if in_host else KernelPassPrinter
     return kind(target, program, pass_, mode, names, name, cast)
+
+
+class HostKernelPassPrinter(KernelPassPrinter):
+    """The same of shards in host memory: what is at home comes a block of rows at a time."""
+
+    def text(self) -> KernelPassText:
+        text = in_blocks(super().text())
+        assert isinstance(text, KernelPassText)
+        return replace(text, params=text.launcher.params)
+
+    def _launcher(
+        self, base: RingPassText, fixed: list[str], found: Printed, anchor: str
+    ) -> LauncherText:
+        base = in_blocks(base)
+        launcher = super()._launcher(base, fixed, found, base.extents[base.home_side])
+        block = f"[begin : begin + {('rows', 'cols')[base.home_side]}]"
+        vectors = dict.fromkeys([*found.printer.at_home, *self._folded()[0]])
+        before = [*launcher.before, *(f"{name} = {name}{block}" for name in vectors)]
+        if base.stays or base.gains:
+            before.insert(0, f"{base.homes} = home")
+        ahead = {
+            "ahead = first": "ahead = first - begin",
+            "ahead = -first": "ahead = begin - first",
+        }
+        launcher.before = [ahead.get(line, line) for line in before]
+        inside = {*base.stays, *base.gains}
+        given = ["home"] * bool(inside) + [p for p in launcher.params if p not in inside]
+        launcher.params = [*given, "begin"] if "begin" in " ".join(launcher.before) else given
+        return launcher
 
 
 class KernelStagePrinter(RingStagePrinter):
     """Prints the statements around kernels; all ranks and both sides bound a sum alike."""
 
-    def __init__(self, target: Target, *args: Any) -> None:
+    def __init__(self, target: Target, in_host: bool, *args: Any) -> None:
         super().__init__(*args)
-        self.pass_printer = partial(kernel_pass_printer, target)
+        self.pass_printer = partial(kernel_pass_printer, target, in_host)
 
     def _terms(self, name: str, pass_: Pass) -> str:
         both = [LENGTH[axis] for axis in pass_.grid]

@@ -25,7 +25,8 @@ class RingNames(Names):
 
     reserved = RESERVED | {
         *("ring", "first", "past", "twice", "shard", "parts", "folds", "all_rows", "all_cols"),
-        *("FAR", "CHUNK", "ROWS", "COLS"),
+        *("FAR", "CHUNK", "RESIDENT", "ROWS", "COLS"),
+        *("home", "at_home", "begin", "h", "h1"),
         *("ahead", "tiles", "strips", "height", "width", "grid", "ragged", "block_m", "block_n"),
     }
     length = "all_{}"
@@ -54,6 +55,18 @@ class RingPassText(PassText):
     marks_diagonal: bool = False
     extents: tuple[str, str] = ("", "")
     """Tensors whose lengths are the tile grid's."""
+    home_axis: str = ""
+    """"rows" or "cols": the axis that stays."""
+    home_side: int = 0
+    """0 where rows stay, 1 where columns do."""
+    stays: list[str] = field(default_factory=list)
+    """Operands at home, in their order."""
+    gains: list[str] = field(default_factory=list)
+    """Gradients that are made at home."""
+    place: str = ""
+    """The index of the tile at home that is needed in this rank's whole shard, too."""
+    adds: bool = False
+    """To gradients that an earlier pass began."""
 
     @property
     def shards(self) -> str:
@@ -64,6 +77,16 @@ class RingPassText(PassText):
     def peers(self) -> str:
         """What another rank sent, as targets of an assignment."""
         return _targets(self.sent)
+
+    @property
+    def homes(self) -> str:
+        """What is at home, as targets of an assignment."""
+        return _unpacked([*self.stays, *self.gains])
+
+    @property
+    def at_home(self) -> str:
+        """The axis that stays, with operands and gradients along it."""
+        return f"({self.home_axis.upper()}, {tuple_text(self.stays)}, {tuple_text(self.gains)})"
 
     @property
     def fold_peers(self) -> str:
@@ -195,6 +218,10 @@ class RingPassPrinter(PassPrinter):
             folds=folds,
             marks_diagonal=marks or p.symmetric,
             extents=(self._at(lengths[0], 0), self._at(lengths[1], 1)),
+            home_axis=LENGTH[p.grid[1 - self.travels]],
+            home_side=1 - self.travels,
+            stays=at_home,
+            gains=homely,
         )
 
     def _folded(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -237,8 +264,11 @@ class RingPassPrinter(PassPrinter):
 
 
 def _targets(names: list[str]) -> str:
-    peers = [f"{n}_peer" for n in names]
-    return f"({peers[0]},)" if len(peers) == 1 else ", ".join(peers)
+    return _unpacked([f"{n}_peer" for n in names])
+
+
+def _unpacked(names: list[str]) -> str:
+    return f"({names[0]},)" if len(names) == 1 else ", ".join(names)
 
 
 def tuple_text(elements: Iterable[str]) -> str:

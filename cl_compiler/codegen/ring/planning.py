@@ -9,9 +9,9 @@ from functools import cached_property
 from cl_compiler.codegen.triton.panel import kernel_plan, panels, smallest_bytes
 from cl_compiler.codegen.triton.workload import OF_TILES, Workload
 from cl_compiler.lang.ring import is_local
-from cl_compiler.plan.cluster import Share, on_their_way
 from cl_compiler.plan.facts import ProgramFacts
-from cl_compiler.plan.memory import AT_POSITIVES, WIDENED, CompiledMemory, Phase, phases_of
+from cl_compiler.plan.memory import AT_POSITIVES, WIDENED, CompiledMemory, Phase, part_of, phases_of
+from cl_compiler.plan.share import Share, on_their_way
 from cl_compiler.plan.space import RingProgram
 from cl_compiler.plan.tape import tape_of
 from cl_compiler.plan.travel import Travel, travels_of
@@ -36,6 +36,9 @@ class ShareWorkload(Workload):
         problem = self.request.problem
         casts = problem.input_bytes < problem.compute_bytes
         late = casts and bool(self.program.plan.late_positives)
+        everything = phases_of(self.facts, casts=casts)
+        if self.share.streams:
+            everything = part_of(everything, in_host=False)
         phases = [
             Phase(
                 phase.name,
@@ -45,7 +48,7 @@ class ShareWorkload(Workload):
                     if what not in OF_TILES and (what != AT_POSITIVES or late)
                 ),
             )
-            for phase in phases_of(self.facts, casts=casts)
+            for phase in everything
         ]
         return CompiledMemory(tuple(phases), tape_of([p.total for p in phases]).bind(self.sizes))
 
@@ -60,7 +63,9 @@ class ShareWorkload(Workload):
             return self._workspace(index, tile)
         travel, chunk = self._travels[index], self.share.chunk
         rows, cols = tile.rows, tile.cols
-        narrow = Tile(rows, min(cols, chunk)) if travel.side else Tile(min(rows, chunk), cols)
+        most = self.share.resident or max(rows, cols)
+        sides = (min(rows, most), min(cols, chunk)), (min(rows, chunk), min(cols, most))
+        narrow = Tile(*sides[0 if travel.side else 1])
         items = [*self._workspace(index, narrow), *on_their_way(*self.share.buffers(travel))]
         if self.program.passes[index].gradients and self.operand_bytes == 2:
             found = self._pass_sizes(index, narrow)

@@ -10,6 +10,7 @@ from cl_compiler.codegen.context import build_context, is_cast
 from cl_compiler.codegen.layout import drop_unused, fit
 from cl_compiler.codegen.library import library_products
 from cl_compiler.codegen.render import environment, tidy_text
+from cl_compiler.codegen.ring.host import HostStagePrinter, find_continued
 from cl_compiler.codegen.ring.kernels import (
     KernelStagePrinter,
     kernel_context,
@@ -21,7 +22,7 @@ from cl_compiler.codegen.ring.target import target_of
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.lang.ir import COLS, ROWS
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING
+from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST
 from cl_compiler.plan.types import Plan
 
 _TEMPLATE = "ring/loss.py.jinja"
@@ -35,6 +36,7 @@ def render_ring(
     cluster_schedule: str,
     chunk: int,
     ranks_of_node: int = 0,
+    resident: int = 0,
     device: str = "cpu",
     arch: str = "",
     core: CoreTile | None = None,
@@ -48,6 +50,7 @@ def render_ring(
         cluster_schedule: one of ``CLUSTER_SCHEDULES``, or "canonical".
         chunk: rows of a shard that travel together.
         ranks_of_node: with "two_level", how many there are.
+        resident: with "host", rows of a block that is on the device.
         device: "cpu", or "cuda" where what is allocated must lie beside the operands.
         arch: of a GPU, for Triton kernels; "": PyTorch's tiles.
         core: one tile for every kernel, for tests.
@@ -60,10 +63,15 @@ def render_ring(
     printer: RingStagePrinter
     if arch:
         printer = KernelStagePrinter(
-            target_of(plan, program, arch, core), program, names, is_cast(plan)
+            target_of(plan, program, arch, core),
+            cluster_schedule == HOST,
+            program,
+            names,
+            is_cast(plan),
         )
     else:
-        kind = CanonicalStagePrinter if canonical else RingStagePrinter
+        kinds = {CANONICAL: CanonicalStagePrinter, HOST: HostStagePrinter}
+        kind = kinds.get(cluster_schedule, RingStagePrinter)
         printer = kind(program, names, is_cast(plan))
     context = build_context(plan, program, printer)
     sweeps = context["sweeps"]
@@ -71,15 +79,16 @@ def render_ring(
     if arch:
         plan = replace(plan, tile=launch_tile(plan, sweeps))
     header = [(key, text) for key, text in context["header"] if key != "schedule"]
-    header.insert(
-        3, ("schedule", f"{cluster_schedule}; M, N of each rank; chunks of {chunk} rows travel")
-    )
+    how = f"{cluster_schedule}; M, N of each rank; chunks of {chunk} rows travel"
+    if cluster_schedule == HOST:
+        how = f"{how} past {resident}"
+    header.insert(3, ("schedule", how))
     context |= _gradients(context) | {
         "variant": variant,
         "device": device,
         "products": library_products(device, plan.precision),
         "scalar_home": '"cpu", ',
-        "beside": _beside(device, context["arguments"][0], bool(arch)),
+        "beside": _beside(device, context["arguments"][0], bool(arch), cluster_schedule == HOST),
         "kernels": kernel_context(plan, arch, context) if arch else {},
         "tile": plan.tile,
         "header": header,
@@ -88,6 +97,11 @@ def render_ring(
         "two_level": cluster_schedule == "two_level",
         "half": cluster_schedule == HALF_RING,
         "both_ways": cluster_schedule == BOTH_WAYS,
+        "host": cluster_schedule == HOST,
+        "adds": find_continued([*context["forward"], *context["backward"]]),
+        "on_gpu": device != "cpu",
+        "streams": cluster_schedule == HOST and device != "cpu",
+        "resident": resident,
         "node": ranks_of_node,
         "chunk": chunk,
         "folds": sorted({how for s in travelling for how, _ in s.folds}),
@@ -103,10 +117,13 @@ def render_ring(
     return fit(drop_unused(tidy_text(text)))
 
 
-def _beside(device: str, argument: str, launches: bool) -> str:
-    """Context managers in which everything lies, and is launched, on an argument's device."""
+def _beside(device: str, argument: str, launches: bool, in_host: bool) -> str:
+    """Context managers in which everything lies, and is launched, on an argument's device, or on
+    the ring's."""
     if device == "cpu":
         return ""
+    if in_host:
+        return "_OnDevice(ring), "
     return f"torch.cuda.device_of({argument}), " * launches + f"{argument}.device, "
 
 
