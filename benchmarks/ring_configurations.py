@@ -61,7 +61,16 @@ LINES = tuple(
     for chunks in (1, 4)
     for ratio in (0.5, 2.0)
 )
-"""Shards that go half of the way, or both ways; measured apart (``--lines``)."""
+"""Shards that go half of the way, or both ways; measured apart."""
+
+OVERLAP = tuple(
+    Configuration(ranks, chunk, chunks, ratio, gradients)
+    for ranks in (2, 3, 4)
+    for chunk, chunks in ((128, 4), (128, 8), (384, 8))
+    for ratio in (1.2, 2.0)
+    for gradients in (False, True)
+)
+"""Shards of 512, 1024 and 3072 rows, cut as the planner cuts them for such links."""
 
 REAL_PRODUCTS = tuple(
     Configuration(2, chunk, 4, 1.2, gradients)
@@ -74,6 +83,7 @@ __all__ = [
     "CALIBRATED_ROWS",
     "CONFIGURATIONS",
     "LINES",
+    "OVERLAP",
     "RATE_BITS_PER_S",
     "REAL_PRODUCTS",
     "ROW_BYTES",

@@ -1,10 +1,12 @@
 """Real rings beside simulated ones: Gloo processes whose products are timed waits.
 
     python -m benchmarks.rings --out rings.json
-    python -m benchmarks.rings --lines --out rings-lines.json
+    python -m benchmarks.rings --list lines --out rings-lines.json
+    python -m benchmarks.rings --list overlap --out rings-overlap.json
 
-The second has shards that go half of the way around, or both ways at once.  The configurations are
-those of ``ring_configurations``, every one of them is in the result.  Each rank has a network
+The second has shards that go half of the way around, or both ways at once, the third shards that
+are cut as the planner cuts them, beside products that are longer than what is sent.  Configurations
+are those of ``ring_configurations``, every one of them is in the result.  Each rank has a network
 namespace of its own, whose link is shaped (``links``); with ``--loopback`` they share a loopback
 device, whose rate is that of the cores left.  Links are calibrated by messages of other sizes, with
 all ranks sending at once as a ring does.  Two cores cannot multiply for four ranks and send at the
@@ -37,6 +39,7 @@ from benchmarks.ring_configurations import (
     CALIBRATED_ROWS,
     CONFIGURATIONS,
     LINES,
+    OVERLAP,
     RATE_BITS_PER_S,
     REAL_PRODUCTS,
     ROW_BYTES,
@@ -57,6 +60,7 @@ from cl_compiler.plan.travel import Travel
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
 from cl_compiler.runtime.loader import load_source
 
+LISTS = {"rings": CONFIGURATIONS, "lines": LINES, "overlap": OVERLAP}
 REPEATS = 5
 ATTEMPTS = 10
 LEAST_R2 = 0.98
@@ -196,7 +200,7 @@ def oversleeping_seconds() -> float:
 
 
 def rank_main(
-    rank: int, ranks: int, slow: bool, lines: bool, place: Place | None, where: str, out: str
+    rank: int, ranks: int, slow: bool, listed: str, place: Place | None, where: str, out: str
 ) -> None:
     """Calibrate, then measure every configuration of these ranks; rank 0 writes the results."""
     if place is None:
@@ -220,7 +224,7 @@ def rank_main(
         return Clock(links, one, start_s_per_byte=start_s, join_s_per_byte=join_s, post_s=post_s)
 
     results = []
-    for c in LINES if lines else CONFIGURATIONS:
+    for c in LISTS[listed]:
         if (c.ranks, c.slow) != (ranks, slow):
             continue
         module = shards_of(c.chunk, c.schedule)
@@ -234,7 +238,7 @@ def rank_main(
             asdict(c) | measured | {"predicted_s": predicted_s, "products_s": products_s}
         )
     real = []
-    for c in REAL_PRODUCTS if (ranks, slow, lines) == (2, False, False) else ():
+    for c in REAL_PRODUCTS if (ranks, slow) == (2, False) and listed != "lines" else ():
         module = shards_of(c.chunk)
         ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks})
         message = c.chunk * ROW_BYTES * float(links.s_per_byte.max()) + float(links.latency_s.max())
@@ -362,7 +366,7 @@ def by_schedule(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def measure_group(ranks: int, slow: bool, lines: bool, loopback: bool) -> dict[str, Any]:
+def measure_group(ranks: int, slow: bool, listed: str, loopback: bool) -> dict[str, Any]:
     """Run one group of processes.
 
     Raises:
@@ -379,7 +383,7 @@ def measure_group(ranks: int, slow: bool, lines: bool, loopback: bool) -> dict[s
         processes = [
             context.Process(
                 target=rank_main,
-                args=(rank, ranks, slow, lines, places[rank], f"file://{folder}/meet", out),
+                args=(rank, ranks, slow, listed, places[rank], f"file://{folder}/meet", out),
                 daemon=True,
             )
             for rank in range(ranks)
@@ -404,22 +408,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("rings.json"))
     parser.add_argument("--loopback", action="store_true", help="links that all ranks share")
-    parser.add_argument("--lines", action="store_true", help="half rings, and both ways at once")
+    parser.add_argument(
+        "--list", choices=LISTS, default="rings", help="which of the lists of configurations"
+    )
     arguments = parser.parse_args()
-    listed = LINES if arguments.lines else CONFIGURATIONS
-    groups = sorted({(c.ranks, c.slow) for c in listed})
+    groups = sorted({(c.ranks, c.slow) for c in LISTS[arguments.list]})
     if arguments.loopback:  # no link of it can be slower than another
         groups = [(ranks, slow) for ranks, slow in groups if not slow]
     before = os.getloadavg()[0]
     found, failures = [], []
     for ranks, slow in groups:
         try:
-            found.append(measure_group(ranks, slow, arguments.lines, arguments.loopback))
+            found.append(measure_group(ranks, slow, arguments.list, arguments.loopback))
         except RuntimeError as error:  # what the other groups measured is not lost
             failures.append(str(error))
     every = [r for part in found for r in part["results"]]
     result = {
-        "summary": summary(every) if not arguments.lines else by_schedule(every),
+        "summary": by_schedule(every) if arguments.list == "lines" else summary(every),
         "with_real_products": [
             {"error": r["predicted_s"] / r["measured_s"] - 1,
              "over_products": r["measured_s"] / r["products_s"] - 1}

@@ -7,6 +7,7 @@ time that products do not hide.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,9 @@ PARTS = 8
 """Chunks of a shard where memory allows: an eighth bounds what is on its way to an eighth."""
 LEAST_CHUNK = 512
 """Rows of a chunk, at least: below, a message is mostly latency."""
+LEAST_SLOW_CHUNK, LEAST_MESSAGE_S = 128, 2e-3
+"""Over slow links fewer rows do, if they are that long on their way: posting takes a tenth of it,
+and what was accumulated of a shard's last chunk comes home when nothing is left to multiply."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def group_fits(
 
     def fits(rows: int) -> bool:
         asked = replace(request, problem=scaled(request.problem, rows))
-        *_, least = _chunks(asked.problem)
+        *_, least = chunks_of(asked.problem, machine)
         shares = [
             Share(
                 asked,
@@ -171,7 +175,9 @@ def _candidate(
 ) -> _Candidate:
     machine = machine_of(hardware_graph(request.hardware))
     node = _node(machine, schedule, request.group_size)
-    chunks = [CANONICAL_CHUNK] if schedule == CANONICAL else list(_chunks(request.problem))
+    chunks = (
+        [CANONICAL_CHUNK] if schedule == CANONICAL else list(chunks_of(request.problem, machine))
+    )
     shares = [Share(request, sweeps, program, schedule, chunk, node) for chunk in chunks]
     if schedule == HOST:
         rounds = [replace(shares[-1], resident=rows) for rows in _blocks(request.problem)]
@@ -224,15 +230,20 @@ def _node(machine: Machine, schedule: str, ranks: int) -> int:
     return 0 if levels is None else levels.node
 
 
-def _chunks(problem: Problem) -> Iterator[int]:
+def chunks_of(problem: Problem, machine: Machine) -> Iterator[int]:
     """Rows that travel together: an eighth of a shard, then less where that does not fit."""
     rows = max(problem.M, problem.N)
-    chunk = min(rows, max(LEAST_CHUNK, -(-rows // PARTS)))
+    slowest = min((o.link_bytes_per_s for o in machine.outer if o.is_linked), default=math.inf)
+    per_row_s = problem.D * problem.input_bytes / slowest
+    least = LEAST_CHUNK
+    if per_row_s * LEAST_CHUNK > LEAST_MESSAGE_S:
+        least = max(LEAST_SLOW_CHUNK, math.ceil(LEAST_MESSAGE_S / per_row_s))
+    chunk = min(rows, max(least, -(-rows // PARTS)))
     while True:
         yield chunk
-        if chunk <= min(rows, LEAST_CHUNK):
+        if chunk <= min(rows, least):
             return
-        chunk = max(LEAST_CHUNK, chunk // 2)
+        chunk = max(least, chunk // 2)
 
 
 def _blocks(problem: Problem) -> Iterator[int]:
@@ -279,5 +290,6 @@ def _timed(share: Share, plan: Plan, machine: Machine) -> tuple[ClusterPlan, flo
 
 __all__ = [
     "choose_cluster_plan",
+    "chunks_of",
     "group_fits",
 ]
