@@ -104,15 +104,6 @@ def _half_obstacle(plan: SweepPlan) -> str:
     return ""
 
 
-def local_obstacle(plan: SweepPlan) -> str:
-    """Why operands of a loss cannot be streamed through a device; "" where they can."""
-    for sweep in plan.sweeps:
-        if is_local(sweep.grid):
-            what = "slots" if SLOTS in sweep.grid else "queue"
-            return f"its {what} would be read where the shards are, in host memory"
-    return ""
-
-
 def canonical_obstacle(plan: SweepPlan) -> str:
     """Why the bits of a loss depend on how it is cut into shards; "" where they need not."""
     if plan.positives == "views":
@@ -268,7 +259,6 @@ __all__ = [
     "build_ring_program",
     "canonical_obstacle",
     "is_local",
-    "local_obstacle",
     "ring_obstacle",
     "ring_schedules",
 ]

@@ -24,7 +24,6 @@ from cl_compiler.lang.ring import (
     OWNER_COMPUTES,
     build_ring_program,
     canonical_obstacle,
-    local_obstacle,
     ring_schedules,
 )
 from cl_compiler.lang.sweeps import SweepPlan
@@ -145,8 +144,6 @@ def _usable(
         )
     if request.schedule == "auto" and not reasons[HOST] and not streams(request.hardware):
         reasons[HOST] = "the device's memory is the host's"
-    if not reasons[HOST] and streams(request.hardware):
-        reasons[HOST] = local_obstacle(sweeps)
     if request.schedule == CANONICAL:
         reasons[CANONICAL] = canonical_obstacle(sweeps)
     wanted = CLUSTER_SCHEDULES if request.schedule == "auto" else (request.schedule,)

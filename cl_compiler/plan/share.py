@@ -62,9 +62,11 @@ class Share:
     def buffers(self, travel: Travel) -> tuple[int, int, int]:
         """(shards, gradients) on their way in one pass, and blocks that stay, bytes."""
         problem, ranks = self.request.problem, self.request.group_size
-        return buffer_bytes(
+        shards, gradients, blocks = buffer_bytes(
             self.schedule, travel, problem, ranks, self.chunk, self.node, self.resident
         )
+        queues = travel.whole * problem.input_bytes * self.streams
+        return shards, gradients, blocks + queues
 
     @property
     def most_on_its_way(self) -> int:

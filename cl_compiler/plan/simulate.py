@@ -151,7 +151,10 @@ def run(
             phase, forward_s = item.travel.phase, float(clock.now.max())
         _numbers(clock)
         if not item.travel.operand_width and not item.travel.vectors:
-            clock.compute(item.seconds * (1.0 if shares is None else shares))
+            mine = 1.0 if shares is None else shares
+            if item.host is not None:
+                clock.wait(clock.copy(item.host.total * host_s_per_byte * mine))
+            clock.compute(item.seconds * mine)
             continue
         per_row = item.travel.operand_width * input_bytes + item.travel.vectors * compute_bytes
         back = (item.travel.gradient_width + item.travel.folds) * compute_bytes

@@ -30,6 +30,7 @@ from types import MappingProxyType
 
 import sympy as sp
 
+from cl_compiler.lang.ir import BANK, SLOTS
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST, is_local
 from cl_compiler.lang.tile_ir import Accumulate, Compute, VectorRef
@@ -77,7 +78,8 @@ class Travel:
     ``vectors``, ``folds``: statistics that are read with a shard, and made with it.
     ``side``: 0 where rows travel, 1 where columns do.
     ``home_width``, ``gain_width``: of operands that stay, and of gradients that are made there;
-    ``adds``: to those of an earlier pass.
+    ``adds``: to those of an earlier pass.  Where a rank has both sides to itself nothing travels,
+    and ``whole`` are elements of operands that have no rows.
     """
 
     phase: str
@@ -89,6 +91,12 @@ class Travel:
     home_width: int = 0
     gain_width: int = 0
     adds: bool = False
+    whole: int = 0
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a rank makes the pass without the others."""
+        return not self.operand_width + self.vectors + self.folds
 
     def home_rows(self, problem: Problem) -> int:
         """Rows of what stays."""
@@ -97,6 +105,12 @@ class Travel:
     def rounds(self, problem: Problem, resident: int) -> int:
         """How often shards travel: once for every block of what stays; 0: all of it does."""
         return max(1, -(-self.home_rows(problem) // resident)) if resident else 1
+
+    def block_rows(self, problem: Problem, resident: int) -> int:
+        """Rows of a block; of a local pass it is as large as that many of one matrix."""
+        if self.is_local:
+            resident = max(1, resident * problem.D // max(self.home_width, 1))
+        return min(resident, self.home_rows(problem))
 
 
 def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
@@ -107,7 +121,7 @@ def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
     for pass_ in program.passes:
         phase = "backward" if id(pass_) in backward else "forward"
         if is_local(pass_.grid):
-            result.append(Travel(phase, 0, 0))
+            result.append(_local(program, pass_, problem, phase))
             made |= _moved(program, pass_, 0)[1] | _moved(program, pass_, 1)[1]
             continue
         side = 0 if pass_.sides == ("right",) else 1
@@ -127,6 +141,27 @@ def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
         )
         made |= gradients | gains
     return tuple(result)
+
+
+def _local(program: Program, pass_: Pass, problem: Problem, phase: str) -> Travel:
+    """A pass over slots or a queue."""
+    (left, to_left), (right, to_right) = (_moved(program, pass_, side) for side in (0, 1))
+    axes = {op.name: op.axes for op in program.plan.ir.operands}
+
+    def per_row(names: set[str]) -> int:
+        """Of those that have rows, elements of each."""
+        return sum(
+            _width(problem, name) * (problem.slots if SLOTS in axes[name] else 1)
+            for name in names
+            if BANK not in axes[name]
+        )
+
+    queues = [name for name in left | right if BANK in axes[name]]
+    whole = problem.bank * sum(_width(problem, name) for name in queues)
+    gains = per_row(to_left | to_right)
+    return Travel(
+        phase, 0, 0, home_width=per_row(left | right), gain_width=gains, adds=gains > 0, whole=whole
+    )
 
 
 def _moved(program: Program, pass_: Pass, side: int) -> tuple[set[str], set[str]]:
@@ -183,8 +218,8 @@ def posted_bytes(
 class HostLink:
     """Bytes of matrices between a rank's host memory and its device, in one phase.
 
-    ``streamed``: shards, copied while others are computed; ``stays``: blocks of what stays, for
-    which products wait; ``returned``: their gradients.
+    ``streamed``: shards, copied while others are computed; ``stays``: blocks of what stays, and
+    queues, for which products wait; ``returned``: their gradients.
     """
 
     streamed: int = 0
@@ -202,7 +237,7 @@ def host_link_of(travel: Travel, problem: Problem, resident: int) -> HostLink:
     gained = home * travel.gain_width * problem.compute_bytes
     return HostLink(
         travel.rounds(problem, resident) * rows * travel.operand_width * problem.input_bytes,
-        home * travel.home_width * problem.input_bytes + gained * travel.adds,
+        (home * travel.home_width + travel.whole) * problem.input_bytes + gained * travel.adds,
         gained,
     )
 
@@ -211,8 +246,6 @@ def host_link_bytes(program: Program, problem: Problem, resident: int) -> tuple[
     """(forward, backward) of one rank with shards as ``problem``."""
     found = {"forward": HostLink(), "backward": HostLink()}
     for travel in travels_of(program, problem):
-        if not travel.operand_width + travel.home_width:
-            continue
         a, b = found[travel.phase], host_link_of(travel, problem, resident)
         found[travel.phase] = HostLink(
             a.streamed + b.streamed, a.stays + b.stays, a.returned + b.returned
@@ -240,7 +273,7 @@ def buffer_bytes(
     if resident:
         values |= {"home": home, "rows": rows, "w_home": travel.home_width}
         values |= {"w_gain": travel.gain_width}
-        values["resident"] = min(resident, home)
+        values["resident"] = travel.block_rows(problem, resident)
     shards, gradients = _held(schedule)(values)
     if not resident:
         return round(shards), round(gradients), 0

@@ -97,46 +97,6 @@ class Ring:
         return bool(self.numbers(float(condition)).all())
 
 
-def _joined(into, new, start):
-    """Join two parts of a statistic, in place; ``start``: what each accumulator starts from."""
-    match start:
-        case (0.0,):
-            into[0].add_(new[0])
-        case (maximum, *_):  # sums of exponentials relative to a maximum
-            assert maximum == -math.inf
-            largest = torch.maximum(into[0], new[0])
-            base = torch.where(largest.isinf(), 0.0, largest)
-            for total, more in zip(into[1:], new[1:], strict=True):
-                total.mul_(torch.exp(into[0] - base)).add_(more * torch.exp(new[0] - base))
-            into[0].copy_(largest)
-
-
-class _Folds:
-    """Accumulators of a travelling shard, at their owner: ``(start values, *tensors)`` each."""
-
-    def __init__(self, folds):
-        self.starts = [start for start, *_ in folds]
-        self.home = [tensor for _, *tensors in folds for tensor in tensors]
-
-    def started(self, parts):
-        """``parts``, with nothing accumulated in them yet."""
-        values = (value for start in self.starts for value in start)
-        return [part.fill_(value) for part, value in zip(parts, values, strict=True)]
-
-    def join(self, into, new):
-        """Join what other tiles gave: the first rows of ``new``."""
-        new = [n[: len(t)] for n, t in zip(new, into, strict=True)]
-        begin = 0
-        for start in self.starts:
-            end = begin + len(start)
-            _joined(into[begin:end], new[begin:end], start)
-            begin = end
-
-    def room(self, *shape):
-        """Uninitialised accumulators for shards of ``shape[-1]`` rows."""
-        return [tensor.new_empty(*shape, *tensor.shape[1:]) for tensor in self.home]
-
-
 def _room(ring, tensor, rows):
     """Room on the device for rows of a tensor that may be in host memory."""
     return torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, device=ring.device)
@@ -199,6 +159,46 @@ class _Blocks:
         for room, gradient in zip(self.sums, self.gradients, strict=True):
             rows = gradient[begin : begin + self.rows]
             rows.copy_(room[: len(rows)])
+
+
+def _joined(into, new, start):
+    """Join two parts of a statistic, in place; ``start``: what each accumulator starts from."""
+    match start:
+        case (0.0,):
+            into[0].add_(new[0])
+        case (maximum, *_):  # sums of exponentials relative to a maximum
+            assert maximum == -math.inf
+            largest = torch.maximum(into[0], new[0])
+            base = torch.where(largest.isinf(), 0.0, largest)
+            for total, more in zip(into[1:], new[1:], strict=True):
+                total.mul_(torch.exp(into[0] - base)).add_(more * torch.exp(new[0] - base))
+            into[0].copy_(largest)
+
+
+class _Folds:
+    """Accumulators of a travelling shard, at their owner: ``(start values, *tensors)`` each."""
+
+    def __init__(self, folds):
+        self.starts = [start for start, *_ in folds]
+        self.home = [tensor for _, *tensors in folds for tensor in tensors]
+
+    def started(self, parts):
+        """``parts``, with nothing accumulated in them yet."""
+        values = (value for start in self.starts for value in start)
+        return [part.fill_(value) for part, value in zip(parts, values, strict=True)]
+
+    def join(self, into, new):
+        """Join what other tiles gave: the first rows of ``new``."""
+        new = [n[: len(t)] for n, t in zip(new, into, strict=True)]
+        begin = 0
+        for start in self.starts:
+            end = begin + len(start)
+            _joined(into[begin:end], new[begin:end], start)
+            begin = end
+
+    def room(self, *shape):
+        """Uninitialised accumulators for shards of ``shape[-1]`` rows."""
+        return [tensor.new_empty(*shape, *tensor.shape[1:]) for tensor in self.home]
 
 
 class _Circle:

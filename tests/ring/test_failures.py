@@ -146,7 +146,7 @@ def test_a_rank_killed_at_each_step(step, victim, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("schedule", ["half_ring", "both_ways"])
+@pytest.mark.parametrize("schedule", ["half_ring", "both_ways", "host"])
 @pytest.mark.parametrize("step", [1, 4, 6])
 def test_a_rank_killed_where_shards_do_not_go_all_around(step, schedule, tmp_path):
     survive(2.0, 2, GONE.format(2), 4, ranks.die_along, step, schedule, tmp_path / "at")

@@ -7,16 +7,18 @@ shard, of which all vectors are on the device.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.passes import PassPrinter, PassText
-from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText
+from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText, tuple_text
 from cl_compiler.codegen.ring.stages import RingStagePrinter
 from cl_compiler.codegen.stages import StageText
+from cl_compiler.lang.ir import BANK
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.ring import is_local
+from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Mode
 
 Text = TypeVar("Text", bound=RingPassText)
@@ -80,6 +82,71 @@ def in_blocks(text: Text) -> Text:
     )
 
 
+@dataclass
+class LocalBlocks(PassText):
+    """A pass in which nothing travels, called for a block of rows at a time.
+
+    ``stays``, ``gains``: operands and gradients of rows; ``whole``: operands that have no rows.
+    """
+
+    stays: list[str] = field(default_factory=list)
+    gains: list[str] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
+    """What the sweep is called with."""
+
+    @property
+    def of_rows(self) -> str:
+        """Operands and gradients of rows, as arguments."""
+        return f"{tuple_text(self.stays)}, {tuple_text(self.gains)}"
+
+    @property
+    def names_here(self) -> str:
+        """The block's operands and gradients."""
+        return ", ".join(f"{name}_here" for name in (*self.stays, *self.gains))
+
+    @property
+    def here(self) -> str:
+        """The same, as targets of an assignment."""
+        return tuple_text(self.names_here.split(", "))
+
+    @property
+    def results_here(self) -> str:
+        """Where the block's statistics go; "" where there are none."""
+        return ", ".join(f"{name}[here]" for name in self.results)
+
+
+class HostLocalPrinter(PassPrinter):
+    """Prints one pass in one mode where a rank has both sides to itself: slots, a queue."""
+
+    def __init__(self, *args: Any) -> None:
+        self.of_rows: dict[str, None] = {}
+        super().__init__(*args)
+
+    def vector(self, name: str, dim: int) -> str:
+        if dim == 0:
+            self.of_rows.setdefault(self.hoisted_names.get(name) or self.names(name))
+        return super().vector(name, dim)
+
+    def text(self) -> LocalBlocks:
+        text = super().text()
+        return LocalBlocks(**vars(text), **in_row_blocks(text, self.plan, self.of_rows))
+
+
+def in_row_blocks(text: PassText, plan: SweepPlan, vectors: Iterable[str]) -> dict[str, Any]:
+    """What ``LocalBlocks`` has; ``vectors``: of rows."""
+    axes = {op.name: op.axes for op in plan.ir.operands if op.name in text.params}
+    stays = [name for name, of in axes.items() if BANK not in of]
+    whole = [name for name, of in axes.items() if BANK in of]
+    gains = [f"d_{name}" for name in stays if f"d_{name}" in text.params]
+    names = {name: f"{name}_here" for name in (*stays, *gains)}
+    names |= {name: f"{name}_there" for name in whole}
+    names |= {name: f"{name}[here]" for name in vectors}
+    names["rows"] = f"len({stays[0]}_here)"
+    arguments = [names.get(p, p) for p in text.params]
+    return {"stays": stays, "gains": gains, "whole": whole, "arguments": arguments}
+
+
 class HostStagePrinter(RingStagePrinter):
     """Prints the statements around the passes of a program whose shards are in host memory."""
 
@@ -92,7 +159,7 @@ def host_pass_printer(
     program: Program, pass_: Pass, mode: Mode, names: Names, name: str, cast: bool
 ) -> PassPrinter:
     """The printer of a pass."""
-    kind = PassPrinter if is_local(pass_.grid) else HostPassPrinter
+    kind = HostLocalPrinter if is_local(pass_.grid) else HostPassPrinter
     return kind(program, pass_, mode, names, name, cast)
 
 
@@ -108,14 +175,15 @@ def find_continued(stages: Iterable[StageText]) -> bool:
                 if isinstance(text, RingPassText):
                     text.adds = not made.isdisjoint(text.gains)
                     any_adds |= text.adds
+                else:
+                    any_adds |= bool(_gains(text))
             made |= gains
     return any_adds
 
 
 def _gains(text: PassText) -> list[str]:
-    if isinstance(text, RingPassText):
-        return text.gains
-    return [p for p in text.params if p.startswith("d_")]
+    assert isinstance(text, (RingPassText, LocalBlocks))
+    return text.gains
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.passes import PassPrinter, PassText
-from cl_compiler.codegen.ring.host import in_blocks
+from cl_compiler.codegen.ring.host import HostLocalPrinter, LocalBlocks, in_blocks, in_row_blocks
 from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText
 from cl_compiler.codegen.ring.stages import RingStagePrinter
 from cl_compiler.codegen.ring.target import Target
@@ -75,8 +75,8 @@ class PeerKernelPrinter(KernelPrinter):
         self.is_python = PythonNumbers(self.plan, self.code.hoisted)  # type: ignore[assignment]
         self.own_parts: dict[str, None] = {}
         """Vectors along the travelling side that are read at positives only, which are at home."""
-        self.at_home: dict[str, None] = {}
-        """Vectors along the other side."""
+        self.at_home: dict[str, int] = {}
+        """Vectors along what does not travel, and its side: 0 for rows."""
 
     def _name_hoisted(self) -> None:
         self.table = dict(self.hoisted_names)
@@ -97,7 +97,7 @@ class PeerKernelPrinter(KernelPrinter):
         if dim == self.travels and text not in self.sent:
             self.own_parts.setdefault(text)
         if dim != self.travels:
-            self.at_home.setdefault(text)
+            self.at_home.setdefault(text, dim)
         text = self.lies(text, dim)
         variable = f"{text}_{'log2_' if log2e else ''}{'ij'[dim]}"
         self.vectors[text, dim, log2e] = variable
@@ -185,6 +185,7 @@ class LocalKernelPrinter(PassPrinter):
         fixed = [p for p in base.params if p in lengths or p not in self.params]
         anchor = fixed[0]
         found = printed(target, self, None, (), anchor)
+        self.at_home = found.printer.at_home
         launcher = LauncherText(
             self.name,
             [found.kernel],
@@ -200,6 +201,20 @@ class LocalKernelPrinter(PassPrinter):
         )
         fields = {**vars(base), "params": launcher.params, "results": launcher.results}
         return LocalKernelText(**fields | {"body": [], "remake": []}, launcher=launcher)
+
+
+@dataclass
+class LocalBlocksText(LocalBlocks, LocalKernelText):
+    """The same for a block of rows of shards in host memory."""
+
+
+class HostLocalKernelPrinter(LocalKernelPrinter):
+    """Prints one pass in one mode likewise, for a block of rows at a time."""
+
+    def text(self) -> LocalBlocksText:
+        text = super().text()
+        vectors = [name for name, dim in self.at_home.items() if dim == 0]
+        return LocalBlocksText(**vars(text), **in_row_blocks(text, self.plan, vectors))
 
 
 class KernelPassPrinter(RingPassPrinter):
@@ -304,9 +319,11 @@ def kernel_pass_printer(
     """The printer of a pass whose tiles are a kernel's; slots, which share nothing between rows,
     are PyTorch's."""
     if pass_.is_slots:
-        return PassPrinter(program, pass_, mode, names, name, cast)
+        slots = HostLocalPrinter if in_host else PassPrinter
+        return slots(program, pass_, mode, names, name, cast)
     if is_local(pass_.grid):
-        return LocalKernelPrinter(target, program, pass_, mode, names, name, cast)
+        local = HostLocalKernelPrinter if in_host else LocalKernelPrinter
+        return local(target, program, pass_, mode, names, name, cast)
     kind = HostKernelPassPrinter if in_host else KernelPassPrinter
     return kind(target, program, pass_, mode, names, name, cast)
 

@@ -60,7 +60,8 @@ class ShareWorkload(Workload):
         if index >= len(self._travels):
             return []
         if is_local(self.program.passes[index].grid):
-            return self._workspace(index, tile)
+            local = on_their_way(*self.share.buffers(self._travels[index]))
+            return [*self._workspace(index, tile), *local]
         travel, chunk = self._travels[index], self.share.chunk
         rows, cols = tile.rows, tile.cols
         most = self.share.resident or max(rows, cols)

@@ -10,7 +10,7 @@ from cl_compiler.codegen.context import build_context, is_cast
 from cl_compiler.codegen.layout import drop_unused, fit
 from cl_compiler.codegen.library import library_products
 from cl_compiler.codegen.render import environment, tidy_text
-from cl_compiler.codegen.ring.host import HostStagePrinter, find_continued
+from cl_compiler.codegen.ring.host import HostStagePrinter, LocalBlocks, find_continued
 from cl_compiler.codegen.ring.kernels import (
     KernelStagePrinter,
     kernel_context,
@@ -98,7 +98,9 @@ def render_ring(
         "half": cluster_schedule == HALF_RING,
         "both_ways": cluster_schedule == BOTH_WAYS,
         "host": cluster_schedule == HOST,
-        "adds": find_continued([*context["forward"], *context["backward"]]),
+        "adds": cluster_schedule == HOST
+        and find_continued([*context["forward"], *context["backward"]]),
+        "blocks": [s for s in sweeps if isinstance(s, LocalBlocks)],
         "on_gpu": device != "cpu",
         "streams": cluster_schedule == HOST and device != "cpu",
         "resident": resident,

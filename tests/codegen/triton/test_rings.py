@@ -56,6 +56,7 @@ QUICK = {
     ("nt_xent", "ring_owner"),
     ("dcl_views", "ring_travel"),
     ("siglip", "ring_owner"),
+    ("clip", "host"),
     ("batch_hard", "all_gather"),
     ("entropy", "two_level"),
     ("moco", "ring_owner"),
