@@ -76,7 +76,8 @@ def _of_machine(spec: HardwareSpec) -> tuple[str, ...]:
     rates = dict(spec.gemm_flops_per_s)
     if spec.kind == "cpu":
         return ("ieee", "bf16") if "bfloat16" in rates else ("ieee",)
-    narrow = FP8 in rates and spec.arch.startswith("sm_")  # AMD's e4m3 is another one
+    # AMD's e4m3 is another one, and on sm_89 kernels of three similarities spill
+    narrow = FP8 in rates and spec.arch in ("sm_90", "sm_100")
     more = (("tf32", "tf32" in rates), (FP8, narrow))
     return ("ieee", "bf16", "fp16", "bf16x3", *(p for p, has in more if has))
 
@@ -85,7 +86,7 @@ def _why(precision: str, spec: HardwareSpec) -> str:
     if spec.kind == "cpu" and precision == "bf16":
         return " (no AMX, no AVX512-BF16)"
     if precision == FP8 and spec.kind != "cpu":
-        return " in e4m3"
+        return " (kernels with them are for sm_90 and sm_100)"
     return " (they are for GPUs)" if spec.kind == "cpu" else ""
 
 

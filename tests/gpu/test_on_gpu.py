@@ -121,7 +121,7 @@ def test_schedules(name: str, schedule: str):
 @pytest.mark.parametrize("name", ["clip", "siglip", "nt_xent", "infonce"])
 def test_eight_bits(name: str):
     """Operands that e4m3 has.  Hopper adds their products with 14 bits (DeepSeek-V3, 2024)."""
-    if torch.cuda.get_device_capability() < (8, 9):
+    if torch.cuda.get_device_capability() not in ((9, 0), (10, 0)):
         pytest.skip("no fp8")
     drawn = sample(CASES[name], 333, 517, 128, seed=7)
     tensors = {

@@ -136,8 +136,7 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
         shapes = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4))
         return [CoreTile(rows, cols, min(depth, 32), w, 2) for rows, cols, w in shapes]
     if capability(arch) < 90:
-        depth = min(depth, 32 if bytes_ > 1 else 64)
-        return [CoreTile(128, cols, depth, 8, stages + 1) for cols in (128, 64, 32, 16)]
+        return [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32, 16)]
     if capability(arch) >= 100:
         narrow = [CoreTile(128, cols, depth, 8, stages, most=255) for cols in (32, 16)]
         return [*(CoreTile(128, cols, depth, 8, stages) for cols in (128, 64)), *narrow]
