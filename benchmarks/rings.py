@@ -137,7 +137,7 @@ def arrival_seconds(ring: Any, rows: int) -> np.ndarray:
 
     for _ in range(9):
         works: list[Any] = []
-        arrived = ring.numbers(together(ring, act)).numpy()
+        arrived = ring.numbers(together(ring, act)).flatten().numpy()
         ring.wait(works)
         found.append(np.roll(arrived, -1))  # the next rank received what this one sent
     quartile: np.ndarray = np.quantile(np.array(found), 0.25, axis=0)

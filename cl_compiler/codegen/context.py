@@ -393,7 +393,7 @@ def _helpers(
     for stage in stages:
         lines += stage.vectors
         for call in stage.calls:
-            lines += [b for _, b in call.shifts]
+            lines += [call.largest, *(b for _, b in call.shifts)]
             for mode in call.modes.values():
                 lines += [*mode.hoisted, *mode.finish, *mode.text.body, *mode.text.remake]
     lines += [text.coefficient for text in _late(printer)]

@@ -70,7 +70,7 @@ RESERVED = frozenset(
 )
 
 
-_LOCAL = re.compile(r"_|d_|[tm]\d|.*_(i|j|i1|j1|buffer|tile)$")
+_LOCAL = re.compile(r"_|d_|[tm]\d|largest_\d|.*_(i|j|i1|j1|buffer|tile)$")
 """What emitted functions call their own locals and helpers."""
 
 

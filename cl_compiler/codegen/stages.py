@@ -43,6 +43,8 @@ class PassCall:
     modes: dict[Mode, ModeText]
     shifts: list[tuple[str, str]] = field(default_factory=list)
     """(shift, bound) to evaluate before it, as text."""
+    largest: str = ""
+    """On many ranks: the statement that evaluates what bounds are made of."""
     condition: str = ""
     """When the bounded mode may be tried; "" if there is one mode."""
     guards: dict[str, list[str]] = field(default_factory=dict)

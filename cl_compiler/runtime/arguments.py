@@ -159,11 +159,13 @@ class ArgumentChecker:
             needs = frozenset(
                 n for n, t in everything.items() if t.requires_grad and n not in sig.stops
             )
-        if self._nonfinite:
-            for name, tensor in everything.items():
-                if not torch.isfinite(tensor).all():
-                    raise NonFiniteError(f"{sig.name}: {name} has NaN or infinite elements.")
         first = "z" if sig.single_set else sig.operands[0][0]
+        if self._nonfinite:
+            finite = {name: torch.isfinite(t).all() for name, t in everything.items()}
+            device = operands[first].device
+            if not torch.stack([f.to(device) for f in finite.values()]).all():  # one wait for all
+                name = next(name for name, f in finite.items() if not f)
+                raise NonFiniteError(f"{sig.name}: {name} has NaN or infinite elements.")
         signature = CallSignature(
             M=lengths["rows"],
             N=lengths["cols"],

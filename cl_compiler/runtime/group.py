@@ -6,19 +6,19 @@ import contextlib
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from functools import lru_cache
-from types import ModuleType
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from cl_compiler.errors import ArgumentError, GroupError
+from cl_compiler.errors import ArgumentError, CompilerError, GroupError
 from cl_compiler.runtime.guard import Record, listed, ranks_in_words
-from cl_compiler.runtime.own_group import OwnGroup
+from cl_compiler.runtime.own_group import WATCHDOG_S, OwnGroup
+from cl_compiler.runtime.streams import Posted
 from cl_compiler.runtime.watch import STORE_GONE, Watch, within
 
 GradConvention = Literal["mean", "sum", "global"]
@@ -72,22 +72,39 @@ class RankGroup:
     ) -> None:
         check_group_options(timeout_s, convention)
         self.parent, self.timeout_s, self.convention = parent, float(timeout_s), convention
-        self._own = OwnGroup(parent, _backend_of(parent), self.timeout_s)
-        self.rank, self.world_size = self._own.rank, self._own.world_size
-        self.device = torch.device("cpu")
-        if self._own.backend != "gloo":
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.control = OwnGroup(parent, "gloo", self.timeout_s)
+        self._groups = [self.control]
+        self._posted: Posted | None = None
+        self.rank, self.world_size = self.control.rank, self.control.world_size
         self.calls = 0
         self._failed = ""
-        self._store = PrefixStore("cl_compiler", self._own.group.get_group_store())
-        # The thread holds the group, not this object: who forgets to close it leaves no thread.
-        self._watch = Watch(self._store, self.rank, self.world_size, self._own.break_up)
+        self._store = PrefixStore("cl_compiler", self.control.group.get_group_store())
+        # The thread holds the groups, not this object: who forgets to close it leaves no thread.
+        broken_up = partial(_break_up, self._groups)
+        self._watch = Watch(self._store, self.rank, self.world_size, broken_up)
         weakref.finalize(self, self._watch.close).atexit = False
 
     @property
     def group(self) -> dist.ProcessGroup:
         """The process group in which shards travel."""
-        return self._own.group
+        return self._groups[-1].group
+
+    def connect(self, device: torch.device) -> None:
+        """Make the group in which shards on a device travel, once.  Every rank calls it.
+
+        Raises:
+            GroupError: a rank is gone or late.
+        """
+        if device.type == "cpu" or self._posted is not None:
+            return
+        with self.watched():
+            self._groups.append(OwnGroup(self.parent, "nccl", WATCHDOG_S))
+            self._posted = Posted(self.timeout_s, device)
+            self._watch.look = self._posted.look_from_thread
+            # Later calls may be without ranks whose shards are empty; the first needs all of them.
+            work = self.group.allreduce([torch.zeros(1, device=device)])
+            self.expect([work])
+            self.settle()
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -108,9 +125,9 @@ class RankGroup:
         """
         self.check_alive()
         self._watch.enter(record.phase, record.sequence)
-        own = torch.frombuffer(bytearray(record.pack()), dtype=torch.uint8).to(self.device)
+        own = torch.frombuffer(bytearray(record.pack()), dtype=torch.uint8)
         with self.watched():
-            table = self._own.all_gather(own).cpu().numpy()
+            table = self.control.all_gather(own).numpy()
         return [Record.unpack(row.tobytes()) for row in table]
 
     def tell(self, key: str, text: str) -> list[str]:
@@ -188,9 +205,44 @@ class RankGroup:
         """While it is entered, errors of communication become a ``GroupError`` on every rank."""
         return _Watched(self)
 
-    def registered(self) -> contextlib.AbstractContextManager[None]:
-        """While it is entered, functions of ``torch.distributed`` take the group."""
-        return self._own.registered()
+    @contextlib.contextmanager
+    def registered(self) -> Iterator[None]:
+        """While it is entered, functions of ``torch.distributed`` take the groups."""
+        with contextlib.ExitStack() as stack:
+            for own in self._groups:
+                stack.enter_context(own.registered())
+            yield
+
+    def expect(self, works: Iterable[Any]) -> None:
+        """These were posted, and have to end; the host need not have waited for them."""
+        if self._posted is not None:
+            self._posted.add(works)
+
+    def settle(self) -> None:
+        """Wait until everything that was posted has ended, where waits only queue.
+
+        Raises:
+            GroupError: a rank is gone or late.
+        """
+        if self._posted is not None:
+            with self.watched():
+                self._posted.settle(self.check_alive)
+
+    @contextlib.contextmanager
+    def during(self, check: Callable[[], None]) -> Iterator[None]:
+        """Entered while a pass runs: the others hear of its errors, and its messages end in it.
+
+        ``check``: meets the other ranks first.
+        """
+        try:
+            check()
+            yield
+            self.settle()
+        except CompilerError:  # on every rank alike, or told already
+            raise
+        except BaseException as error:
+            self.fail(error)
+            raise
 
     def check_alive(self) -> None:
         """Raise if the group has failed.
@@ -210,6 +262,8 @@ class RankGroup:
         self._watch.poison(text)
         if not self._failed:
             self._failed = f"this rank failed: {text}"
+        if self._posted is not None:
+            self._posted.forget()
 
     def failure(self, error: BaseException) -> GroupError:
         """What to raise after an error of communication; the other ranks hear of it."""
@@ -239,27 +293,26 @@ class RankGroup:
                 text += f"all ranks are alive, and last entered: {shown}."
             self._watch.poison(text)
         self._failed = text
-        self._own.break_up()
+        _break_up(self._groups)
         return GroupError(text)
 
     def close(self) -> None:
         """End the thread and the process group; every rank calls it."""
         self._failed = self._failed or "the group was closed."
         self._watch.close()
-        self._own.destroy()
-        del self._own, self._store  # and their connections
+        for own in reversed(self._groups):
+            own.destroy()
+        self._groups.clear()
+        del self.control, self._posted, self._store  # and their connections
 
 
 def _quote(rank: int, text: str) -> str:
     return text if text.startswith("rank ") else f"rank {rank} failed: {text}"
 
 
-def _backend_of(parent: dist.ProcessGroup) -> str:
-    """One backend, also where the parent has one for each kind of device."""
-    backend = str(dist.get_backend(parent))
-    if backend in ("gloo", "nccl"):
-        return backend
-    return "nccl" if torch.cuda.is_available() else "gloo"
+def _break_up(groups: Sequence[OwnGroup]) -> None:
+    for own in groups:
+        own.break_up()
 
 
 def check_group_options(timeout_s: Any, convention: Any) -> None:
@@ -288,53 +341,10 @@ class _Watched:
             raise self.ranks.failure(error) from error
 
 
-def guarded_ring(
-    module: ModuleType,
-    ranks: RankGroup,
-    lengths: Mapping[str, Sequence[int]],
-    check_backward: Callable[[], None],
-) -> Any:
-    """The ring of an emitted file, whose waits raise on every rank when one of them fails.
-
-    ``check_backward``: meets the other ranks before a backward.
-    """
-    shard_scale, scalar_scale = ranks.scales
-    with ranks.registered():
-        ring = _guarded(module)(ranks.group, lengths, shard_scale, scalar_scale, ranks.device)
-    ring.ranks, ring.check_backward = ranks, check_backward
-    return ring
-
-
-@lru_cache(maxsize=256)
-def _guarded(module: ModuleType) -> type[Any]:
-    class Guarded(module.Ring):  # type: ignore[name-defined]
-        def enter(self, phase: str) -> None:
-            if phase == "backward":
-                self.check_backward()
-
-        def wait(self, posted: Any) -> None:
-            with self.ranks.watched():
-                super().wait(posted)
-
-    for name in ("exchange", "gather", "swap", "spread"):
-        if hasattr(module.Ring, name):
-            setattr(Guarded, name, _watching(getattr(module.Ring, name)))
-    return Guarded
-
-
-def _watching(method: Callable[..., Any]) -> Callable[..., Any]:
-    def post(self: Any, *tensors_and_peers: Any) -> Any:
-        with self.ranks.watched(), self.ranks.registered():
-            return method(self, *tensors_and_peers)
-
-    return post
-
-
 __all__ = [
     "CONVENTIONS",
     "GradConvention",
     "RankGroup",
     "check_group_options",
-    "guarded_ring",
     "process_group",
 ]

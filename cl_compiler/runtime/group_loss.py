@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from cl_compiler.errors import ArgumentError, CompilerError, GroupError, NonFiniteError
 from cl_compiler.runtime.arguments import ArgumentChecker, Call
 from cl_compiler.runtime.function import CompiledLoss, Specialise
-from cl_compiler.runtime.group import RankGroup, guarded_ring
+from cl_compiler.runtime.group import RankGroup
 from cl_compiler.runtime.guard import (
     FAILED,
     IN_HOST,
@@ -23,6 +24,7 @@ from cl_compiler.runtime.guard import (
     digest,
     joint_positives,
 )
+from cl_compiler.runtime.guarded_ring import guarded_ring
 from cl_compiler.runtime.signatures import CallSignature, LossSignature
 
 
@@ -110,6 +112,7 @@ class GroupLoss(CompiledLoss):
         sequence = ranks.calls
         try:
             call, records = self._meet(args, kwargs, sequence)
+            ranks.connect(call.values[self.signature.operands[0][0]].device)
             variant = self._variant(self._joint(call.signature, records))
             if self._on_gpu:
                 of, name = variant.plan.cluster, self.signature.name
@@ -139,17 +142,17 @@ class GroupLoss(CompiledLoss):
         """
         call: Call | None = None
         problem: CompilerError | None = None
+        details: dict[str, str] = {}
         try:
             call = self._check(args, kwargs)
-            record = self._record(call, sequence)
+            details = self._details(call)
+            record = self._record(call, sequence, details)
         except CompilerError as error:
             problem = error
             flag = NOT_FINITE if isinstance(error, NonFiniteError) else FAILED
             record = Record("forward", sequence, flags=flag)
         records = self.ranks.meet(record)
-        own = {"failed": "" if problem is None else str(problem)}
-        if call is not None:
-            own |= self._details(call)
+        own = {"failed": "" if problem is None else str(problem), **details}
         try:
             self._agree(records, sequence, own)
         except (ArgumentError, NonFiniteError) as error:
@@ -170,9 +173,8 @@ class GroupLoss(CompiledLoss):
         if self._chunk:
             check_chunks(self.signature.name, records, self._chunk)
 
-    def _record(self, call: Call, sequence: int) -> Record:
+    def _record(self, call: Call, sequence: int, details: Mapping[str, str]) -> Record:
         signature = call.signature
-        details = self._details(call)
         names = [n for n, _ in (*self.signature.operands, *self.signature.inputs)]
         bits = [n in signature.needs for n in (*names, *self.signature.parameters)]
         in_host = self._on_gpu and call.values[self.signature.operands[0][0]].is_cpu
@@ -197,7 +199,11 @@ class GroupLoss(CompiledLoss):
         """What the record's digests stand for, as text."""
         signature = call.signature
         shapes = dict(signature.widths) | {"slots": signature.slots, "bank": signature.bank}
-        scalars = {n: call.values[n].item() for n in self.signature.parameters}
+        names = self.signature.parameters
+        values = [call.values[name].detach().double().reshape(()) for name in names]
+        home = values[0].device if values else "cpu"
+        told = torch.stack([v.to(home) for v in values]).tolist() if values else []
+        scalars = dict(zip(names, told, strict=True))  # a device is waited for once
         return {
             **self._texts,
             "shapes": ", ".join(f"{k}={v}" for k, v in shapes.items()),

@@ -6,6 +6,7 @@ it: for tests, and to try a loss on many ranks where there is one machine.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,8 +89,9 @@ class LoopbackRing:
         self.posted_bytes = 0
         self._expected: dict[int, list[Sequence[Tensor]]] = {}
 
-    def enter(self, phase: str) -> None:
+    def during(self, phase: str) -> contextlib.AbstractContextManager[None]:
         """Threads need no guard."""
+        return contextlib.nullcontext()
 
     def wait(self, posted: Iterable[Post]) -> None:
         """Until everything that was posted is done."""
@@ -124,18 +126,21 @@ class LoopbackRing:
         """A fp64 number of every chunk of an axis, of all ranks in their order."""
         return torch.cat(self.hub.all_gather(self.rank, vector.detach().clone()))
 
-    def numbers(self, number: float | Tensor) -> Tensor:
-        """A number of every rank, in their order: [ranks] fp64."""
-        own = torch.as_tensor(number, dtype=torch.float64).detach().reshape(1).clone()
-        return torch.cat(self.hub.all_gather(self.rank, own))
+    def numbers(self, *numbers: float | Tensor) -> Tensor:
+        """Numbers of every rank, in their order: [ranks, numbers] fp64."""
+        own = [torch.as_tensor(n, dtype=torch.float64).detach().reshape(()) for n in numbers]
+        return torch.stack(self.hub.all_gather(self.rank, torch.stack(own)))
 
-    def total(self, number: float | Tensor) -> Tensor:
-        """The sum of a number over the ranks, [] fp64."""
-        return self.numbers(number).sum()
+    def total(self, *numbers: float | Tensor) -> Tensor:
+        """The sum of a number over the ranks, [] fp64; or those of several, in one message."""
+        totals = self.numbers(*numbers).sum(0)
+        return totals if len(numbers) > 1 else totals[0]
 
-    def largest(self, vector: Tensor) -> Tensor:
+    def largest(self, *vectors: Tensor) -> Tensor:
         """The largest element of every rank's vector, [] fp64; -inf where there is none."""
-        return self.numbers(vector.max() if vector.numel() else float("-inf")).max()
+        found = (v.max() if v.numel() else v.new_tensor(-torch.inf) for v in vectors)
+        largest = self.numbers(*found).amax(0)
+        return largest if len(vectors) > 1 else largest[0]
 
     def agrees(self, condition: bool) -> bool:
         """Whether a condition holds on every rank."""

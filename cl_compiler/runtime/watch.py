@@ -78,7 +78,8 @@ class Beat:
 class Watch:
     """This rank's thread; ``reason`` is (rank, text) of the first failure that it heard of.
 
-    ``break_up`` makes everything that waits in the group raise.
+    ``break_up`` makes everything that waits in the group raise; ``look`` says why it should, as far
+    as this rank knows by itself.
     """
 
     store: Store
@@ -87,6 +88,7 @@ class Watch:
     break_up: Callable[[], None]
     reason: tuple[int, str] | None = None
     beat: Beat = field(default_factory=Beat)
+    look: Callable[[], str] = str
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
@@ -110,7 +112,7 @@ class Watch:
         _alive.discard(self)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(0.1 if self._mute else 5.0)
-        del self.store, self.break_up
+        del self.store, self.break_up, self.look
 
     def enter(self, phase: str, sequence: int) -> None:
         """This rank begins a phase of a call."""
@@ -189,8 +191,12 @@ class Watch:
 
     def _run(self) -> None:
         failures = 0
+        broken = False
         while not self._stop.wait(self._interval_s):
             try:
+                if not broken and self.look():
+                    broken = True  # whoever waits for the group's device comes back and says why
+                    self.break_up()
                 self._look()
                 if self.reason is not None:
                     break

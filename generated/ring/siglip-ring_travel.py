@@ -21,6 +21,7 @@ row_partial: [M] sum over cols of (-1 if is_positive else 1)*sigmoid((-logit_bia
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
 """
 
+import contextlib
 import math
 
 import torch
@@ -36,21 +37,31 @@ MATMUL_PRECISION = "ieee"  # of fp32 products: "ieee" is exact
 SUM = (0.0,)  # an accumulator's start values
 
 
+# Every rank's tensor into the parts of one; PyTorch calls it so since 2.13.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Ring:
     """This rank's place in a group, and how many rows and columns every rank has.
 
     group: a ProcessGroup; peers are ranks within it, their order is the order of shards.
     lengths: axis -> tuple of every rank's length.
     shard_scale, scalar_scale: what gradients of shards, and of scalars, are multiplied by.
+    device: where single numbers lie that the group sends: the CPU for Gloo, a GPU for NCCL.
+    control: a group of the same ranks that sends them from the CPU instead.
     """
 
-    def __init__(self, group, lengths, shard_scale=1.0, scalar_scale=1.0, device="cpu"):
-        self.group, self.lengths, self.device = group, lengths, device
+    def __init__(
+        self, group, lengths, shard_scale=1.0, scalar_scale=1.0, device="cpu", control=None
+    ):
+        self.group, self.lengths = group, lengths
+        self.control, self.device = (group, device) if control is None else (control, "cpu")
         self.shard_scale, self.scalar_scale = shard_scale, scalar_scale
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
-    def enter(self, phase):
-        """Called before a forward or a backward posts anything; a guard may check the ranks."""
+    def during(self, phase):
+        """Entered while a forward or a backward runs; a guard may check the ranks."""
+        return contextlib.nullcontext()
 
     def wait(self, posted):
         """Until everything that was posted is done."""
@@ -68,21 +79,28 @@ class Ring:
         ]
         return dist.batch_isend_irecv(operations) if operations else []
 
-    def numbers(self, number):
-        """A number of every rank, in their order: [ranks] fp64, the same on all of them."""
-        own = torch.as_tensor(number, dtype=torch.float64).reshape(1)
-        everyone = torch.empty(self.world_size, 1, dtype=torch.float64, device=self.device)
-        sent = own.to(self.device)
-        self.wait([dist.all_gather(list(everyone), sent, group=self.group, async_op=True)])
-        return everyone.reshape(-1).to(own.device)
+    def gathered(self, own):
+        """[ranks, ...]: every rank's small tensor, in their order, where single numbers lie."""
+        own = own.to(self.device)
+        everyone = own.new_empty(self.world_size, *own.shape)
+        all_gather(everyone, own.unsqueeze(0), group=self.control)
+        return everyone
 
-    def total(self, number):
-        """The sum of a number over the ranks, [] fp64."""
-        return self.numbers(number).sum()
+    def numbers(self, *numbers):
+        """Numbers of every rank, in their order: [ranks, numbers] fp64, the same on all of them."""
+        own = torch.stack([torch.as_tensor(n, dtype=torch.float64).reshape(()) for n in numbers])
+        return self.gathered(own).to(own.device)
 
-    def largest(self, vector):
+    def total(self, *numbers):
+        """The sum of a number over the ranks, [] fp64; or those of several, in one message."""
+        totals = self.numbers(*numbers).sum(0)
+        return totals if len(numbers) > 1 else totals[0]
+
+    def largest(self, *vectors):
         """The largest element of every rank's vector, [] fp64; -inf where there is none."""
-        return self.numbers(vector.max() if vector.numel() else -math.inf).max()
+        found = (v.max() if v.numel() else v.new_tensor(-math.inf) for v in vectors)
+        largest = self.numbers(*found).amax(0)
+        return largest if len(vectors) > 1 else largest[0]
 
     def agrees(self, condition):
         """Whether a condition holds on every rank."""
@@ -298,8 +316,9 @@ def forward(ring, x, y, logit_scale, logit_bias):
             x, shard, parts, row_sum, row_partial, d_x, first, logit_scale, logit_bias, d_row_total
         )
     del shard, parts
-    row_total = ring.total(row_sum.sum(dtype=torch.float64))
-    row_total_2 = ring.total(row_partial.sum(dtype=torch.float64))
+    row_total, row_total_2 = ring.total(
+        row_sum.sum(dtype=torch.float64), row_partial.sum(dtype=torch.float64)
+    )
     value = torch.as_tensor(row_total / all_rows, dtype=torch.float64)
     outputs = ()
     d_logit_scale = ring.total(_inner(x, d_x))
@@ -356,8 +375,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, ring, x, y, logit_scale, logit_bias):
-        with _MatmulPrecision():
-            ring.enter("forward")
+        with ring.during("forward"), _MatmulPrecision():
             value, outputs, saved = forward(ring, x, y, _scalar(logit_scale), _scalar(logit_bias))
         ctx.ring = ring
         ctx.gradients = saved
@@ -368,8 +386,11 @@ class Loss(torch.autograd.Function):
     def backward(ctx, grad_output, *_):
         ring = ctx.ring
         x, y, logit_scale, logit_bias = ctx.saved_tensors
-        with torch.no_grad(), _MatmulPrecision():
-            ring.enter("backward")
+        with (
+            torch.no_grad(),
+            ring.during("backward"),
+            _MatmulPrecision(),
+        ):
             saved, ctx.gradients = ctx.gradients, None
             if saved is None:  # a second backward: the first one gave the gradients away
                 *_, saved = forward(ring, x, y, _scalar(logit_scale), _scalar(logit_bias))

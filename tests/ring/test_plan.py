@@ -76,8 +76,9 @@ class Mirror(LoopbackRing):
 
     swap = gather
 
-    def numbers(self, number):
-        return torch.as_tensor(number, dtype=torch.float64).detach().expand(self.world_size)
+    def numbers(self, *numbers):
+        own = [torch.as_tensor(n, dtype=torch.float64).detach().reshape(()) for n in numbers]
+        return torch.stack(own).expand(self.world_size, -1)
 
 
 def load(asked: Request, chunk: int = 0):

@@ -108,7 +108,7 @@ def test_samples_import_torch_alone_and_kernels_triton(golden: Golden):
             names |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
-    assert names == {"math", "torch"} | ({"triton"} if golden.hardware else set())
+    assert names == {"contextlib", "math", "torch"} | ({"triton"} if golden.hardware else set())
 
 
 @pytest.mark.full

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import re
+
 import sympy as sp
 
 from cl_compiler.codegen.printers import VectorPrinter, bare
 from cl_compiler.codegen.ring.passes import pass_printer
-from cl_compiler.codegen.stages import PassCall, StagePrinter
+from cl_compiler.codegen.stages import PassCall, StagePrinter, StageText
 from cl_compiler.codegen.symbols import LENGTH
 from cl_compiler.lang.ir import COLS, ROWS, Reduction, View
-from cl_compiler.lang.program import Pass
+from cl_compiler.lang.program import Pass, Stage
+
+_TOTAL = re.compile(r"(\w+) = ring\.total\((.*)\)")
 
 
 class RingStagePrinter(StagePrinter):
-    """Prints the statements around the passes of a program for many ranks."""
+    """Prints the statements around the passes of a program for many ranks.
+
+    What ranks tell each other of single numbers goes in one message wherever it can.
+    """
 
     pass_printer = staticmethod(pass_printer)  # type: ignore[assignment]
+    largest: dict[str, str]
+    """Vector → variable: of those whose largest elements a pass's bounds are made of."""
+
+    def stage(self, stage: Stage, name: str, forward: bool) -> StageText:
+        text = super().stage(stage, name, forward)
+        return StageText(_in_one_message(text.vectors), text.calls)
 
     def _reduced(self, red: Reduction, printer: VectorPrinter) -> str:
         if red.monoid == "sum":
@@ -38,16 +51,23 @@ class RingStagePrinter(StagePrinter):
     def largest_norm(self, view: View) -> str:
         part = "" if view.prefix is None else f"[:, :{view.prefix}]"
         norms = f"torch.linalg.vector_norm({view.operand}{part}, dim=1, dtype=DTYPE)"
-        return f"ring.largest({norms}).item() * ROUNDING"
+        return f"{self._largest(norms)}.item() * ROUNDING"
 
     def largest_element(self, vector: str) -> str:
-        return f"ring.largest({vector}.abs()).item()"
+        return f"{self._largest(f'{vector}.abs()')}.item()"
+
+    def _largest(self, vector: str) -> str:
+        return self.largest.setdefault(vector, f"largest_{len(self.largest) + 1}")
 
     def inner(self, operand: str) -> str:
         return f"ring.total({super().inner(operand)})"
 
     def _choose(self, call: PassCall, pass_: Pass, forward: bool) -> None:
+        self.largest = {}
         super()._choose(call, pass_, forward)
+        if self.largest:
+            names, vectors = ", ".join(self.largest.values()), ", ".join(self.largest)
+            call.largest = f"{names} = ring.largest({vectors})"
         # A shift is the same on every rank, and 0 where nothing can go out of range.
         call.guards = {
             shift: [f"({shift} == 0 or ring.agrees({' and '.join(tests)}))"]
@@ -59,6 +79,41 @@ class RingStagePrinter(StagePrinter):
         assert isinstance(node, Reduction)
         length = LENGTH[node.over]
         return f"all_{length}" if length in (ROWS, COLS) else length
+
+
+def _in_one_message(lines: list[str]) -> list[str]:
+    """Totals that follow each other, none of which needs an earlier one, as one statement."""
+    result: list[str] = []
+    run: list[tuple[str, str]] = []
+
+    def end() -> None:
+        if run:
+            names, summands = (", ".join(part) for part in zip(*run, strict=True))
+            result.append(f"{names} = ring.total({summands})")
+            run.clear()
+
+    for line in lines:
+        total = _TOTAL.fullmatch(line)
+        name, summand = total.groups() if total else ("", "")
+        if not total or not _is_whole(summand):
+            end()
+            result.append(line)
+            continue
+        if any(re.search(rf"\b{earlier}\b", summand) for earlier, _ in run):
+            end()
+        run.append((name, summand))
+    end()
+    return result
+
+
+def _is_whole(text: str) -> bool:
+    """Whether every parenthesis in a text is closed by one that opened in it."""
+    depth = 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 class CanonicalStagePrinter(RingStagePrinter):
