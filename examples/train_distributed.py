@@ -51,10 +51,17 @@ def load(folder: Path, max_files: int) -> tuple[Bags, Bags, torch.Tensor, torch.
 def train(arguments: argparse.Namespace) -> list[float]:
     """Take the steps; returns the loss of each (the same on every rank)."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def say(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    say(f"rank 0 of {ranks} reads the functions of installed packages, once for {arguments.data}")
     loaded = [load(arguments.data, arguments.max_files) if rank == 0 else None]
     dist.broadcast_object_list(loaded)  # parsed once
     assert loaded[0] is not None
     text, code, members, tests = loaded[0]
+    say(f"{len(members)} pairs to train on; {arguments.batch} in a step, all ranks together")
     torch.manual_seed(arguments.seed)
     model = DistributedDataParallel(Model(arguments.dim))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -77,14 +84,14 @@ def train(arguments: argparse.Namespace) -> list[float]:
         value.backward()
         optimizer.step()
         losses.append(float(value.detach()))
-        if rank == 0 and step % 10 == 0:
-            print(f"step {step:4d}  loss {losses[-1]:.6f}", flush=True)
+        if step % 10 == 0:
+            say(f"step {step:4d}  loss {losses[-1]:.6f}")
+    say(f"step {arguments.steps:4d}  loss {losses[-1]:.6f}  on {ranks} ranks")
     if rank == 0:
         with torch.no_grad():
             found = model.module(text.take(tests), code.take(tests))
         recall = retrieval(rank_of_own(found[0], found[1])).recall_at_10
-        print(f"step {arguments.steps:4d}  loss {losses[-1]:.6f}  on {ranks} ranks")
-        print(f"recall@10 on {len(tests)} functions of other modules: {recall:.1%}")
+        say(f"recall@10 on {len(tests)} functions of other modules: {recall:.1%}")
     dist.barrier()
     loss_fn.close()
     return losses

@@ -75,6 +75,8 @@ class RankGroup:
         self.control = OwnGroup(parent, "gloo", self.timeout_s)
         self._groups = [self.control]
         self._posted: Posted | None = None
+        self.device = torch.device("cpu")
+        """From where shards travel."""
         self.rank, self.world_size = self.control.rank, self.control.world_size
         self.calls = 0
         self._failed = ""
@@ -99,7 +101,7 @@ class RankGroup:
             return
         with self.watched():
             self._groups.append(OwnGroup(self.parent, "nccl", WATCHDOG_S))
-            self._posted = Posted(self.timeout_s, device)
+            self._posted, self.device = Posted(self.timeout_s, device), device
             self._watch.look = self._posted.look_from_thread
             # Later calls may be without ranks whose shards are empty; the first needs all of them.
             work = self.group.allreduce([torch.zeros(1, device=device)])

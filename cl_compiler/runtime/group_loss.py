@@ -112,11 +112,11 @@ class GroupLoss(CompiledLoss):
         sequence = ranks.calls
         try:
             call, records = self._meet(args, kwargs, sequence)
-            ranks.connect(call.values[self.signature.operands[0][0]].device)
             variant = self._variant(self._joint(call.signature, records))
             if self._on_gpu:
                 of, name = variant.plan.cluster, self.signature.name
                 check_place(name, records, of.schedule, of.inputs_in_host)
+                ranks.connect(self._device_of(call))
             lengths = {
                 "rows": tuple(r.rows for r in records),
                 "cols": tuple(r.cols for r in records),
@@ -131,6 +131,13 @@ class GroupLoss(CompiledLoss):
         except BaseException as error:
             ranks.fail(error)
             raise
+
+    def _device_of(self, call: Call) -> torch.device:
+        """Where products are made: where shards are, or what streams them from host memory."""
+        given = call.values[self.signature.operands[0][0]].device
+        if given.type != "cpu":
+            return given
+        return torch.device("cuda", torch.cuda.current_device())
 
     def _meet(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], sequence: int

@@ -26,7 +26,7 @@ def guarded_ring(
     shard_scale, scalar_scale = ranks.scales
     with ranks.registered():
         ring = _guarded(module)(
-            ranks.group, lengths, shard_scale, scalar_scale, control=ranks.control.group
+            ranks.group, lengths, shard_scale, scalar_scale, ranks.device, ranks.control.group
         )
     ring.ranks, ring.check_backward = ranks, check_backward
     return ring

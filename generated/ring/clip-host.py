@@ -22,6 +22,7 @@ col_lse: [N] logsumexp over rows of logits
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
 
+import contextlib
 import math
 
 import torch
@@ -44,21 +45,31 @@ LOGSUMEXP = (-math.inf, 0.0)  # an accumulator's start values
 SUM = (0.0,)  # an accumulator's start values
 
 
+# Every rank's tensor into the parts of one; PyTorch calls it so since 2.13.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Ring:
     """This rank's place in a group, and how many rows and columns every rank has.
 
     group: a ProcessGroup; peers are ranks within it, their order is the order of shards.
     lengths: axis -> tuple of every rank's length.
     shard_scale, scalar_scale: what gradients of shards, and of scalars, are multiplied by.
+    device: from where the group sends: the CPU for Gloo, a GPU for NCCL.
+    control: a group of the same ranks that sends single numbers, from the CPU; else ``group`` does.
     """
 
-    def __init__(self, group, lengths, shard_scale=1.0, scalar_scale=1.0, device="cpu"):
+    def __init__(
+        self, group, lengths, shard_scale=1.0, scalar_scale=1.0, device="cpu", control=None
+    ):
         self.group, self.lengths, self.device = group, lengths, device
+        self.control = (group, device) if control is None else (control, "cpu")
         self.shard_scale, self.scalar_scale = shard_scale, scalar_scale
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
-    def enter(self, phase):
-        """Called before a forward or a backward posts anything; a guard may check the ranks."""
+    def during(self, phase):
+        """Entered while a forward or a backward runs; a guard may check the ranks."""
+        return contextlib.nullcontext()
 
     def wait(self, posted):
         """Until everything that was posted is done."""
@@ -76,21 +87,29 @@ class Ring:
         ]
         return dist.batch_isend_irecv(operations) if operations else []
 
-    def numbers(self, number):
-        """A number of every rank, in their order: [ranks] fp64, the same on all of them."""
-        own = torch.as_tensor(number, dtype=torch.float64).reshape(1)
-        everyone = torch.empty(self.world_size, 1, dtype=torch.float64, device=self.device)
-        sent = own.to(self.device)
-        self.wait([dist.all_gather(list(everyone), sent, group=self.group, async_op=True)])
-        return everyone.reshape(-1).to(own.device)
+    def gathered(self, own):
+        """[ranks, ...]: every rank's small tensor, in their order, where it was sent from."""
+        group, device = self.control
+        own = own.to(device)
+        everyone = own.new_empty(self.world_size, *own.shape)
+        all_gather(everyone, own.unsqueeze(0), group=group)
+        return everyone
 
-    def total(self, number):
-        """The sum of a number over the ranks, [] fp64."""
-        return self.numbers(number).sum()
+    def numbers(self, *numbers):
+        """Numbers of every rank, in their order: [ranks, numbers] fp64, the same on all of them."""
+        own = torch.stack([torch.as_tensor(n, dtype=torch.float64).reshape(()) for n in numbers])
+        return self.gathered(own).to(own.device)
 
-    def largest(self, vector):
+    def total(self, *numbers):
+        """The sum of a number over the ranks, [] fp64; or those of several, in one message."""
+        totals = self.numbers(*numbers).sum(0)
+        return totals if len(numbers) > 1 else totals[0]
+
+    def largest(self, *vectors):
         """The largest element of every rank's vector, [] fp64; -inf where there is none."""
-        return self.numbers(vector.max() if vector.numel() else -math.inf).max()
+        found = (v.max() if v.numel() else v.new_tensor(-math.inf) for v in vectors)
+        largest = self.numbers(*found).amax(0)
+        return largest if len(vectors) > 1 else largest[0]
 
     def agrees(self, condition):
         """Whether a condition holds on every rank."""
@@ -593,12 +612,12 @@ def forward(ring, x, y, logit_scale):
     all_cols = sum(ring.lengths[COLS])
     logits_pos = _at_positives(x, y) * logit_scale
     col_positive = logits_pos
+    largest_1, largest_2 = ring.largest(
+        torch.linalg.vector_norm(x, dim=1, dtype=DTYPE),
+        torch.linalg.vector_norm(y, dim=1, dtype=DTYPE),
+    )
     row_lse_shift = _shift(
-        ring.largest(torch.linalg.vector_norm(x, dim=1, dtype=DTYPE)).item()
-        * ROUNDING
-        * ring.largest(torch.linalg.vector_norm(y, dim=1, dtype=DTYPE)).item()
-        * ROUNDING
-        * abs(logit_scale.item()),
+        largest_1.item() * ROUNDING * largest_2.item() * ROUNDING * abs(logit_scale.item()),
         all_cols,
     )
     if row_lse_shift is not None:
@@ -637,8 +656,10 @@ def forward(ring, x, y, logit_scale):
         col_lse = _finish_logsumexp(col_lse_max, col_lse_sum)
         row_lse_inverse = None
         col_lse_inverse = None
-    row_total = ring.total((row_lse - logits_pos).sum(dtype=torch.float64))
-    col_total = ring.total((col_lse - col_positive).sum(dtype=torch.float64))
+    row_total, col_total = ring.total(
+        (row_lse - logits_pos).sum(dtype=torch.float64),
+        (col_lse - col_positive).sum(dtype=torch.float64),
+    )
     value = torch.as_tensor(
         row_total / (2 * all_rows) + col_total / (2 * all_cols), dtype=torch.float64
     )
@@ -749,8 +770,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, ring, x, y, logit_scale):
-        with _MatmulPrecision():
-            ring.enter("forward")
+        with ring.during("forward"), _MatmulPrecision():
             value, outputs, saved = forward(ring, x, y, _scalar(logit_scale))
         ctx.ring = ring
         tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
@@ -763,8 +783,11 @@ class Loss(torch.autograd.Function):
     def backward(ctx, grad_output, *_):
         ring = ctx.ring
         x, y, logit_scale, *tensors = ctx.saved_tensors
-        with torch.no_grad(), _MatmulPrecision():
-            ring.enter("backward")
+        with (
+            torch.no_grad(),
+            ring.during("backward"),
+            _MatmulPrecision(),
+        ):
             saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
             gradients = list(backward(ring, grad_output, saved, x, y, _scalar(logit_scale)))
             for index, argument in enumerate((x, y, logit_scale)):

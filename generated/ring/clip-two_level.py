@@ -55,15 +55,15 @@ class Ring:
     group: a ProcessGroup; peers are ranks within it, their order is the order of shards.
     lengths: axis -> tuple of every rank's length.
     shard_scale, scalar_scale: what gradients of shards, and of scalars, are multiplied by.
-    device: where single numbers lie that the group sends: the CPU for Gloo, a GPU for NCCL.
-    control: a group of the same ranks that sends them from the CPU instead.
+    device: from where the group sends: the CPU for Gloo, a GPU for NCCL.
+    control: a group of the same ranks that sends single numbers, from the CPU; else ``group`` does.
     """
 
     def __init__(
         self, group, lengths, shard_scale=1.0, scalar_scale=1.0, device="cpu", control=None
     ):
-        self.group, self.lengths = group, lengths
-        self.control, self.device = (group, device) if control is None else (control, "cpu")
+        self.group, self.lengths, self.device = group, lengths, device
+        self.control = (group, device) if control is None else (control, "cpu")
         self.shard_scale, self.scalar_scale = shard_scale, scalar_scale
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
@@ -88,10 +88,11 @@ class Ring:
         return dist.batch_isend_irecv(operations) if operations else []
 
     def gathered(self, own):
-        """[ranks, ...]: every rank's small tensor, in their order, where single numbers lie."""
-        own = own.to(self.device)
+        """[ranks, ...]: every rank's small tensor, in their order, where it was sent from."""
+        group, device = self.control
+        own = own.to(device)
         everyone = own.new_empty(self.world_size, *own.shape)
-        all_gather(everyone, own.unsqueeze(0), group=self.control)
+        all_gather(everyone, own.unsqueeze(0), group=group)
         return everyone
 
     def numbers(self, *numbers):

@@ -161,15 +161,17 @@ def test_a_stopped_rank(tmp_path):
 @pytest.mark.skipif(bool(obstacle()), reason=f"links cannot be shaped: {obstacle()}")
 def test_a_slow_link():
     """One of three links at 1 Mb/s: two megabytes do not pass within the timeout."""
-    try:
-        with shaped([1e9, 1e6, 1e9]) as places:
-            outcomes = launch(ranks.send_slowly, 3, places=places)
-    except NoLinksError as error:
-        pytest.skip(str(error))
-    for outcome in outcomes:
-        text, seconds = outcome.needed()
-        assert "GroupError" in text, text
-        assert seconds < ranks.TIMEOUT_S + SLACK_S, (seconds, text)
+    for _ in range(3):  # of which one must be in time, as in ``survive``
+        try:
+            with shaped([1e9, 1e6, 1e9]) as places:
+                outcomes = launch(ranks.send_slowly, 3, places=places)
+        except NoLinksError as error:
+            pytest.skip(str(error))
+        found = [outcome.needed() for outcome in outcomes]
+        assert all("GroupError" in text for text, _ in found), found
+        if all(seconds < ranks.TIMEOUT_S + SLACK_S for _, seconds in found):
+            return
+    pytest.fail(f"too late: {found}")
 
 
 @pytest.mark.parametrize(("victim", "caught", "store"), [(0, False, "tcp"), (2, True, "file")])

@@ -1,0 +1,20 @@
+"""No rank ever holds more of the others' shards than the chunks that are here and on their way."""
+
+from __future__ import annotations
+
+from tests.ring.processes import launch
+from tests.ring.remote import held
+
+MOST = {"ring_owner": 2, "both_ways": 3, "two_level": 4}
+"""Matrices of other ranks' rows: one that is here and one that arrives, in each direction or ring.
+
+Of four ranks, one way around has a single other rank, which sends nothing on.
+"""
+
+
+def test_a_rank_holds_two_chunks_of_others_at_most():
+    """Every matrix as wide as the operands is looked at, in four processes on two nodes."""
+    for outcome in launch(held, 4, list(MOST)):
+        for schedule, found in outcome.needed().items():
+            assert 0 < found["matrices"] <= MOST[schedule], (schedule, found)
+            assert found["largest_bytes"] <= found["chunk_bytes"], (schedule, found)
