@@ -95,10 +95,16 @@ class RankGroup:
         """Make the group in which shards on a device travel, once.  Every rank calls it.
 
         Raises:
+            ArgumentError: this PyTorch cannot send from there.
             GroupError: a rank is gone or late.
         """
         if device.type == "cpu" or self._posted is not None:
             return
+        if not dist.is_nccl_available():
+            raise ArgumentError(
+                f"shards on {device} travel through NCCL, and this PyTorch was built without it: "
+                "install one that has it, or give the loss CPU tensors and hardware."
+            )
         with self.watched():
             self._groups.append(OwnGroup(self.parent, "nccl", WATCHDOG_S))
             self._posted, self.device = Posted(self.timeout_s, device), device
@@ -305,7 +311,8 @@ class RankGroup:
         for own in reversed(self._groups):
             own.destroy()
         self._groups.clear()
-        del self.control, self._posted, self._store  # and their connections
+        self._posted = None
+        del self.control, self._store  # and their connections
 
 
 def _quote(rank: int, text: str) -> str:

@@ -93,14 +93,16 @@ class OwnGroup:
 
     def break_up(self) -> None:
         """Make everything that waits in the group, in this process, raise."""
-        with contextlib.suppress(Exception):
-            if self.backend == "gloo":
-                # Gloo closes a group's connections when a wait times out, and has no other way.
-                after = (self.rank + 1) % self.world_size
-                work = self.group.recv([torch.empty(1)], after, 0x5AFE)
-                work.wait(timedelta(milliseconds=1))
-            else:
+        if self.backend != "gloo":
+            with contextlib.suppress(Exception):
                 self.group.abort()
+            return
+        for step in range(1, self.world_size):
+            # Gloo closes all of a group's connections when a wait times out, and has no other way.
+            # What is closed already cannot be waited for: one that is not has to be found.
+            with contextlib.suppress(Exception):
+                peer = (self.rank + step) % self.world_size
+                self.group.recv([torch.empty(1)], peer, 0x5AFE).wait(timedelta(milliseconds=1))
 
     def destroy(self) -> None:
         """Take the group down; it need not be whole any more."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,29 @@ def die(rank: int, victim: int, how: str, marker: str) -> float:
     return time.time()
 
 
-def run_out_of_memory(rank: int, victim: int) -> tuple[str, float]:
-    """``victim`` has an error in the middle of a backward, and catches it: every rank's error."""
+def woken(rank: int) -> float:
+    """Seconds that rank 2 waits for rank 1, which is well, once its thread breaks the group up.
+
+    What joins it to the next rank, rank 0, is closed already.
+    """
+    control = compiled().ranks.control
+    if rank == 0:
+        control.break_up()
+    time.sleep(0.5)
+    began = time.monotonic()
+    if rank == 2:
+        waiting = control.group.recv([torch.empty(1)], 1, 7)
+        threading.Timer(0.1, control.break_up).start()
+        with contextlib.suppress(RuntimeError):
+            waiting.wait(timedelta(seconds=4))
+    return time.monotonic() - began
+
+
+def run_out_of_memory(rank: int, victim: int) -> tuple[str, float, float]:
+    """``victim`` has an error in the middle of a backward, and catches it.
+
+    Returns every rank's error, after how long, and what ``woken`` says.
+    """
 
     def action() -> None:
         raise MemoryError("no room for a tile")
@@ -91,6 +114,7 @@ def run_out_of_memory(rank: int, victim: int) -> tuple[str, float]:
     loss_fn = compiled()
     x, y = shards(rank)
     loss_fn(x, y, logit_scale=10.0).backward()
+    woken_after_s = woken(rank)
     if rank == victim:
         acting_at(5, action)  # the fifth of seven: in the backward
     dist.barrier()
@@ -100,5 +124,5 @@ def run_out_of_memory(rank: int, victim: int) -> tuple[str, float]:
     except Exception as error:
         text, seconds = f"{type(error).__name__}: {error}", time.time() - began
         time.sleep(3.0)  # this process does not end, nor does what it keeps
-        return text, seconds
-    return "", 0.0
+        return text, seconds, woken_after_s
+    return "", 0.0, 0.0
