@@ -94,20 +94,22 @@ def simulate(
         raise _nothing(asked, refused)
     # of those for inputs on the devices, if there are any
     best = min(found, key=lambda name: (name == HOST, found[name].run.seconds))
+    short = dict(found[best].cluster.rejected)
+    reasons = {name: short.get(name, str(why)) for name, why in refused.items()}
     title = f"{loss} on {asked.hardware.name}"
     if gantt is not None:
         draw(found[best].run, f"{title}: {best}", gantt)
     if json:
-        _write_json(asked, found, {name: str(why) for name, why in refused.items()}, best)
+        _write_json(asked, found, reasons, best)
     else:
         write(f"{title}: {_shards(asked, whole.problem.M, differing)}\n")
-        _write_text(asked, found, refused, best, differing)
+        _write_text(asked, found, reasons, best, differing)
         if explain:
             from cl_compiler.plan.report import explain as in_tables
 
             write(f"\n{in_tables(found[best].plan)}")
     if page is not None:
-        notes = [f"not {name}: {why}" for name, why in refused.items()]
+        notes = [f"not {name}: {why}" for name, why in reasons.items()]
         notes += [f"fastest: {best}, {_fastest(found[best])}"]
         notes += [_in_rows(best, found[best])] if differing is not None else []
         runs = [(name, of.run) for name, of in found.items()]
@@ -172,7 +174,7 @@ def _write_json(
 def _write_text(
     asked: Request,
     found: dict[str, _Found],
-    refused: dict[str, CompilerError],
+    refused: dict[str, str],
     best: str,
     ranks: Ranks | None,
 ) -> None:

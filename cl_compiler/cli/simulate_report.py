@@ -63,10 +63,20 @@ def chart(run: Run, title: str) -> Figure:
         shape.set_snap(False)
         axes.add_collection(shape)
     axes.autoscale_view()
-    axes.set(xlabel="ms", ylabel="rank", title=title)
+    axes.set(xlabel="ms", ylabel="rank")
+    axes.set_title(title, loc="left")
     axes.invert_yaxis()
-    legend = [Patch(color=colour, label=what) for what, colour in _COLOURS.items()]
-    axes.legend(handles=legend, loc="upper right", fontsize=7)
+    axes.set_yticks(range(ranks))
+    drawn = {e.what for e in bars}
+    legend = [Patch(color=c, label=what) for what, c in _COLOURS.items() if what in drawn]
+    axes.legend(
+        handles=legend,
+        ncols=len(_COLOURS),
+        fontsize=7,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+    )
     return figure
 
 

@@ -199,9 +199,10 @@ class Clock:
         return ends
 
     def _draw(self, what: str, start: Vector, end: Vector) -> None:
-        for rank in range(min(self.drawn, self.links.ranks)):
-            if end[rank] > start[rank] and len(self.events) < EVENTS:
-                self.events.append(Event(rank, what, float(start[rank]), float(end[rank])))
+        drawn = zip(start[: self.drawn].tolist(), end[: self.drawn].tolist(), strict=True)
+        for rank, (begin_s, end_s) in enumerate(drawn):
+            if end_s > begin_s and len(self.events) < EVENTS:
+                self.events.append(Event(rank, what, begin_s, end_s))
 
 
 __all__ = ["Clock", "Event", "Links", "Vector", "links_of", "links_of_levels"]

@@ -36,7 +36,8 @@ def streamed(
     copied = clock.copy(streamed_s * parts[0] / rows)
     for turn in range(rounds):
         # of what a rank has, what is in this block
-        block = np.clip(mine / longest * rounds - turn, 0.0, 1.0) * longest / rounds
+        part = np.maximum(mine / longest * rounds - turn, 0.0)
+        block = np.minimum(part, 1.0) * longest / rounds
         clock.wait(clock.copy(link.stays * s_per_byte * block))
         for index, (seconds, sent, back) in enumerate(per_round):
             clock.wait(copied)
