@@ -12,13 +12,16 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+
+from cl_compiler.errors import GroupError
+from cl_compiler.runtime.guard import ranks_in_words
 
 WATCHDOG_S = 86400.0
 """When NCCL's own watchdog aborts a group; the loss's thread does, far earlier, and says why.
@@ -41,20 +44,26 @@ class OwnGroup:
         parent: every rank of it makes the group, as often as every other.
         backend: "gloo" or "nccl".
         timeout_s: of calls in it.
+
+    Raises:
+        GroupError: not every rank came to make it in time.
     """
 
     def __init__(self, parent: dist.ProcessGroup, backend: str, timeout_s: float) -> None:
         members = dist.get_process_group_ranks(parent)
         self.backend = backend
-        with _named(members, backend):
-            group = dist.new_group(
-                members,
-                timeout=timedelta(seconds=timeout_s),
-                backend=backend,
-                # Processes outside of the parent need not call this.
-                use_local_synchronization=len(members) < dist.get_world_size(),
-                sort_ranks=False,
-            )
+        with _named(members, backend) as missing:
+            try:
+                group = dist.new_group(
+                    members,
+                    timeout=timedelta(seconds=timeout_s),
+                    backend=backend,
+                    # Processes outside of the parent need not call this.
+                    use_local_synchronization=len(members) < dist.get_world_size(),
+                    sort_ranks=False,
+                )
+            except RuntimeError as error:
+                raise GroupError(_not_made(missing(), timeout_s)) from error
         assert group is not None
         self.group: dist.ProcessGroup = group
         self.rank, self.world_size = dist.get_rank(group), len(members)
@@ -114,17 +123,35 @@ class OwnGroup:
             table.pop(self.group, None)
 
 
+def _not_made(missing: Sequence[int], timeout_s: float) -> str:
+    if not missing:
+        return "the process group of a loss could not be made, though all ranks are there."
+    return (
+        f"{ranks_in_words(missing)} did not come within {timeout_s:g} s to make the process group "
+        "of a loss: every rank of group= calls compile_loss, equally often and in the same order."
+    )
+
+
 @contextlib.contextmanager
-def _named(members: Sequence[int], backend: str) -> Iterator[None]:
+def _named(members: Sequence[int], backend: str) -> Iterator[Callable[[], list[int]]]:
     """While it is entered, a new group has a name that all members give it, and no one used before.
+
+    Gives what says which of the members, by their place, have not come so far.
 
     Members that have made the same groups count alike, also after all groups were taken down and
     made again in the same store, where what earlier ones left would be mistaken for their peers.
     """
     default, store = c10d._get_default_group(), c10d._get_default_store()
     digest = hashlib.sha256("_".join(map(str, members)).encode()).hexdigest()[:16]
-    counter = f"cl_compiler/{digest}/{backend}/made by {dist.get_rank()}"
-    name = f"cl_compiler/{digest}/{backend}/{store.add(counter, 1)}"
+    rank, prefix = dist.get_rank(), f"cl_compiler/{digest}/{backend}"
+    counter = f"{prefix}/made by {rank}"
+    name = f"{prefix}/{store.add(counter, 1)}"
+    came = {member: f"{name}/came {member}" for member in members}
+    store.set(came[rank], "")
+
+    def missing() -> list[int]:
+        return [place for place, key in enumerate(came.values()) if not store.check([key])]
+
     plain, device = c10d._process_group_name, default.bound_device_id
     before = {key: os.environ.get(key) for key in NCCL_ENVIRONMENT}
     c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
@@ -132,7 +159,7 @@ def _named(members: Sequence[int], backend: str) -> Iterator[None]:
     default.bound_device_id = None
     os.environ.update(NCCL_ENVIRONMENT)
     try:
-        yield
+        yield missing
     except BaseException:
         with contextlib.suppress(Exception):
             store.add(counter, -1)  # there is no such group: who tries again counts it again

@@ -66,7 +66,7 @@ def test_elements_that_are_not_finite(disagreements):
 
 
 def test_ranks_that_are_out_of_step():
-    """A second backward is seen at once, a call that does not come at the timeout."""
+    """A second backward is seen at once, a call that does not come at the timeout, or a rank."""
     outcomes = [outcome.needed() for outcome in launch(ranks.out_of_step, 3)]
     first = {texts[0] for texts in outcomes}
     assert len(first) == 1
@@ -75,6 +75,8 @@ def test_ranks_that_are_out_of_step():
         assert "GroupError" in outcomes[rank][1]
         assert "rank 1: " in outcomes[rank][1] and "call 3" in outcomes[rank][1]
         assert float(outcomes[rank][2]) < ranks.TIMEOUT_S + SLACK_S
+        assert "GroupError: rank 1 did not come within 2 s" in outcomes[rank][3]
+        assert float(outcomes[rank][4]) < ranks.TIMEOUT_S + SLACK_S
 
 
 def survive(limit_s: float, victim: int, words: str, world_size: int, *args, **how) -> None:

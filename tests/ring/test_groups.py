@@ -65,7 +65,8 @@ def test_no_name_of_a_group_comes_back(monkeypatch):
     plain, names = c10d._process_group_name, []
     for members in ((0, 1), (0, 1), (0, 1, 2)):
         for comes in (False, True):
-            with contextlib.suppress(TimeoutError), own_group._named(members, "nccl"):
+            with contextlib.suppress(TimeoutError), own_group._named(members, "nccl") as missing:
+                assert missing() == [*range(1, len(members))]
                 names.append(c10d._process_group_name([0, 1], use_hashed_name=True))
                 assert world.bound_device_id is None  # else a part of its communicator is asked for
                 assert os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "0"

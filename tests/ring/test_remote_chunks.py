@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.ring.processes import launch
 from tests.ring.remote import held
 
@@ -12,9 +14,14 @@ Of four ranks, one way around has a single other rank, which sends nothing on.
 """
 
 
-def test_a_rank_holds_two_chunks_of_others_at_most():
+@pytest.mark.parametrize(
+    "schedules",
+    [["ring_owner"], pytest.param(["both_ways", "two_level"], marks=pytest.mark.full)],
+    ids=str,
+)
+def test_a_rank_holds_two_chunks_of_others_at_most(schedules):
     """Every matrix as wide as the operands is looked at, in four processes on two nodes."""
-    for outcome in launch(held, 4, list(MOST)):
+    for outcome in launch(held, 4, schedules):
         for schedule, found in outcome.needed().items():
             assert 0 < found["matrices"] <= MOST[schedule], (schedule, found)
             assert found["largest_bytes"] <= found["chunk_bytes"], (schedule, found)
