@@ -39,6 +39,7 @@ GRADIENT_DTYPE = torch.bfloat16  # of the workspace between a kernel and the lib
 D = 512  # columns of the operands
 TILE_M, TILE_N = 8192, 8192  # rows and columns of one launch
 CHUNK = 1024  # rows of a shard that travel together
+AT_ONCE = 128  # rows that are copied to the device for what is made of single rows
 RESIDENT = 8192  # rows of a block that stays on the device while the other side's pass
 FAR = 1 << 30  # where other ranks' shards begin: beyond any of this rank's own
 MATMUL_PRECISION = "tf32"  # of fp32 products: "ieee" is exact
@@ -284,6 +285,45 @@ class _Blocks:
             rows.copy_(room[: len(rows)], non_blocking=True)
 
 
+def _row_norms(ring, operand):
+    """Euclidean norms of rows in host memory: [length], on the device."""
+    norms = torch.empty(len(operand), dtype=DTYPE)
+    for i in range(0, len(operand), AT_ONCE):
+        rows = operand[i : i + AT_ONCE].to(ring.device)
+        norms[i : i + AT_ONCE] = torch.linalg.vector_norm(rows, dim=1, dtype=DTYPE)
+    return norms
+
+
+def _at_positives(ring, left, right):
+    """Inner products of rows in host memory and their positives: [M], on the device."""
+    products = torch.empty(len(left), dtype=DTYPE)
+    for rows, cols in _pairs(left, right):
+        products[rows] = torch.linalg.vecdot(_wide(ring, left[rows]), _wide(ring, right[cols]))
+    return products
+
+
+def _inner(ring, operand, gradient):
+    """<operand, gradient> of what is in host memory: row by row, and the rows' in fp64."""
+    sums = torch.empty(operand.shape[:-1], dtype=DTYPE)
+    for i in range(0, len(operand), AT_ONCE):
+        rows = slice(i, i + AT_ONCE)
+        sums[rows] = torch.linalg.vecdot(_wide(ring, operand[rows]), _wide(ring, gradient[rows]))
+    return sums.sum(dtype=torch.float64)
+
+
+def _wide(ring, rows):
+    """Rows on the device, in DTYPE."""
+    return rows.to(ring.device).to(DTYPE)
+
+
+def _scale(ring, gradient, factor):
+    """Multiply what is in host memory, on the device."""
+    factor = torch.as_tensor(factor).to(ring.device)
+    for i in range(0, len(gradient), AT_ONCE):
+        rows = gradient[i : i + AT_ONCE]
+        rows.copy_(rows.to(ring.device) * factor)
+
+
 def _joined(into, new, start):
     """Join two parts of a statistic, in place; ``start``: what each accumulator starts from."""
     match start:
@@ -464,26 +504,9 @@ def _finish_logsumexp(maximum, total):
 
 def _pairs(left, right):
     """Blocks of rows and the rows of their positives: (slice of left, slice of right)."""
-    for i in range(0, left.shape[0], TILE_M):
-        i1 = min(i + TILE_M, left.shape[0])
+    for i in range(0, left.shape[0], AT_ONCE):
+        i1 = min(i + AT_ONCE, left.shape[0])
         yield slice(i, i1), slice(i, i1)
-
-
-def _at_positives(left, right):
-    """Inner products of rows and their positives: [M]."""
-    result = torch.empty(left.shape[0], dtype=DTYPE)
-    for rows, cols in _pairs(left, right):
-        result[rows] = torch.linalg.vecdot(left[rows].to(DTYPE), right[cols].to(DTYPE))
-    return result
-
-
-def _inner(operand, gradient):
-    """<operand, gradient>: row by row, and the rows' in fp64."""
-    sums = torch.empty(operand.shape[:-1], dtype=DTYPE)
-    for i in range(0, operand.shape[0], TILE_M):
-        rows = slice(i, i + TILE_M)
-        sums[rows] = torch.linalg.vecdot(operand[rows].to(DTYPE), gradient[rows])
-    return sums.sum(dtype=torch.float64)
 
 
 def _whole(length, block):
@@ -1280,12 +1303,9 @@ def forward(ring, x, y, logit_scale):
     cols = y.shape[0]
     all_rows = sum(ring.lengths[ROWS])
     all_cols = sum(ring.lengths[COLS])
-    logits_pos = _at_positives(x, y) * logit_scale
+    logits_pos = _at_positives(ring, x, y) * logit_scale
     col_positive = logits_pos
-    largest_1, largest_2 = ring.largest(
-        torch.linalg.vector_norm(x, dim=1, dtype=DTYPE),
-        torch.linalg.vector_norm(y, dim=1, dtype=DTYPE),
-    )
+    largest_1, largest_2 = ring.largest(_row_norms(ring, x), _row_norms(ring, y))
     row_lse_shift = _shift(
         largest_1.item() * ROUNDING * largest_2.item() * ROUNDING * abs(logit_scale.item()),
         max(all_rows, all_cols),
@@ -1393,9 +1413,9 @@ def backward(ring, grad_output, saved, x, y, logit_scale):
         del home, shard
 
     of_shards, of_scalars = grad_output * ring.shard_scale, grad_output * ring.scalar_scale
-    d_logit_scale = ring.total(_inner(x, d_x))
-    d_x.mul_(logit_scale * of_shards)
-    d_y.mul_(logit_scale * of_shards)
+    d_logit_scale = ring.total(_inner(ring, x, d_x))
+    _scale(ring, d_x, logit_scale * of_shards)
+    _scale(ring, d_y, logit_scale * of_shards)
 
     return d_x, d_y, d_logit_scale * of_scalars
 

@@ -147,7 +147,17 @@ def in_row_blocks(text: PassText, plan: SweepPlan, vectors: Iterable[str]) -> di
     return {"stays": stays, "gains": gains, "whole": whole, "arguments": arguments}
 
 
-class HostStagePrinter(RingStagePrinter):
+class HostRows(RingStagePrinter):
+    """Prints what is made of single rows as copies of a few of them, on the device."""
+
+    def row_norms(self, part: str) -> str:
+        return f"_row_norms(ring, {part})"
+
+    def inner(self, operand: str) -> str:
+        return f"ring.total(_inner(ring, {operand}, d_{operand}))"
+
+
+class HostStagePrinter(HostRows):
     """Prints the statements around the passes of a program whose shards are in host memory."""
 
     def __init__(self, program: Program, names: Names, cast: bool) -> None:
@@ -187,9 +197,13 @@ def _gains(text: PassText) -> list[str]:
 
 
 __all__ = [
+    "HostLocalPrinter",
     "HostPassPrinter",
+    "HostRows",
     "HostStagePrinter",
+    "LocalBlocks",
     "find_continued",
     "host_pass_printer",
     "in_blocks",
+    "in_row_blocks",
 ]

@@ -14,7 +14,6 @@ from typing import Any
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.passes import PassPrinter, PassText
-from cl_compiler.codegen.ring.host import HostLocalPrinter, LocalBlocks, in_blocks, in_row_blocks
 from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText
 from cl_compiler.codegen.ring.stages import RingStagePrinter
 from cl_compiler.codegen.ring.target import Target
@@ -203,20 +202,6 @@ class LocalKernelPrinter(PassPrinter):
         return LocalKernelText(**fields | {"body": [], "remake": []}, launcher=launcher)
 
 
-@dataclass
-class LocalBlocksText(LocalBlocks, LocalKernelText):
-    """The same for a block of rows of shards in host memory."""
-
-
-class HostLocalKernelPrinter(LocalKernelPrinter):
-    """Prints one pass in one mode likewise, for a block of rows at a time."""
-
-    def text(self) -> LocalBlocksText:
-        text = super().text()
-        vectors = [name for name, dim in self.at_home.items() if dim == 0]
-        return LocalBlocksText(**vars(text), **in_row_blocks(text, self.plan, vectors))
-
-
 class KernelPassPrinter(RingPassPrinter):
     """Prints one pass in one mode: names and what travels as for PyTorch's tiles."""
 
@@ -308,7 +293,6 @@ class KernelPassPrinter(RingPassPrinter):
 
 def kernel_pass_printer(
     target: Target,
-    in_host: bool,
     program: Program,
     pass_: Pass,
     mode: Mode,
@@ -319,50 +303,17 @@ def kernel_pass_printer(
     """The printer of a pass whose tiles are a kernel's; slots, which share nothing between rows,
     are PyTorch's."""
     if pass_.is_slots:
-        slots = HostLocalPrinter if in_host else PassPrinter
-        return slots(program, pass_, mode, names, name, cast)
-    if is_local(pass_.grid):
-        local = HostLocalKernelPrinter if in_host else LocalKernelPrinter
-        return local(target, program, pass_, mode, names, name, cast)
-    kind = HostKernelPassPrinter if in_host else KernelPassPrinter
+        return PassPrinter(program, pass_, mode, names, name, cast)
+    kind = LocalKernelPrinter if is_local(pass_.grid) else KernelPassPrinter
     return kind(target, program, pass_, mode, names, name, cast)
-
-
-class HostKernelPassPrinter(KernelPassPrinter):
-    """The same of shards in host memory: what is at home comes a block of rows at a time."""
-
-    def text(self) -> KernelPassText:
-        text = in_blocks(super().text())
-        assert isinstance(text, KernelPassText)
-        return replace(text, params=text.launcher.params)
-
-    def _launcher(
-        self, base: RingPassText, fixed: list[str], found: Printed, anchor: str
-    ) -> LauncherText:
-        base = in_blocks(base)
-        launcher = super()._launcher(base, fixed, found, base.extents[base.home_side])
-        block = f"[begin : begin + {('rows', 'cols')[base.home_side]}]"
-        vectors = dict.fromkeys([*found.printer.at_home, *self._folded()[0]])
-        before = [*launcher.before, *(f"{name} = {name}{block}" for name in vectors)]
-        if base.stays or base.gains:
-            before.insert(0, f"{base.homes} = home")
-        ahead = {
-            "ahead = first": "ahead = first - begin",
-            "ahead = -first": "ahead = begin - first",
-        }
-        launcher.before = [ahead.get(line, line) for line in before]
-        inside = {*base.stays, *base.gains}
-        given = ["home"] * bool(inside) + [p for p in launcher.params if p not in inside]
-        launcher.params = [*given, "begin"] if "begin" in " ".join(launcher.before) else given
-        return launcher
 
 
 class KernelStagePrinter(RingStagePrinter):
     """Prints the statements around kernels; all ranks and both sides bound a sum alike."""
 
-    def __init__(self, target: Target, in_host: bool, *args: Any) -> None:
+    def __init__(self, target: Target, *args: Any) -> None:
         super().__init__(*args)
-        self.pass_printer = partial(kernel_pass_printer, target, in_host)
+        self.pass_printer = partial(kernel_pass_printer, target)
 
     def _terms(self, name: str, pass_: Pass) -> str:
         both = [LENGTH[axis] for axis in pass_.grid]
@@ -404,8 +355,13 @@ def kernel_context(plan: Plan, arch: str, context: Mapping[str, Any]) -> dict[st
 
 
 __all__ = [
+    "KernelPassPrinter",
     "KernelPassText",
     "KernelStagePrinter",
+    "LauncherText",
+    "LocalKernelPrinter",
+    "LocalKernelText",
+    "Printed",
     "kernel_context",
     "launch_tile",
 ]

@@ -11,6 +11,7 @@ from cl_compiler.codegen.layout import drop_unused, fit
 from cl_compiler.codegen.library import library_products
 from cl_compiler.codegen.render import environment, tidy_text
 from cl_compiler.codegen.ring.host import HostStagePrinter, LocalBlocks, find_continued
+from cl_compiler.codegen.ring.host_kernels import HostKernelStagePrinter
 from cl_compiler.codegen.ring.kernels import (
     KernelStagePrinter,
     kernel_context,
@@ -62,19 +63,15 @@ def render_ring(
     canonical = cluster_schedule == CANONICAL
     printer: RingStagePrinter
     if arch:
-        printer = KernelStagePrinter(
-            target_of(plan, program, arch, core),
-            cluster_schedule == HOST,
-            program,
-            names,
-            is_cast(plan),
-        )
+        kernels = HostKernelStagePrinter if cluster_schedule == HOST else KernelStagePrinter
+        printer = kernels(target_of(plan, program, arch, core), program, names, is_cast(plan))
     else:
         kinds = {CANONICAL: CanonicalStagePrinter, HOST: HostStagePrinter}
         kind = kinds.get(cluster_schedule, RingStagePrinter)
         printer = kind(program, names, is_cast(plan))
     context = build_context(plan, program, printer)
     sweeps = context["sweeps"]
+    stages, operands = [*context["forward"], *context["backward"]], context["operands"]
     travelling = [s for s in sweeps if isinstance(s, RingPassText)]
     if arch:
         plan = replace(plan, tile=launch_tile(plan, sweeps))
@@ -98,12 +95,14 @@ def render_ring(
         "half": cluster_schedule == HALF_RING,
         "both_ways": cluster_schedule == BOTH_WAYS,
         "host": cluster_schedule == HOST,
-        "adds": cluster_schedule == HOST
-        and find_continued([*context["forward"], *context["backward"]]),
+        "adds": cluster_schedule == HOST and find_continued(stages),
         "blocks": [s for s in sweeps if isinstance(s, LocalBlocks)],
         "on_gpu": device != "cpu",
         "streams": cluster_schedule == HOST and device != "cpu",
         "resident": resident,
+        "row_norms": bool(context["norms"])
+        or any("_row_norms(" in call.largest for s in stages for call in s.calls),
+        "scaled": any(op.needed and (op.final_scale or not program.fused) for op in operands),
         "node": ranks_of_node,
         "chunk": chunk,
         "folds": sorted({how for s in travelling for how, _ in s.folds}),

@@ -50,8 +50,11 @@ class RingStagePrinter(StagePrinter):
 
     def largest_norm(self, view: View) -> str:
         part = "" if view.prefix is None else f"[:, :{view.prefix}]"
-        norms = f"torch.linalg.vector_norm({view.operand}{part}, dim=1, dtype=DTYPE)"
-        return f"{self._largest(norms)}.item() * ROUNDING"
+        return f"{self._largest(self.row_norms(view.operand + part))}.item() * ROUNDING"
+
+    def row_norms(self, part: str) -> str:
+        """Euclidean norms of the rows of an operand, or of a part of each."""
+        return f"torch.linalg.vector_norm({part}, dim=1, dtype=DTYPE)"
 
     def largest_element(self, vector: str) -> str:
         return f"{self._largest(f'{vector}.abs()')}.item()"
