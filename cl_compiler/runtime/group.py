@@ -237,16 +237,19 @@ class RankGroup:
                 self._posted.settle(self.check_alive)
 
     @contextlib.contextmanager
-    def during(self, check: Callable[[], None]) -> Iterator[None]:
+    def during(
+        self, check: Callable[[], None], shared: tuple[type[Exception], ...] = ()
+    ) -> Iterator[None]:
         """Entered while a pass runs: the others hear of its errors, and its messages end in it.
 
-        ``check``: meets the other ranks first.
+        ``check``: meets the other ranks first.  ``shared``: errors that every rank raises alike.
         """
+        alike: tuple[type[Exception], ...] = (CompilerError, *shared)  # or told already
         try:
             check()
             yield
             self.settle()
-        except CompilerError:  # on every rank alike, or told already
+        except alike:
             raise
         except BaseException as error:
             self.fail(error)

@@ -34,11 +34,15 @@ def guarded_ring(
 
 @lru_cache(maxsize=256)
 def _guarded(module: ModuleType) -> type[Any]:
+    # It follows from sums over all ranks.  A file that needs it has a class of its own.
+    shared = (module.NoPositiveError,) if hasattr(module, "NoPositiveError") else ()
+
     class Guarded(module.Ring):  # type: ignore[name-defined]
         def during(self, phase: str) -> contextlib.AbstractContextManager[None]:
             met = phase == "forward"  # before it was known what runs
             context: contextlib.AbstractContextManager[None] = self.ranks.during(
-                _nothing if met else self.check_backward
+                _nothing if met else self.check_backward,
+                shared,
             )
             return context
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cl_compiler import compile_loss
+from cl_compiler.errors import NoPositiveError
 from cl_compiler.runtime import guarded_ring
 from cl_compiler.runtime.own_group import OwnGroup
 
@@ -109,4 +110,16 @@ def test_a_host_waits_once_for_all_scalars_and_once_for_all_flags(
     with Waits() as counting:
         loss_fn(x, y, logit_scale=torch.tensor(10.0), logit_bias=torch.tensor(-10.0))
     assert found == [waits]
+    loss_fn.close()
+
+
+def test_a_batch_without_positives_is_an_error_after_which_the_group_goes_on(alone):
+    """All ranks see it in the same totals: no rank has failed."""
+    loss_fn = compile_loss("xeon-amx-2c", "16MiB", group=dist.group.WORLD)
+    x, y = shards(1.0)
+    ids = torch.arange(24)
+    with pytest.raises(NoPositiveError):
+        loss_fn(x, y, logit_scale=10.0, row_ids=ids, col_ids=ids + 100)
+    value = loss_fn(x, y, logit_scale=10.0, row_ids=ids, col_ids=ids.flip(0))
+    assert value.isfinite()
     loss_fn.close()
