@@ -128,7 +128,7 @@ def test_survivors_end_as_any_script_with_an_error(tmp_path):
         text=True,
         check=False,
         cwd=root,
-        timeout=3 * ending.LIMIT_S,
+        timeout=2 * ending.LIMIT_S,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
