@@ -50,6 +50,9 @@ def _guarded(module: ModuleType) -> type[Any]:
             with self.ranks.watched():
                 super().wait(posted)
 
+        def settle(self) -> None:
+            self.ranks.settle()
+
         def gathered(self, own: torch.Tensor) -> Any:
             self.ranks.settle()  # else the host would wait for a device that waits for a rank
             with self.ranks.watched(), self.ranks.registered():

@@ -93,6 +93,9 @@ class LoopbackRing:
         """Threads need no guard."""
         return contextlib.nullcontext()
 
+    def settle(self) -> None:
+        """Threads need no guard."""
+
     def wait(self, posted: Iterable[Post]) -> None:
         """Until everything that was posted is done."""
         for work in posted:

@@ -145,6 +145,9 @@ class Ring:
         for work in posted:
             work.wait()
 
+    def settle(self):
+        """Called before the host waits for the device; a guard may look for ranks that are gone."""
+
     def exchange(self, sent, received, after, before):
         """Post: tensors to rank ``after``, others from rank ``before``; one group of calls."""
         # Receives first: a sender waits for word of them, which would queue behind what is sent.
@@ -254,8 +257,9 @@ class _Stream:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return self.coming
 
-    def finish(self):
+    def finish(self, ring):
         """Until host memory has been read and written: whoever owns it need not wait for a GPU."""
+        ring.settle()
         torch.cuda.current_stream(self.device).synchronize()
 
 
@@ -449,7 +453,7 @@ def _shards(ring, at_home, axis, sent, folds=()):
         for start, owner, shard, part in circle.around(lengths, rows, stream, folds):
             yield (start if owner == mine else FAR), begin, block, shard, part
         blocks.store(begin)
-    stream.finish()
+    stream.finish(ring)
 
 
 class _MatmulPrecision:
