@@ -66,11 +66,11 @@ LINES = tuple(
 OVERLAP = tuple(
     Configuration(ranks, chunk, chunks, ratio, gradients)
     for ranks in (2, 3, 4)
-    for chunk, chunks in ((128, 4), (128, 8), (384, 8))
+    for chunk, chunks in ((256, 2), (256, 4), (640, 8))
     for ratio in (1.2, 2.0)
     for gradients in (False, True)
 )
-"""Shards of 512, 1024 and 3072 rows, cut as the planner cuts them for such links."""
+"""Shards of 512, 1024 and 5120 rows, cut as the planner cuts them for such links."""
 
 REAL_PRODUCTS = tuple(
     Configuration(2, chunk, 4, 1.2, gradients)

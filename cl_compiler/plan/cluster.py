@@ -42,9 +42,10 @@ PARTS = 8
 """Chunks of a shard where memory allows: an eighth bounds what is on its way to an eighth."""
 LEAST_CHUNK = 512
 """Rows of a chunk, at least: below, a message is mostly latency."""
-LEAST_SLOW_CHUNK, LEAST_MESSAGE_S = 128, 2e-3
-"""Over slow links fewer rows do, if they are that long on their way: posting takes a tenth of it,
-and what was accumulated of a shard's last chunk comes home when nothing is left to multiply."""
+LEAST_MESSAGE_S, ROUND_CHUNK = 5e-3, 128
+"""Over slow links fewer rows do, if they are that long on their way (a step of Gloo takes up to a
+millisecond besides), in multiples of so many: what was accumulated of a shard's last chunk comes
+home when nothing is left to multiply."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def chunks_of(problem: Problem, machine: Machine) -> Iterator[int]:
     per_row_s = problem.D * problem.input_bytes / slowest
     least = LEAST_CHUNK
     if per_row_s * LEAST_CHUNK > LEAST_MESSAGE_S:
-        least = max(LEAST_SLOW_CHUNK, math.ceil(LEAST_MESSAGE_S / per_row_s))
+        least = math.ceil(LEAST_MESSAGE_S / per_row_s / ROUND_CHUNK) * ROUND_CHUNK
     chunk = min(rows, max(least, -(-rows // PARTS)))
     while True:
         yield chunk

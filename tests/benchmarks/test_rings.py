@@ -87,9 +87,15 @@ def test_shards_are_cut_as_the_planner_cuts_them():
     assert next(chunks_of(Problem(512, 512, WIDTH), machine_of(hardware_graph(machine)))) == 512
 
 
-@pytest.mark.parametrize("c", [c for c in OVERLAP if c.gradients and c.ratio == 1.2], ids=str)
-def test_such_shards_are_simulated_within_a_tenth_of_their_products(c):
-    """And the same shard in one piece is not, on two ranks: its last message home is exposed."""
+CUT = [c for c in OVERLAP if c.gradients and c.ratio == 1.2]
+
+
+@pytest.mark.parametrize("c", CUT, ids=lambda c: f"{c.ranks} ranks, {c.chunks} x {c.chunk}")
+def test_cutting_hides_gradients_on_their_way_home(c):
+    """All but the last message: within a tenth of products alone from three chunks on.
+
+    Gloo's own time for a step comes on top, and is measured.
+    """
     links = Links(np.full(c.ranks, 8 / RATE_BITS_PER_S), np.zeros(c.ranks))
 
     def over_products(chunk: int, chunks: int) -> float:
@@ -98,6 +104,7 @@ def test_such_shards_are_simulated_within_a_tenth_of_their_products(c):
         clock = Clock(links, np.ones(c.ranks))
         return predicted_seconds(clock, of, step_s) / (step_s * chunks * c.ranks) - 1
 
-    assert over_products(c.chunk, c.chunks) < 0.1
-    if c.ranks < 4:
-        assert over_products(c.chunk * c.chunks, 1) > 0.1
+    found, last = over_products(c.chunk, c.chunks), 1 / (2.4 * c.ranks * c.chunks)
+    assert found == pytest.approx(last, rel=0.02)
+    assert found < 0.1 or c.chunks < 3
+    assert over_products(c.chunk * c.chunks, 1) > 1.9 * found
