@@ -35,7 +35,11 @@ class HardwareError(CompilerError, ValueError):
 
 
 class BudgetError(CompilerError, ValueError):
-    """No plan fits the memory budget."""
+    """No plan fits the memory budget; ``least_bytes`` would do, where that is known (else 0)."""
+
+    def __init__(self, message: str, least_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
 
 
 class ScheduleError(CompilerError, ValueError):

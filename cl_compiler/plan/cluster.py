@@ -117,8 +117,8 @@ def choose_cluster_plan(
             found[name] = _candidate(request, sweeps, programs[name], name, plan_share)
         except (BudgetError, ScheduleError) as error:
             obstacles[name] = error
-    if not found:  # what shards in host memory need is the least of all
-        raise obstacles.get(HOST, next(iter(obstacles.values())))
+    if not found:
+        raise _nearest(obstacles.values())
     best = min(found, key=lambda name: (round(found[name].seconds, 9), usable.index(name)))
     rejected = [(name, reasons[name]) for name in CLUSTER_SCHEDULES if reasons[name]]
     rejected += [(name, str(error)) for name, error in obstacles.items()]
@@ -196,14 +196,20 @@ def _candidate(
 
 
 def _first_that_fits(shares: Iterable[Share], plan_share: SharePlanner) -> tuple[Share, Plan]:
-    last: BudgetError | None = None
+    refused: list[BudgetError] = []
     for share in shares:
         try:
             return share, plan_share(share)
         except BudgetError as error:
-            last = error
-    assert last is not None
-    raise last
+            refused.append(error)
+    raise _nearest(refused)
+
+
+def _nearest(errors: Iterable[BudgetError | ScheduleError]) -> BudgetError | ScheduleError:
+    """Of several obstacles the one that the least budget removes, if any budget does."""
+    found = list(errors)
+    budgets = [e for e in found if isinstance(e, BudgetError) and e.least_bytes]
+    return min(budgets, key=lambda e: e.least_bytes) if budgets else found[-1]
 
 
 def _of_all_shards(plan: Plan, ranks: int, cluster: ClusterPlan) -> dict[str, Any]:

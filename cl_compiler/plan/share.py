@@ -76,16 +76,21 @@ class Share:
         return max(sum(self.buffers(travel)) for travel in travels)
 
     def too_little(self, needed_bytes: int) -> BudgetError:
-        """The budget does not hold what is needed."""
+        """The budget does not hold what is needed, which is all that a rank holds."""
         p, budget = self.request.problem, self.request.budget.device_bytes
-        how, least = "", ""
-        if self.resident:
-            how = f", of which blocks of {self.resident} rows are on the device,"
-            least = f" to at least {needed_bytes} bytes"
+        has = machine_of(hardware_graph(self.alone.hardware)).device_memory_bytes
+        how = (
+            f", of which blocks of {self.resident} rows are on the device" if self.resident else ""
+        )
+        obstacle = f"the budget is {format_bytes(budget)}"
+        remedy = f"Give at least memory_budget={needed_bytes}"
+        if has < needed_bytes:
+            obstacle, remedy = f"a device has {format_bytes(has)}", "Take devices with more memory"
         return BudgetError(
             f"{self.request.loss.name} on {self.request.group_size} ranks with shards of {p.M} "
-            f"rows{how or ','} D={p.D}, needs {format_bytes(needed_bytes)} on each; the budget is "
-            f"{format_bytes(budget)}. Raise it{least}, or give ranks fewer rows."
+            f"rows{how}, D={p.D}, needs at least {format_bytes(needed_bytes)} on each; {obstacle}. "
+            f"{remedy}, or ranks fewer rows.",
+            needed_bytes,
         )
 
 
@@ -104,7 +109,7 @@ def plan_of_tiles(share: Share) -> Plan:
     shards = share.most_on_its_way
     rest = request.budget.device_bytes - shards
     if rest < 1:
-        raise share.too_little(_least_bytes(share) if share.resident else shards)
+        raise share.too_little(_least_bytes(share))
     alone = replace(share.alone, budget=replace(request.budget, device_bytes=rest))
     if share.schedule == CANONICAL:  # sums are cut the same way whatever fits
         plan = plan_with_tile(alone, Tile(share.chunk, share.chunk), share.sweeps, share.ring)
@@ -112,8 +117,6 @@ def plan_of_tiles(share: Share) -> Plan:
         try:
             plan = choose_plan(alone, share.sweeps, ring=share.ring)
         except BudgetError:
-            if not share.resident:
-                raise
             raise share.too_little(_least_bytes(share)) from None
     phase, memory = memory_of(share, plan.tile)
     peak = sum(count for _, count in memory)
@@ -123,7 +126,10 @@ def plan_of_tiles(share: Share) -> Plan:
 
 
 def _least_bytes(share: Share) -> int:
-    """A budget that the smallest tile fits."""
+    """A budget that the smallest tile fits, with what is on its way."""
+    if share.schedule == CANONICAL:
+        _, memory = memory_of(share, Tile(share.chunk, share.chunk))
+        return max(sum(count for _, count in memory), share.most_on_its_way + 1)
     space = space_of(share.alone, share.sweeps, None, share.ring)
     return share.most_on_its_way + smallest(space, space.schedules()[0]).peak_bytes
 

@@ -8,6 +8,7 @@ import pytest
 import sympy as sp
 import torch
 
+from cl_compiler.codegen.ring.backend import plan_group
 from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.errors import BudgetError, ScheduleError
 from cl_compiler.hardware import load_hardware
@@ -241,3 +242,27 @@ def test_processes_send_and_hold_what_was_planned(schedules):
         if "two_level" in found:
             between, inside = (nodes - 1) * shard, nodes * (node - 1) * shard
             assert found["two_level"]["sent"] == {far: between, near: inside}
+
+
+@pytest.mark.parametrize("hardware", ["xeon-amx-2c", "h100x8"])
+@pytest.mark.parametrize("schedule", ["auto", *CLUSTER_SCHEDULES])
+def test_an_error_names_a_budget_that_will_do(hardware, schedule):
+    """With all that is on its way, in PyTorch's tiles and in kernels; a byte less will not."""
+    spec, loss = load_hardware(hardware), find("nt_xent" if schedule == "half_ring" else "clip")
+    if schedule == "two_level":
+        spec = with_ranks(spec, 4, 2) if spec.kind == "cpu" else load_hardware("a800-4x8")
+    elif spec.kind == "cpu":
+        spec = with_ranks(spec, 3, 3)
+    needs = NEEDS if loss.name == "clip" else frozenset({"z", *loss.parameters})
+    positives = "views" if loss.is_single_set else "paired"
+    asked = Request(loss, spec, MemoryBudget.parse("2.5KiB"), Problem(700, 700, 96), positives,
+                    needs, "ieee", schedule, 0, spec.world_size)  # fmt: skip
+    sweeps = plan_sweeps(loss, positives, needs)
+    with pytest.raises(BudgetError, match="the budget is 2.5 KiB. Give at least") as refusal:
+        plan_group(asked, sweeps)
+    least = refusal.value.least_bytes
+    assert f"memory_budget={least}," in str(refusal.value)
+    plan, _ = plan_group(replace(asked, budget=MemoryBudget(least)), sweeps)
+    assert plan.peak_bytes <= least and schedule in ("auto", plan.cluster.schedule)
+    with pytest.raises(BudgetError):
+        plan_group(replace(asked, budget=MemoryBudget(least - 1)), sweeps)

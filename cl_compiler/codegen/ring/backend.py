@@ -49,17 +49,24 @@ def plan_group(request: Request, sweeps: SweepPlan) -> tuple[Plan, Program]:
         BudgetError, ScheduleError: no plan exists; the message says why.
     """
     reason = "" if request.hardware.kind == "cpu" else _obstacle(request)
+    refusal: BudgetError | ScheduleError | None = None
     if request.hardware.kind != "cpu" and not reason:
         try:
             return choose_cluster_plan(request, sweeps, kernel_planner(request.hardware.arch))
         except (BudgetError, ScheduleError) as error:
-            reason = str(error)
+            reason, refusal = str(error), error
     if request.precision == FP8:
         raise ScheduleError(
             f"{request.loss.name} on a group with precision {FP8!r}: {reason}. "
             "Use precision='auto'."
         )
-    plan, program = choose_cluster_plan(_in_tiles(request), sweeps)
+    try:
+        plan, program = choose_cluster_plan(_in_tiles(request), sweeps)
+    except BudgetError as error:  # kernels may take less than the smallest of PyTorch's tiles
+        least = refusal.least_bytes if isinstance(refusal, BudgetError) else 0
+        if refusal is not None and 0 < least < error.least_bytes:
+            raise refusal from None
+        raise
     if reason:
         plan = replace(plan, notes=(f"PyTorch's tiles are emitted: {reason}", *plan.notes))
     return plan, program

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from cl_compiler.codegen.triton.panel import kernel_plan, panels, smallest_bytes
+from cl_compiler.codegen.triton.panel import kernel_plan, panels
 from cl_compiler.codegen.triton.workload import OF_TILES, Workload
 from cl_compiler.lang.ring import is_local
 from cl_compiler.plan.facts import ProgramFacts
@@ -56,18 +56,35 @@ class ShareWorkload(Workload):
     def _travels(self) -> tuple[Travel, ...]:
         return travels_of(self.program, self.request.problem)
 
+    @cached_property
+    def _moving(self) -> tuple[list[tuple[str, int]], ...]:
+        """What is on its way in each pass: the same whatever the panel."""
+        return tuple(list(on_their_way(*self.share.buffers(t))) for t in self._travels)
+
+    @cached_property
+    def _found(self) -> dict[tuple[int, Tile], list[tuple[str, int]]]:
+        """What was computed of a pass and a panel, cut to what is here at once: it is asked for
+        again and again."""
+        return {}
+
     def _beside_of(self, index: int, tile: Tile) -> list[tuple[str, int]]:
         if index >= len(self._travels):
             return []
         if is_local(self.program.passes[index].grid):
-            local = on_their_way(*self.share.buffers(self._travels[index]))
-            return [*self._workspace(index, tile), *local]
+            return [*self._workspace(index, tile), *self._moving[index]]
         travel, chunk = self._travels[index], self.share.chunk
         rows, cols = tile.rows, tile.cols
         most = self.share.resident or max(rows, cols)
         sides = (min(rows, most), min(cols, chunk)), (min(rows, chunk), min(cols, most))
         narrow = Tile(*sides[0 if travel.side else 1])
-        items = [*self._workspace(index, narrow), *on_their_way(*self.share.buffers(travel))]
+        if (index, narrow) not in self._found:
+            self._found[index, narrow] = self._of_panel(index, narrow)
+        return self._found[index, narrow]
+
+    def _of_panel(self, index: int, narrow: Tile) -> list[tuple[str, int]]:
+        """Beside what every phase holds, of a panel that is no longer than a chunk."""
+        chunk = self.share.chunk
+        items = [*self._workspace(index, narrow), *self._moving[index]]
         if self.program.passes[index].gradients and self.operand_bytes == 2:
             found = self._pass_sizes(index, narrow)
             block = min(found.rows, found.cols, chunk) * max(found.widths)
@@ -85,9 +102,10 @@ def kernel_planner(arch: str) -> Callable[[Share], Plan]:
             BudgetError: not even the smallest fits.
         """
         workload = _workload(share, arch)
-        found = kernel_plan(workload)
+        least = workload.peak_bytes(next(panels(workload)))
+        found = kernel_plan(workload) if least <= workload.limit_bytes else None
         if found is None:
-            raise share.too_little(smallest_bytes(workload))
+            raise share.too_little(least)
         return replace(found, schedule=share.program.schedule)
 
     return plan
