@@ -70,8 +70,8 @@ def compile_loss(
         memory_budget: bytes, "512MiB", {"device": …, "host": …}, a ``MemoryBudget``, or None for a
             quarter: of the memory that is free here ("auto"), or of the named device's.  It bounds
             every byte that the loss allocates or keeps, returned gradients included, the caller's
-            inputs not.  What is given for the host bounds the gradients that are made there of
-            shards in host memory.
+            inputs not.  What is given for the host bounds what is made there of shards in host
+            memory (``schedule``), the gradients above all; of CPUs, too.
         loss: a name in ``cl_compiler.losses``, or what ``@cl.define_loss`` returned.
         problem: the largest sizes, a ``Problem`` or "MxNxD", to compile ahead of time; without it
             the loss specialises at its first call, and again for a new dtype, width or size class.

@@ -40,7 +40,7 @@ Budget = Annotated[
         "--budget",
         "-b",
         help="Memory that the loss may use: 512MiB, 2GiB, or device=2GiB,host=64GiB (the host's "
-        "has no effect so far). "
+        "bounds schedule host). "
         "[default: a quarter of the free memory, of a preset's memory]",
         show_default=False,
     ),
@@ -78,7 +78,10 @@ Precision = Annotated[
 Schedule = Annotated[
     str,
     typer.Option(
-        "--schedule", "-s", help="auto, or one of recompute, spill, panel, retain, dense."
+        "--schedule",
+        "-s",
+        help="auto, or one of recompute, spill, panel, retain, dense; of several devices, of "
+        "ring_owner, ring_travel, all_gather, two_level, half_ring, both_ways, host.",
     ),
 ]
 Positives = Annotated[

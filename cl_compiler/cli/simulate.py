@@ -82,6 +82,11 @@ def simulate(
         step()
         whole = request_of(question)
         asked = on_ranks(whole, ranks, differing)
+        if asked.group_size == 1:
+            raise typer.BadParameter(
+                f"{asked.hardware.name} is one rank: nothing is exchanged; use `cl-compiler plan`, "
+                "or give --ranks 2 or more"
+            )
         found, refused = _simulated(
             asked,
             whole.problem.M,

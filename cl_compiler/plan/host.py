@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cl_compiler.errors import BudgetError
 from cl_compiler.hardware.graph import hardware_graph
 from cl_compiler.hardware.spec import HardwareSpec
+from cl_compiler.lang.ring import HOST
 from cl_compiler.plan.machine import machine_of
 from cl_compiler.plan.memory import compile_memory
 from cl_compiler.plan.space import at, sizes_of
@@ -55,14 +56,14 @@ def host_obstacle(share: Share) -> str:
 
     Inputs are the caller's, and yet they have to be there.
     """
-    if not share.streams:
-        return ""
     request = share.request
-    needed, host = _memory_bytes(share, Tile(1, 1)), request.hardware.host
     most = request.budget.host_bytes
+    if share.schedule != HOST or (most is None and not share.streams):
+        return ""
+    needed, host = _memory_bytes(share, Tile(1, 1)), request.hardware.host
     if most is not None and needed > most:
         return f"{format_bytes(needed)} of host memory; its budget is {format_bytes(most)}"
-    if host is None:
+    if host is None or not share.streams:  # of CPUs, all of it counts as the device's
         return ""
     problem, devices = request.problem, request.hardware.world_size // request.hardware.nodes
     widths = [

@@ -112,8 +112,8 @@ def notes_of(space: Space, point: Point) -> tuple[str, ...]:
         )
     if request.budget.host_bytes is not None:
         notes.append(
-            f"the host budget ({format_bytes(request.budget.host_bytes)}) has no effect: a loss "
-            "keeps nothing on the host so far"
+            f"the host budget ({format_bytes(request.budget.host_bytes)}) has no effect: only "
+            "the schedule host of a group keeps anything there"
         )
     if request.problem.dtype in ("bfloat16", "float16"):
         notes.append("tiles, statistics and accumulators are fp32; operands are widened per tile")

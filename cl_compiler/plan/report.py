@@ -33,14 +33,19 @@ def _summary(plan: Plan) -> list[str]:
     kept = f", {plan.kept_tiles} kept for the backward" if plan.kept_tiles else ""
     needs = ", ".join(sorted(plan.needs)) or "none"
     share = plan.peak_bytes / plan.budget.device_bytes
-    share_of_ranks = "" if plan.cluster is None else " on each rank"
+    share_of_ranks, between = "", ""
+    if plan.cluster is not None:
+        share_of_ranks, between = " on each rank", f"{plan.cluster.schedule}; on a rank "
     rows = [
         (
             "problem",
             f"M={p.M} N={p.N} D={p.D} {p.dtype}{share_of_ranks}, positives: {plan.positives}",
         ),
         ("gradients", needs),
-        ("schedule", f"{plan.schedule}: tiles of {plan.tile}{kept}; products in {plan.precision}"),
+        (
+            "schedule",
+            f"{between}{plan.schedule}: tiles of {plan.tile}{kept}; products in {plan.precision}",
+        ),
         (
             "time",
             f"{format_seconds(plan.seconds)} predicted for {plan.units:.2f} units of 2*M*N*D FLOP",

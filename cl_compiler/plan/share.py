@@ -18,7 +18,7 @@ from cl_compiler.plan.memory import compile_memory
 from cl_compiler.plan.search import choose_plan, plan_with_tile
 from cl_compiler.plan.space import RingProgram, at, sizes_of, space_of
 from cl_compiler.plan.travel import Travel, buffer_bytes, travels_of
-from cl_compiler.plan.types import Plan, Request, Tile
+from cl_compiler.plan.types import MemoryBudget, Plan, Request, Tile
 from cl_compiler.units import format_bytes
 
 
@@ -110,7 +110,8 @@ def plan_of_tiles(share: Share) -> Plan:
     rest = request.budget.device_bytes - shards
     if rest < 1:
         raise share.too_little(_least_bytes(share))
-    alone = replace(share.alone, budget=replace(request.budget, device_bytes=rest))
+    of_host = None if share.schedule == HOST else request.budget.host_bytes  # it is kept
+    alone = replace(share.alone, budget=MemoryBudget(rest, of_host))
     if share.schedule == CANONICAL:  # sums are cut the same way whatever fits
         plan = plan_with_tile(alone, Tile(share.chunk, share.chunk), share.sweeps, share.ring)
     else:

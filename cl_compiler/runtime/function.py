@@ -248,8 +248,11 @@ class CompiledLoss(nn.Module):
             self._variant(self._largest)
 
     def extra_repr(self) -> str:
-        latest = "not specialised yet" if self._latest is None else repr(self._latest.plan.schedule)
-        return f"{self.signature.name}, {latest}"
+        if self._latest is None:
+            return f"{self.signature.name}, not specialised yet"
+        plan = self._latest.plan
+        on_a_rank = "" if plan.cluster is None else f"{plan.cluster.schedule!r}, on a rank "
+        return f"{self.signature.name}, {on_a_rank}{plan.schedule!r}"
 
 
 __all__ = ["CallSignature", "CompiledLoss", "LoadedVariant", "LossSignature"]

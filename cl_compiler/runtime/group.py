@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from cl_compiler.errors import ArgumentError, CompilerError, GroupError
 from cl_compiler.runtime.guard import Record, listed, ranks_in_words
 from cl_compiler.runtime.own_group import WATCHDOG_S, OwnGroup
 from cl_compiler.runtime.streams import Posted
-from cl_compiler.runtime.watch import STORE_GONE, Watch, within
+from cl_compiler.runtime.watch import CLOSED, STORE_GONE, Beat, Watch, within
 
 GradConvention = Literal["mean", "sum", "global"]
 CONVENTIONS: tuple[GradConvention, ...] = ("mean", "sum", "global")
@@ -206,6 +206,7 @@ class RankGroup:
         try:
             yield
         except BaseException:
+            self._failed = self._failed or "the group was not made."
             self.close()
             raise
 
@@ -297,7 +298,7 @@ class RankGroup:
             what = f"waited {self.timeout_s:g} s {where}" if late else f"lost a connection {where}"
             text = f"rank {self.rank} {what}; "
             if silent:
-                text += f"{ranks_in_words(silent)} gave no sign of life any more."
+                text += _absent(silent, beats)
             else:
                 places = {r: f"{b.phase} (call {b.sequence})" for r, b in beats.items()}
                 shown = listed([places.get(r, "unknown") for r in range(self.world_size)])
@@ -309,13 +310,25 @@ class RankGroup:
 
     def close(self) -> None:
         """End the thread and the process group; every rank calls it."""
-        self._failed = self._failed or "the group was closed."
+        if not self._failed:
+            self._watch.say_closed()
+            self._failed = "the group was closed."
         self._watch.close()
         for own in reversed(self._groups):
             own.destroy()
         self._groups.clear()
         self._posted = None
         del self.control, self._store  # and their connections
+
+
+def _absent(silent: Sequence[int], beats: Mapping[int, Beat]) -> str:
+    """Why these ranks are not heard of: those that closed their loss, if there are any, say so."""
+    closed = {
+        r: max(0, beats[r].sequence) for r in silent if r in beats and beats[r].phase == CLOSED
+    }
+    if not closed:
+        return f"{ranks_in_words(silent)} gave no sign of life any more."
+    return "; ".join(f"rank {r} {CLOSED} after call {n}" for r, n in closed.items()) + "."
 
 
 def _quote(rank: int, text: str) -> str:

@@ -146,7 +146,7 @@ def check_agreement(
         shown = listed([f"the {phase} of call {n}" for phase, n in places])
         raise GroupError(
             f"{name}: ranks are out of step: {shown}. Every rank calls the loss, and its backward, "
-            "equally often and in the same order."
+            "equally often and in the same order. The group is of no use any more: make another."
         )
     if any(r.flags & FAILED for r in records):
         texts = describe("failed")

@@ -31,6 +31,8 @@ INTERVAL_S = 0.1
 DIAGNOSIS_S = 0.7
 """For how long beats are compared: several intervals of a small group."""
 STORE_GONE = "rank 0 gave no sign of life any more, or what kept the store of the ranks did not"
+CLOSED = "closed its loss"
+"""The last phase of a rank that needs its group no more."""
 _POISON = "poison"
 _LOST_AFTER = 5
 """Looks at a store that fails until it counts as gone."""
@@ -113,6 +115,13 @@ class Watch:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(0.1 if self._mute else 5.0)
         del self.store, self.break_up, self.look
+
+    def say_closed(self) -> None:
+        """Tell the others that this rank leaves in an orderly way, unless it heard of a failure."""
+        if self.reason is None and self._thread.is_alive():
+            self.beat.phase = CLOSED
+            with contextlib.suppress(Exception):
+                self._ask(self._say)
 
     def enter(self, phase: str, sequence: int) -> None:
         """This rank begins a phase of a call."""
@@ -248,4 +257,4 @@ def _hear_exceptions() -> None:
     sys.excepthook = hook
 
 
-__all__ = ["STORE_GONE", "Beat", "Watch", "within"]
+__all__ = ["CLOSED", "STORE_GONE", "Beat", "Watch", "within"]

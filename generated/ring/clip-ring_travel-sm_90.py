@@ -13,6 +13,19 @@ Symmetric InfoNCE (Radford et al. 2021): the mean of both directions' cross-entr
 Every rank has a shard of the rows and of the columns (M and N are its lengths).
 Shards of one side travel around the ring of ranks and meet every rank's shard of the other side.
 
+To use it, every rank of a group (of NCCL) runs, with its own shard, here of P = 2 ranks:
+
+    ring = Ring(group, {"rows": [M0, M1], "cols": [N0, N1]}, shard_scale, scalar_scale, device)
+    value, *_ = Loss.apply(ring, x, y, logit_scale)
+    value.backward()
+
+M0, N0, M1, ...: of every rank, in the group's order: the same lists on all ranks.  Nothing here
+compares them, or scalars, which are tensors and equal on all ranks; cl_compiler does before a call.
+device: where this rank's tensors are, as torch.device("cuda", 0).
+shard_scale, scalar_scale: float(P), 1.0 if gradients are averaged over ranks afterwards, as DDP and
+FSDP do (cl_compiler's "mean"); 1.0, 1.0 / P if they are added up ("sum"); else 1.0, 1.0 ("global").
+If a rank fails, others wait until the group's timeout, of init_process_group or new_group.
+
 logits: logit_scale * x @ y.T, one tile at a time
 logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits

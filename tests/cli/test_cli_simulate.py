@@ -95,6 +95,8 @@ def test_bars_too_narrow_to_see_are_joined_and_keep_their_lengths():
         ("--html x.banana", "the suffix is one of .html"),
         ("--html folder.html", "this is a folder"),
         ("--problem 0x64", "--problem: 0x64 has a size of 0"),
+        ("--hardware h100x1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
+        ("--ranks 1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
     ],
 )
 def test_what_could_not_be_written_or_read_is_refused_before_the_work(

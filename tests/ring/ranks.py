@@ -150,6 +150,22 @@ def out_of_step(rank: int) -> list[str]:
     return texts
 
 
+def closed(rank: int) -> str:
+    """Rank 1 closes its loss, stays, and rank 0 calls it: what rank 0 is told."""
+    loss_fn = compiled(TIMEOUT_S)
+    x, y = shards(rank)
+    loss_fn(x, y, logit_scale=10.0).backward()
+    if rank == 1:
+        loss_fn.close()
+        time.sleep(2.0)
+        return ""
+    try:
+        loss_fn(x, y, logit_scale=10.0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def disagreements(rank: int) -> dict[str, tuple[str, float]]:
     """Rank 1 differs from the others, in one way after the other: every rank's error and seconds.
 

@@ -70,13 +70,20 @@ def test_ranks_that_are_out_of_step():
     outcomes = [outcome.needed() for outcome in launch(ranks.out_of_step, 3)]
     first = {texts[0] for texts in outcomes}
     assert len(first) == 1
-    assert "rank 1: the backward of call 1" in first.pop()
+    (text,) = first
+    assert "rank 1: the backward of call 1" in text
+    assert text.endswith("The group is of no use any more: make another.")
     for rank in (0, 2):
         assert "GroupError" in outcomes[rank][1]
         assert "rank 1: " in outcomes[rank][1] and "call 3" in outcomes[rank][1]
         assert float(outcomes[rank][2]) < ranks.TIMEOUT_S + SLACK_S
         assert "GroupError: rank 1 did not come within 2 s" in outcomes[rank][3]
         assert float(outcomes[rank][4]) < ranks.TIMEOUT_S + SLACK_S
+
+
+def test_a_rank_that_closed_its_loss_is_named_so():
+    said, _ = (outcome.needed() for outcome in launch(ranks.closed, 2))
+    assert "GroupError: rank 0 " in said and "rank 1 closed its loss after call 1." in said
 
 
 def survive(limit_s: float, victim: int, words: str, world_size: int, *args, **how) -> None:

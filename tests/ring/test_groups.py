@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -84,7 +85,11 @@ def test_a_loss_on_a_group_is_like_any_other():
         found = outcome.needed()
         assert "with_group" in found["without a group"]
         assert found["values"] == 1 and found["bitwise"]
-        assert "ring_owner" in found["explained"] or "all_gather" in found["explained"]
+        between, on_a_rank = re.search(
+            r"GroupLoss\(clip, '(\w+)', on a rank '(\w+)'\)", found["repr"]
+        ).groups()
+        assert between in ("ring_owner", "all_gather")
+        assert f"schedule   {between}; on a rank {on_a_rank}: tiles of" in found["explained"]
         for name in ("plain", "several chunks", "deepcopy", "pickled", "whole step"):
             assert found[name] < 2e-6, (name, found[name])
 

@@ -316,6 +316,21 @@ def test_blocks_shrink_with_the_budget_until_an_error_names_the_least():
         planned(replace(asked, budget=small))
 
 
+def test_budget_of_the_host_binds_on_cpus_too():
+    """Of ``host`` alone: gradients of 2 x 2048 x 128 elements in fp32 are 2 MiB."""
+    asked = request(HOST, 4, 2048, 128)
+    for host, fits in (("1MiB", False), ("64MiB", True)):
+        budget = MemoryBudget.parse({"device": "1GiB", "host": host})
+        if fits:
+            plan, _ = chosen(replace(asked, budget=budget))
+            assert plan.budget == budget and "no effect" not in explain(plan)
+            continue
+        with pytest.raises(BudgetError, match=r"of host memory; its budget is 1\.0 MiB"):
+            chosen(replace(asked, budget=budget))
+        plan, _ = chosen(replace(asked, budget=budget, schedule="ring_owner"))
+        assert "the host budget (1.0 MiB) has no effect" in explain(plan)
+
+
 def test_where_it_is_not_taken():
     """On CPUs, whose memory is the host's; and where an element must be found bit for bit."""
     plan, _ = chosen(request("auto", 4, 2048, 128))

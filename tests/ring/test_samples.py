@@ -21,6 +21,8 @@ from cl_compiler.lang.resolve import Positives
 from cl_compiler.losses import find
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
 from tests import losses_zoo as zoo
+from tests.ring import usage
+from tests.ring.processes import launch
 from tests.ring.shards import emit_ring, schedules_of
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,15 @@ def test_samples_import_torch_alone_and_kernels_triton(golden: Golden):
         if isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
     assert names == {"contextlib", "math", "torch"} | ({"triton"} if golden.hardware else set())
+
+
+def test_samples_run_as_their_docstrings_say():
+    names = ("clip-ring_owner", "clip-host", "clip-both_ways", "clip-canonical")
+    paths = [str(FOLDER / f"{name}.py") for name in names]
+    for outcome in launch(usage.follow, 2, paths):
+        found = outcome.needed()
+        assert len(found) == 2 * len(names)
+        assert max(found.values()) < 2e-6, found
 
 
 @pytest.mark.full

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +82,7 @@ def render_ring(
     header.insert(3, ("schedule", how))
     context |= _gradients(context) | {
         "variant": variant,
+        "usage": _usage(context["arguments"]),
         "device": device,
         "products": library_products(device, plan.precision),
         "scalar_home": '"cpu", ',
@@ -116,6 +117,12 @@ def render_ring(
     context["reduces_logsumexp"] = "_of_all(" in vectors
     text = environment().get_template(_TEMPLATE).render(context)
     return fit(drop_unused(tidy_text(text)))
+
+
+def _usage(arguments: Sequence[str]) -> str:
+    """A call, on one line of a docstring."""
+    call = f"Loss.apply(ring, {', '.join(arguments)})"
+    return call if len(call) < 80 else "Loss.apply(ring, *(by_name[name] for name in ARGUMENTS))"
 
 
 def _beside(device: str, argument: str, launches: bool, in_host: bool) -> str:
