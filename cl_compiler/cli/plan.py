@@ -8,7 +8,15 @@ import typer
 
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import Table, working, write, write_json, write_report, write_table
-from cl_compiler.cli.ranks import Budgets, Speeds, on_its_ranks, on_ranks, ranks_of, table_of
+from cl_compiler.cli.ranks import (
+    Budgets,
+    Speeds,
+    if_left_out,
+    on_its_ranks,
+    on_ranks,
+    ranks_of,
+    table_of,
+)
 from cl_compiler.cli.requests import ask, request_of
 from cl_compiler.units import format_bytes
 
@@ -65,13 +73,13 @@ def plan(
         from cl_compiler.lang.sweeps import plan_sweeps
         from cl_compiler.plan.record import plan_to_json
         from cl_compiler.plan.report import explain
-        from cl_compiler.plan.shards import shares_of_ranks
+        from cl_compiler.plan.shards import shares_of_ranks, simulated_s
 
         step()
         request = request_of(question)
         step()
         sweeps = plan_sweeps(request.loss, request.positives, request.needs)
-        shares = None
+        shares, left_out = None, ""
         if differing is None:
             request = on_its_ranks(request)
         else:
@@ -80,6 +88,8 @@ def plan(
             shares = shares_of_ranks(
                 asked, sweeps, total, differing.speeds, differing.budgets, plan_group, fits_group
             )
+            seconds = simulated_s(shares, asked, differing.speeds)
+            left_out = if_left_out(asked, sweeps, total, differing, seconds)
         chosen = plan_of(request, sweeps) if shares is None else shares.plan
         largest = None
         if max_batch:
@@ -101,6 +111,13 @@ def plan(
         write("\nranks")
         columns = ("rank", "speed", "rows", "memory", "budget")
         write_table(Table("", columns, tuple(table_of(differing, shares)), frozenset(range(1, 5))))
-        write(f"memory_budget for all of them: {format_bytes(shares.plan.peak_bytes)}")
+        cluster = shares.plan.cluster
+        assert cluster is not None
+        write(
+            f"memory_budget for all of them: {format_bytes(shares.plan.peak_bytes)}, "
+            f"with schedule {cluster.schedule!r}"
+        )
+        if left_out:
+            write(left_out)
     if largest is not None:
         write(f"\nlargest batch that fits this budget: M = {largest:,}")

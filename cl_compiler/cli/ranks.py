@@ -11,10 +11,11 @@ import typer
 
 from cl_compiler.cli.output import counted
 from cl_compiler.cli.requests import reading
-from cl_compiler.units import format_bytes
+from cl_compiler.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from cl_compiler.hardware.spec import HardwareSpec
+    from cl_compiler.lang.sweeps import SweepPlan
     from cl_compiler.plan.shards import RankShares
     from cl_compiler.plan.types import Request
 
@@ -22,6 +23,7 @@ __all__ = [
     "Budgets",
     "Ranks",
     "Speeds",
+    "if_left_out",
     "in_words",
     "on_its_ranks",
     "on_ranks",
@@ -152,6 +154,23 @@ def in_words(rows: Sequence[int]) -> str:
     for n in rows:
         counts[n] = counts.get(n, 0) + 1
     return ", ".join(f"{n} on {count} of them" for n, count in counts.items())
+
+
+def if_left_out(asked: Request, sweeps: SweepPlan, total: int, ranks: Ranks, seconds: float) -> str:
+    """What leaving out the rank with least memory is predicted to gain; "" where it does not."""
+    from cl_compiler.codegen.ring.backend import fits_group, plan_group
+    from cl_compiler.plan.shards import without_poorest
+
+    found = without_poorest(
+        asked, sweeps, total, ranks.speeds, ranks.budgets, plan_group, fits_group
+    )
+    if found is None or found[1] >= seconds:
+        return ""
+    return (
+        f"without rank {found[0]}, which has {format_bytes(ranks.budgets[found[0]])}, a step is "
+        f"predicted to take {format_seconds(found[1])} in place of {format_seconds(seconds)}: "
+        "consider leaving it out"
+    )
 
 
 def table_of(ranks: Ranks, shares: RankShares) -> list[tuple[str, ...]]:

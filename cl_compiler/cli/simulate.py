@@ -10,10 +10,18 @@ import typer
 
 from cl_compiler.cli import options as opt
 from cl_compiler.cli.output import Table, working, write, write_json, write_table
-from cl_compiler.cli.ranks import Budgets, Ranks, Speeds, in_words, on_ranks, ranks_of, table_of
+from cl_compiler.cli.ranks import (
+    Budgets,
+    Ranks,
+    Speeds,
+    if_left_out,
+    in_words,
+    on_ranks,
+    ranks_of,
+    table_of,
+)
 from cl_compiler.cli.requests import ask, check_path, request_of
 from cl_compiler.cli.simulate_report import GANTT_SUFFIXES, draw, write_page
-from cl_compiler.lang.ring import HOST
 from cl_compiler.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -68,6 +76,8 @@ def simulate(
     The problem is that of all ranks together, spread evenly, or as --speeds and --budgets advise.
     Seconds rest on the rates of the preset, or of `cl-compiler calibrate`.
     """
+    from cl_compiler.plan.shards import fastest
+
     if gantt is not None:
         check_path("--gantt", gantt, GANTT_SUFFIXES)
     if page is not None:
@@ -97,8 +107,7 @@ def simulate(
         )
     if not found:
         raise _nothing(asked, refused)
-    # of those for inputs on the devices, if there are any
-    best = min(found, key=lambda name: (name == HOST, found[name].run.seconds))
+    best = fastest({name: of.run.seconds for name, of in found.items()})
     short = dict(found[best].cluster.rejected)
     reasons = {name: short.get(name, str(why)) for name, why in refused.items()}
     title = f"{loss} on {asked.hardware.name}"
@@ -108,7 +117,7 @@ def simulate(
         _write_json(asked, found, reasons, best)
     else:
         write(f"{title}: {_shards(asked, whole.problem.M, differing)}\n")
-        _write_text(asked, found, reasons, best, differing)
+        _write_text(asked, found, reasons, best, differing, whole.problem.M)
         if explain:
             from cl_compiler.plan.report import explain as in_tables
 
@@ -182,7 +191,10 @@ def _write_text(
     refused: dict[str, str],
     best: str,
     ranks: Ranks | None,
+    total: int,
 ) -> None:
+    from cl_compiler.lang.sweeps import plan_sweeps
+
     schedules, others = _tables(asked, found)
     write_table(schedules)
     for name, why in refused.items():
@@ -197,6 +209,9 @@ def _write_text(
             columns = ("ranks", "speed", "rows", "memory", "budget")
             rows = tuple(table_of(ranks, of.shares))
             write_table(Table("", columns, rows, frozenset(range(1, 5))))
+            request = replace(asked, schedule="auto")
+            sweeps = plan_sweeps(asked.loss, asked.positives, asked.needs)
+            write(if_left_out(request, sweeps, total, ranks, of.run.seconds))
     write_table(others)
 
 

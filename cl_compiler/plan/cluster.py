@@ -118,7 +118,7 @@ def choose_cluster_plan(
         except (BudgetError, ScheduleError) as error:
             obstacles[name] = error
     if not found:
-        raise _nearest(obstacles.values())
+        raise nearest(obstacles.values())
     best = min(found, key=lambda name: (round(found[name].seconds, 9), usable.index(name)))
     rejected = [(name, reasons[name]) for name in CLUSTER_SCHEDULES if reasons[name]]
     rejected += [(name, str(error)) for name, error in obstacles.items()]
@@ -202,10 +202,10 @@ def _first_that_fits(shares: Iterable[Share], plan_share: SharePlanner) -> tuple
             return share, plan_share(share)
         except BudgetError as error:
             refused.append(error)
-    raise _nearest(refused)
+    raise nearest(refused)
 
 
-def _nearest(errors: Iterable[BudgetError | ScheduleError]) -> BudgetError | ScheduleError:
+def nearest(errors: Iterable[BudgetError | ScheduleError]) -> BudgetError | ScheduleError:
     """Of several obstacles the one that the least budget removes, if any budget does."""
     found = list(errors)
     budgets = [e for e in found if isinstance(e, BudgetError) and e.least_bytes]
@@ -296,4 +296,5 @@ __all__ = [
     "choose_cluster_plan",
     "chunks_of",
     "group_fits",
+    "nearest",
 ]

@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cl_compiler.errors import ArgumentError, BudgetError
+from cl_compiler.errors import ArgumentError, BudgetError, ScheduleError
 from cl_compiler.lang.program import Program
+from cl_compiler.lang.ring import CLUSTER_SCHEDULES, HOST
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.plan.cluster import choose_cluster_plan, group_fits
+from cl_compiler.plan.cluster import choose_cluster_plan, group_fits, nearest
 from cl_compiler.plan.limits import largest, scaled
 from cl_compiler.plan.memory import GRADIENTS, RETURNED
 from cl_compiler.plan.share import Share, memory_of
+from cl_compiler.plan.simulate import simulate
 from cl_compiler.plan.types import MemoryBudget, Plan, Request
 from cl_compiler.units import format_bytes
 
@@ -24,6 +26,9 @@ OF_ROWS = (GRADIENTS, RETURNED)
 """What is in proportion to a rank's own rows; tiles and what is on its way are not."""
 ROUNDS = 16
 """Of looking for shards and a plan that fit each other, at most."""
+RELIEVED = (0.5, 0.25, 0.0)
+"""Of the rows that fit on ranks with the least memory, parts that are weighed: the rest of their
+memory is for larger tiles and chunks, which are those of all ranks."""
 
 
 def largest_shard(
@@ -106,6 +111,16 @@ class RankShares:
     peak_bytes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Short:
+    """A rank that has too little memory for its shard: ``bytes_`` at least, and ``without_rows``
+    what passes by and the tiles alone; 0 where nobody knows."""
+
+    rank: int
+    bytes_: int
+    without_rows: int
+
+
 def shares_of_ranks(
     request: Request,
     sweeps: SweepPlan,
@@ -118,6 +133,8 @@ def shares_of_ranks(
     """Shards in proportion to speed where memory allows, and one plan that fits on every rank.
 
     All ranks run the same code, so tiles and chunks are those that the tightest rank has room for.
+    Of several schedules that is taken whose simulated step is shortest, each with its own shards;
+    inputs in host memory only where rows do not fit otherwise.
 
     Args:
         request: of a rank with an even share; its budget counts where there are no ``budgets``.
@@ -134,18 +151,142 @@ def shares_of_ranks(
         ScheduleError: the loss cannot use the schedule.
     """
     budgets = budgets or [request.budget.device_bytes] * len(speeds)
-    found = _common_plan(request, sweeps, advised_rows(total, speeds), budgets, plan_of)
-    if isinstance(found, RankShares):
-        return found
+    if request.schedule == "auto":
+        return _of_all_schedules(request, sweeps, total, speeds, budgets, plan_of, fits_of)
+    rows = advised_rows(total, speeds)
+    found: RankShares | _Short | None = _common_plan(request, sweeps, rows, budgets, plan_of)
+    if isinstance(found, RankShares) and found.plan.budget.device_bytes >= max(budgets):
+        return found  # as much as the richest rank makes use of, fits on all of them
     by_budget = _rows_by_budget(request, sweeps, budgets, fits_of, total)
-    shares = _limited(request, sweeps, total, speeds, budgets, by_budget, plan_of)
-    if shares is not None:
-        return shares
+    if not isinstance(found, RankShares):
+        found = _limited(request, sweeps, total, speeds, budgets, by_budget, plan_of)
+    if isinstance(found, RankShares):
+        return _relieved(found, request, sweeps, speeds, budgets, by_budget, plan_of)
+    asked = f"{request.loss.name} with {total} rows and D={request.problem.D}"
+    if found is not None:
+        rank, least = found.rank, found.without_rows
+        raise BudgetError(
+            f"{asked}: rank {rank} cannot take part with {format_bytes(budgets[rank])}, not even "
+            f"without rows; it needs at least {format_bytes(least)} ({least} bytes). Give it more "
+            "memory, or leave it out.",
+            least,
+        )
     held = ", ".join(f"{format_bytes(b)}: {n} rows" for b, n in by_budget.items())
     raise BudgetError(
-        f"{request.loss.name} with {total} rows and D={request.problem.D} does not fit on ranks "
-        f"with these budgets, which hold at most ({held}); give them fewer rows, or more memory."
+        f"{asked} does not fit on ranks with these budgets, which hold at most ({held}); give them "
+        "fewer rows, or more memory."
     )
+
+
+def _relieved(
+    found: RankShares,
+    request: Request,
+    sweeps: SweepPlan,
+    speeds: Sequence[float],
+    budgets: Sequence[int],
+    by_budget: Mapping[int, int],
+    plan_of: GroupPlanner,
+) -> RankShares:
+    """The same, or with fewer rows where memory is least, if tiles and chunks that this leaves room
+    for make up for it."""
+    total, poor = sum(found.rows), min(budgets)
+    most = max(n for n, b in zip(found.rows, budgets, strict=True) if b == poor)
+    best, best_s = found, simulated_s(found, request, speeds)
+    differ = poor < max(budgets) and request.schedule != HOST
+    for part in RELIEVED if differ else ():
+        limits = {**by_budget, poor: round(most * part)}
+        other = _limited(request, sweeps, total, speeds, budgets, limits, plan_of)
+        if isinstance(other, RankShares):
+            seconds = simulated_s(other, request, speeds)
+            if seconds < best_s:
+                best, best_s = other, seconds
+    return best
+
+
+def fastest(seconds: Mapping[str, float]) -> str:
+    """Of schedules for ranks that differ; inputs in host memory only where nothing else is left."""
+    return min(seconds, key=lambda name: (name == HOST, seconds[name]))
+
+
+def simulated_s(
+    shares: RankShares, request: Request, speeds: Sequence[float], whole: float = 0.0
+) -> float:
+    """Seconds of a step with these shards; the hardware's rates are those of a rank with speed
+    ``whole``; left out, of the fastest."""
+    hardware, relative = request.hardware, [s / (whole or max(speeds)) for s in speeds]
+    return simulate(
+        shares.plan, shares.program, hardware, speeds=relative, shards=shares.rows
+    ).seconds
+
+
+def _of_all_schedules(
+    request: Request,
+    sweeps: SweepPlan,
+    total: int,
+    speeds: Sequence[float],
+    budgets: Sequence[int],
+    plan_of: GroupPlanner,
+    fits_of: GroupFits,
+) -> RankShares:
+    """Shards for every schedule by itself, and of them those whose step is shortest."""
+    found: dict[str, RankShares] = {}
+    seconds: dict[str, float] = {}
+    refused: dict[str, BudgetError | ScheduleError] = {}
+    for name in CLUSTER_SCHEDULES:
+        asked = replace(request, schedule=name)
+        try:
+            shares = shares_of_ranks(asked, sweeps, total, speeds, budgets, plan_of, fits_of)
+        except (BudgetError, ScheduleError) as error:
+            refused[name] = error
+            continue
+        found[name], seconds[name] = shares, simulated_s(shares, asked, speeds)
+    if not found:
+        raise nearest(refused.values())
+    best = fastest(seconds)
+    plan, cluster = found[best].plan, found[best].plan.cluster
+    assert cluster is not None
+    known = dict(cluster.rejected)
+    others = [(name, known.get(name, str(why))) for name, why in refused.items()]
+    others += [
+        (name, f"{s / seconds[best] - 1:.1%} slower")
+        if s >= seconds[best]
+        else (name, "inputs would have to be in host memory")
+        for name, s in seconds.items()
+        if name != best
+    ]
+    plan = replace(plan, cluster=replace(cluster, rejected=tuple(others)))
+    return replace(found[best], plan=plan)
+
+
+def without_poorest(
+    request: Request,
+    sweeps: SweepPlan,
+    total: int,
+    speeds: Sequence[float],
+    budgets: Sequence[int],
+    plan_of: GroupPlanner = choose_cluster_plan,
+    fits_of: GroupFits = group_fits,
+) -> tuple[int, float] | None:
+    """The rank with least memory, and seconds of a step of the others without it; None where all
+    have as much, where the others have no room, and on several nodes, which stay alike."""
+    hardware, left = request.hardware, len(speeds) - 1
+    if len(set(budgets)) < 2 or hardware.nodes > 1:
+        return None
+    poorest = min(range(len(budgets)), key=lambda r: (budgets[r], speeds[r]))
+    device = hardware.device_level
+    levels = tuple(replace(x, count=left) if x is device else x for x in hardware.levels)
+    problem = scaled(request.problem, -(-total // left))
+    asked = replace(
+        request, hardware=replace(hardware, levels=levels), group_size=left, problem=problem
+    )
+    fast, most = ([v for r, v in enumerate(of) if r != poorest] for of in (speeds, budgets))
+    try:
+        shares = shares_of_ranks(
+            asked, sweeps, total, fast, [int(b) for b in most], plan_of, fits_of
+        )
+    except (BudgetError, ScheduleError):
+        return None
+    return poorest, simulated_s(shares, asked, fast, max(speeds))
 
 
 def largest_total(
@@ -178,7 +319,8 @@ def largest_total(
     low, high = 0, sum(by_budget[b] for b in budgets)
     total = high
     while high - low > high // 128:
-        fits = _limited(request, sweeps, total, speeds, budgets, by_budget, plan_of) is not None
+        found = _limited(request, sweeps, total, speeds, budgets, by_budget, plan_of)
+        fits = isinstance(found, RankShares)
         low, high = (total, high) if fits else (low, total - 1)
         total = (low + high + 1) // 2
     return low
@@ -205,9 +347,9 @@ def _limited(
     budgets: Sequence[int],
     by_budget: Mapping[int, int],
     plan_of: GroupPlanner,
-) -> RankShares | None:
+) -> RankShares | _Short | None:
     """Shards of which none has more rows than a rank with its budget can have; None: there are
-    none."""
+    none; or the rank that has no room even without rows."""
     most = [by_budget[b] for b in budgets]
     for _ in range(ROUNDS):
         if sum(most) < total:
@@ -216,8 +358,14 @@ def _limited(
         found = _common_plan(request, sweeps, rows, budgets, plan_of)
         if isinstance(found, RankShares):
             return found
-        # the rank that was found has too little room for the tiles of the others: fewer rows
-        most[found] = min(most[found], rows[found]) * 7 // 8
+        # this rank has too little room for the tiles of the others: fewer rows
+        rank, room = found.rank, budgets[found.rank] - found.without_rows
+        if room < 0 or not rows[rank]:
+            return found
+        fitting = rows[rank] * 7 // 8
+        if found.without_rows:  # bytes are in proportion to rows, beside what others take
+            fitting = rows[rank] * room // max(found.bytes_ - found.without_rows, 1)
+        most[rank] = min(fitting, rows[rank] - 1)
     return None
 
 
@@ -231,25 +379,44 @@ def _common_plan(
     rows: Sequence[int],
     budgets: Sequence[int],
     plan_of: GroupPlanner,
-) -> RankShares | int:
+) -> RankShares | _Short:
     """What all ranks can run with these shards; else the rank that has least room for it."""
     widest = max(range(len(rows)), key=lambda r: (rows[r], -budgets[r]))
-    budget, tightest = budgets[widest], widest
+    budget = budgets[widest]
     asked = replace(request, problem=scaled(request.problem, max(rows[widest], 1)))
+    least: RankShares | None = None
     for _ in range(ROUNDS):
         try:
             plan, program = plan_of(_within(asked, budget), sweeps)
-        except BudgetError:
-            return tightest
+        except BudgetError as error:
+            return least or _Short(widest, error.least_bytes, 0)
         peaks = _peaks(request, sweeps, plan, program, rows)
         over = [peak - most for peak, most in zip(peaks, budgets, strict=True)]
-        tightest = max(range(len(over)), key=over.__getitem__)
-        if over[tightest] <= 0:
+        if max(over) <= 0:
             return RankShares(plan, program, tuple(rows), peaks)
-        budget = plan.peak_bytes - over[tightest]
+        if least is None:  # what takes least of all tells soon whether there is a plan between
+            least = _least_plan(asked, sweeps, plan_of, rows)
+            over_least = [p - most for p, most in zip(least.peak_bytes, budgets, strict=True)]
+            tightest = max(range(len(rows)), key=over_least.__getitem__)
+            if over_least[tightest] > 0:
+                (none,) = _peaks(request, sweeps, least.plan, least.program, [0])
+                return _Short(tightest, least.peak_bytes[tightest], none)
+        budget = plan.peak_bytes - max(over)
         if budget < 1:
-            return tightest
-    return tightest
+            break
+    assert least is not None
+    return least
+
+
+def _least_plan(
+    asked: Request, sweeps: SweepPlan, plan_of: GroupPlanner, rows: Sequence[int]
+) -> RankShares:
+    """What takes the fewest bytes of a rank with the widest shard."""
+    try:
+        plan, program = plan_of(_within(asked, 1), sweeps)
+    except BudgetError as error:
+        plan, program = plan_of(_within(asked, error.least_bytes), sweeps)
+    return RankShares(plan, program, tuple(rows), _peaks(asked, sweeps, plan, program, rows))
 
 
 def _peaks(
@@ -276,7 +443,10 @@ __all__ = [
     "GroupPlanner",
     "RankShares",
     "advised_rows",
+    "fastest",
     "largest_shard",
     "largest_total",
     "shares_of_ranks",
+    "simulated_s",
+    "without_poorest",
 ]

@@ -20,6 +20,8 @@ from cl_compiler.plan.shards import (
     largest_shard,
     largest_total,
     shares_of_ranks,
+    simulated_s,
+    without_poorest,
 )
 from cl_compiler.plan.share import Share, memory_of
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
@@ -81,6 +83,7 @@ def test_every_rank_keeps_within_its_own_memory(speeds, mebibytes):
     assert sum(found.rows) == total
     widest = scaled(asked.problem, max(found.rows))
     again = replace(asked, problem=widest, budget=MemoryBudget(found.plan.peak_bytes))
+    again = replace(again, schedule=found.plan.cluster.schedule)
     plan, program = choose_cluster_plan(again, sweeps)
     for rows, most, peak in zip(found.rows, budgets, found.peak_bytes, strict=True):
         mine = replace(asked, problem=scaled(asked.problem, rows))
@@ -112,6 +115,41 @@ def test_the_largest_batch_fills_every_rank(schedule, speeds, mebibytes):
         shares_of_ranks(asked, sweeps, total + 1, speeds, budgets)
     even = len(speeds) * largest_shard(asked, sweeps)
     assert total == even if len(set(budgets)) == 1 else total > 2 * even
+
+
+def poor_group(poor: str):
+    """Seven ranks with room, and one with little."""
+    loss, needs = find("clip"), frozenset({"x", "y", "logit_scale"})
+    budgets = [1 << 28] * 7 + [MemoryBudget.parse(poor).device_bytes]
+    asked = Request(loss, load_hardware("h100x8"), MemoryBudget(budgets[-1]),
+                    Problem(8192, 8192, 256), "paired", needs, "bf16x3", "auto", 0, 8)  # fmt: skip
+    return asked, plan_sweeps(loss, "paired", needs), budgets
+
+
+def test_a_rank_with_too_little_memory_for_any_part_is_named():
+    """Soon, with what it needs: twice that is enough."""
+    asked, sweeps, budgets = poor_group("300KiB")
+    asked = replace(asked, schedule="ring_owner")
+    with pytest.raises(BudgetError, match=r"rank 7 cannot take part with 300\.0 KiB") as refusal:
+        shares_of_ranks(asked, sweeps, 65536, [1] * 8, budgets, plan_group, fits_group)
+    budgets[-1] = refusal.value.least_bytes * 2
+    found = shares_of_ranks(asked, sweeps, 65536, [1] * 8, budgets, plan_group, fits_group)
+    assert sum(found.rows) == 65536 and found.peak_bytes[-1] <= budgets[-1]
+
+
+def test_rows_move_to_richer_ranks_before_inputs_move_to_the_host():
+    """So many that tiles are as large as is worth it; and leaving the rank out is weighed."""
+    asked, sweeps, budgets = poor_group("10MiB")
+    ask = (65536, [1] * 8, budgets, plan_group, fits_group)
+    found = shares_of_ranks(asked, sweeps, *ask)
+    assert found.plan.cluster.schedule != "host" and found.rows[-1] < min(found.rows[:-1])
+    for peak, most in zip(found.peak_bytes, budgets, strict=True):
+        assert peak <= most
+    by_one = replace(asked, schedule=found.plan.cluster.schedule)
+    assert shares_of_ranks(by_one, sweeps, *ask).rows == found.rows  # as `simulate` asks
+    rank, seconds = without_poorest(asked, sweeps, *ask)
+    assert rank == 7 and 0 < seconds < 2 * simulated_s(found, asked, [1] * 8)
+    assert without_poorest(asked, sweeps, 65536, [1] * 8, [1 << 28] * 8) is None
 
 
 def test_what_cannot_be():
