@@ -61,6 +61,16 @@ class Links:
         """The rank that each rank sends to."""
         return (np.arange(self.ranks) + 1) % self.ranks if self.after is None else self.after
 
+    @cached_property
+    def places(self) -> tuple[Vector, Vector, Vector]:
+        """Of each rank, where its sends and the receives of the rank after are kept in a list of
+        all wires' ranks; and the rank that sends to it."""
+        every = np.arange(self.ranks)
+        wires = np.zeros(self.ranks, dtype=int) if self.wires is None else self.wires
+        before = np.empty_like(every)
+        before[self.next_ranks] = every
+        return wires * self.ranks + every, wires * self.ranks + self.next_ranks, before
+
     @property
     def circle(self) -> int:
         """Ranks that one shard goes around."""
@@ -143,7 +153,7 @@ class Clock:
         ranks = self.links.ranks
         self.now = np.zeros(ranks)
         self.compute_s, self.waiting_s = np.zeros(ranks), np.zeros(ranks)
-        self._sends, self._receives = np.zeros((WIRES, ranks)), np.zeros((WIRES, ranks))
+        self._sends, self._receives = np.zeros(WIRES * ranks), np.zeros(WIRES * ranks)
         self._copies = np.zeros(ranks)
         self._collective = 0.0
 
@@ -160,19 +170,15 @@ class Clock:
         """Post to the rank after, and a receive from the one before: when it has both."""
         links = links or self.links
         self.now = self.now + self.post_s
-        size = np.broadcast_to(np.asarray(sent_bytes, dtype=float), self.now.shape)
-        after, every = links.next_ranks, np.arange(links.ranks)
-        wires = np.zeros(links.ranks, dtype=int) if links.wires is None else links.wires
-        ready = np.maximum(self.now, self.now[after])  # both ends have posted
-        free = np.maximum(self._sends[wires, every], self._receives[wires, after])
+        sends, receives, before = links.places
+        ready = np.maximum(self.now, self.now.take(links.next_ranks))  # both ends have posted
+        free = np.maximum(self._sends.take(sends), self._receives.take(receives))
         start = np.maximum(ready, free)
-        end = start + links.latency_s + size * links.s_per_byte
-        arrived = np.empty_like(end)
-        arrived[after] = end
-        self._sends[wires, every] = end
-        self._receives[wires, after] = end
+        end = start + links.latency_s + sent_bytes * links.s_per_byte
+        self._sends[sends] = end
+        self._receives[receives] = end
         self._draw(what, start, end)
-        done: Vector = np.maximum(end, arrived)
+        done: Vector = np.maximum(end, end.take(before))
         return done
 
     def copy(self, seconds: Vector | float) -> Vector:
@@ -199,6 +205,8 @@ class Clock:
         return ends
 
     def _draw(self, what: str, start: Vector, end: Vector) -> None:
+        if not self.drawn:
+            return
         drawn = zip(start[: self.drawn].tolist(), end[: self.drawn].tolist(), strict=True)
         for rank, (begin_s, end_s) in enumerate(drawn):
             if end_s > begin_s and len(self.events) < EVENTS:
