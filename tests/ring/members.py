@@ -113,6 +113,7 @@ def later_groups(rank: int) -> dict[str, Any]:
         found["again"] = error(first, rank, pair)
         found["in the profiler's list"] = len(distributed_c10d._world.pg_config_info)
         found["known"] = len(distributed_c10d._world.pg_names)
+    dist.barrier()  # who ends closes connections, of which others may still be making the last
     return found
 
 
