@@ -8,6 +8,11 @@ import sys
 
 import pytest
 
+from cl_compiler import Problem, api
+from cl_compiler.cli.ranks import on_its_ranks
+from cl_compiler.cli.requests import Question, request_of
+from cl_compiler.hardware.spec import HardwareSpec
+from cl_compiler.plan.types import MemoryBudget
 from tests.cli.conftest import SMALL
 
 CLUSTER = ["--hardware", "h100x8", "--budget", "1GiB", "--problem", "8192x512"]
@@ -41,6 +46,21 @@ def test_several_devices_are_a_group(cli, cli_json, tmp_path):
     plan = cli_json("compile", *CLUSTER)["plan"]
     assert plan["problem"]["M"] == 1024 and plan["cluster"]["group_size"] == 8
     assert cli("inspect", *CLUSTER).stdout.strip() == source.strip()
+
+
+def test_a_group_finds_what_was_compiled_ahead(monkeypatch):
+    """Every rank of ``compile_loss("h100x8", "1GiB", group=…)`` asks for the same name."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    seen = api._seen_by_rank_0("h100x8", "1GiB", 8)
+    budget = MemoryBudget(seen["device_bytes"], seen["host_bytes"])
+    hardware = HardwareSpec.from_dict(seen["hardware"])
+    on_rank = api.Specialiser(api.find_loss("clip"), hardware, budget, "auto", "auto", 8)
+    call = on_rank.share_of(Problem.parse("8192x8192x512"))
+    question = Question(hardware="h100x8", budget="1GiB", problem="8192x512")
+    ahead = on_its_ranks(request_of(question))
+    assert api.key_of(on_rank.request(call))[1] == api.key_of(ahead)[1]
+    other = on_rank.request(on_rank.share_of(Problem.parse("8192x8192x256")))
+    assert api.key_of(other)[1] != api.key_of(ahead)[1]
 
 
 @pytest.mark.parametrize("schedule", ["ring_owner", "all_gather"])
