@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,19 +69,26 @@ def calibrate(
         return
     from cl_compiler.hardware.calibration import calibration_path
 
-    start = time.perf_counter()
     with working("measuring", ("PyTorch", "products, passes and copies")) as step:
         step()
         from cl_compiler.hardware.calibrate import calibrate as measure
+        from cl_compiler.runtime.busy import CpuTimes, foreign_cores, in_the_way
 
         step()
+        before, start = CpuTimes.now(), time.perf_counter()
         spec, result = measure(quick=not thorough)
+        seconds = time.perf_counter() - start
+        foreign = foreign_cores(before, CpuTimes.now(), seconds)
+    others = in_the_way(foreign, result.threads) if spec.kind == "cpu" else ""
+    if others and not result.disturbed:  # which has been said
+        warnings.warn(others, stacklevel=2)
     path = calibration_path(result.fingerprint)
     if json:
-        write_json({"path": str(path), "disturbed": result.disturbed, "hardware": spec.to_dict()})
+        disturbed = result.disturbed or bool(others)
+        write_json({"path": str(path), "disturbed": disturbed, "hardware": spec.to_dict()})
         return
     _print(spec)
-    write(f"kept in {path}; measured in {time.perf_counter() - start:.1f} s")
+    write(f"kept in {path}; measured in {seconds:.1f} s")
 
 
 def _print(spec: HardwareSpec) -> None:

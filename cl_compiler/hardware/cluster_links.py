@@ -13,13 +13,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cl_compiler.errors import HardwareError
 from cl_compiler.hardware.calibration import calibration_path, fingerprint, write_json_file
 from cl_compiler.hardware.spec import HardwareSpec
+from cl_compiler.units import format_bytes, format_seconds
 
 __all__ = [
-    "LEAST_R2",
+    "ROUGH_ERROR",
+    "LinkFit",
     "MeasuredLink",
     "fitted",
     "links_path",
@@ -29,44 +32,101 @@ __all__ = [
     "with_measured_links",
 ]
 
-LEAST_R2 = 0.98
-_FORMAT = 1
+Array = NDArray[np.float64]
+
+MOST_ERROR, ROUGH_ERROR = 0.25, 0.1
+"""Of half of the sizes, how far from the line refuses it, and how far is worth a warning."""
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class LinkFit:
+    """A line through messages: n bytes take ``latency_s + n / bytes_per_s``.
+
+    ``error``: how far typical messages are from the line, relative to it, in the median of the
+    sizes; ``worst``: of the size that is farthest, which is ``worst_bytes``.
+    """
+
+    bytes_per_s: float
+    latency_s: float
+    error: float
+    worst: float
+    worst_bytes: int
 
 
 @dataclass(frozen=True)
 class MeasuredLink:
-    """One kind of hop: a message of n bytes takes ``latency_s + n / bytes_per_s``.
+    """One kind of hop, measured.
 
     ``level``: "device" inside a node, "node" between nodes.  ``full_duplex``: a rank that sends and
-    receives is as fast as one that only sends.  ``r2``: of the fit.
+    receives is as fast as one that only sends.  The others are those of ``LinkFit``.
     """
 
     level: str
     bytes_per_s: float
     latency_s: float
     full_duplex: bool
-    r2: float
+    error: float
+    worst: float
+    worst_bytes: int
 
 
-def fitted(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """(bytes/s, latency in seconds, R²) of messages; relative errors count.
+def fitted(sizes: Sequence[int], samples: Sequence[Sequence[float]]) -> LinkFit:
+    """A robust line through repeated messages: nothing that disturbs a few of them moves it.
+
+    Of each size the faster half counts, since what else runs only ever adds to a message's time.
+    Repeated medians (Siegel, "Robust regression using repeated medians", 1982) find a line that up
+    to half of these may miss; least squares of relative errors through those near it is returned.
+
+    Args:
+        sizes: bytes of the messages.
+        samples: of each size, seconds of its repetitions.
 
     Raises:
-        HardwareError: they do not grow with their size, or the line explains less than 98 % of
-            their spread.
+        HardwareError: larger messages do not take longer, or half of the sizes are farther than
+            25 % from any line.
     """
-    n, t = np.asarray(sizes, dtype=float), np.asarray(seconds, dtype=float)
-    slope, latency = np.polyfit(n, t, 1, w=1 / t)
-    rest = t - slope * n - latency
-    r2 = 1.0 - float((rest**2).sum() / ((t - t.mean()) ** 2).sum())
-    if slope <= 0 or r2 < LEAST_R2:
-        raise HardwareError(
-            f"messages of {', '.join(map(str, sizes))} bytes took "
-            f"{', '.join(f'{1e3 * s:.2f}' for s in seconds)} ms, which is no latency plus bytes "
-            f"over bandwidth (R² = {r2:.3f}, {LEAST_R2} is asked for); calibrate again while "
-            "nothing else uses the network"
-        )
-    return 1.0 / float(slope), max(0.0, float(latency)), r2
+    halves = [sorted(of)[: (len(of) + 1) // 2] for of in samples]
+    n = np.repeat(np.asarray(sizes, dtype=float), [len(of) for of in halves])
+    t = np.concatenate([np.asarray(of, dtype=float) for of in halves])
+    typical = np.array([np.median(of) for of in halves])
+    slope, latency = _near(n, t, *_repeated_medians(n, t))
+    if slope > 0:
+        latency = max(0.0, latency)
+        away = np.abs(typical / (latency + slope * np.asarray(sizes)) - 1.0)
+        error, farthest = float(np.median(away)), int(away.argmax())
+        if error <= MOST_ERROR:
+            worst = float(away[farthest])
+            return LinkFit(1.0 / slope, latency, error, worst, int(sizes[farthest]))
+    took = ", ".join(
+        f"{format_bytes(int(size))} in {format_seconds(float(s))}"
+        for size, s in zip(sizes, typical, strict=True)
+    )
+    raise HardwareError(
+        f"messages between ranks take no latency plus bytes over bandwidth ({took}, typically), so "
+        "no rate follows from them; calibrate again while nothing else uses the network or the "
+        "cores"
+    )
+
+
+def _repeated_medians(n: Array, t: Array) -> tuple[float, float]:
+    """(slope, intercept): of each point the median slope to points of other sizes, of these the
+    median."""
+    apart = n[None, :] - n[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slopes = np.where(apart == 0, np.nan, (t[None, :] - t[:, None]) / apart)
+    slope = float(np.median(np.nanmedian(slopes, axis=1)))
+    return slope, float(np.median(t - slope * n))
+
+
+def _near(n: Array, t: Array, slope: float, intercept: float) -> tuple[float, float]:
+    """The same line, by least squares through the points that are near it, where that is one."""
+    relative = np.abs(t - intercept - slope * n) / t
+    near = relative <= max(3 * 1.4826 * float(np.median(relative)), 0.02)
+    if len(np.unique(n[near])) < 2:
+        return slope, intercept
+    finer, offset = np.polyfit(n[near], t[near], 1, w=1 / t[near])
+    return (float(finer), float(offset)) if finer > 0 else (slope, intercept)
 
 
 def links_path(nominal: HardwareSpec, torch_version: str, nodes: int, per_node: int) -> Path:

@@ -6,7 +6,6 @@ from the one before, as rings do, and that is the rate that plans use.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ __all__ = ["SIZES", "message_seconds"]
 SIZES = (1 << 20, 1 << 22, 3 << 22, 1 << 25)
 """Bytes of the messages."""
 REPEATS = 25
-"""Of which the lower quartile counts: what else runs only ever adds to a message's time."""
+"""Of each size, in turns: what disturbs a while disturbs some messages of every size."""
 
 
 def message_seconds(
@@ -28,8 +27,8 @@ def message_seconds(
     *,
     two_directions: bool,
     sizes: Sequence[int] = SIZES,
-) -> list[float]:
-    """Seconds of a message of each size to the next rank of a circle: the slowest rank's.
+) -> list[list[float]]:
+    """Of each size, seconds of its messages to the next rank of a circle: the slowest rank's.
 
     Args:
         group: every rank of it calls this.
@@ -42,29 +41,31 @@ def message_seconds(
     after, before = circle[(place + 1) % len(circle)], circle[place - 1]
     sends = two_directions or (place % 2 == 0 and place + 1 < len(circle))
     receives = two_directions or place % 2 == 1
-    found = []
-    for size in (sizes[0], *sizes):  # once more: connections are made
-        sent, received = (torch.ones(size // 4, device=device) for _ in (0, 1))
-        seconds = []
-        for _ in range(REPEATS):
+    sent, received = (torch.ones(max(sizes) // 4, device=device) for _ in (0, 1))
+    seconds = torch.zeros(len(sizes), REPEATS + 1, dtype=torch.float64)
+    for repeat in range(REPEATS + 1):  # once more: connections are made
+        for index, size in enumerate(sizes):
             _together(group, device)
             began = time.perf_counter()
-            calls = [dist.P2POp(dist.irecv, received, group=group, group_peer=before)] * receives
-            calls += [dist.P2POp(dist.isend, sent, group=group, group_peer=after)] * sends
+            count = size // 4
+            calls = [dist.P2POp(dist.irecv, received[:count], group=group, group_peer=before)]
+            calls = calls * receives
+            calls += [dist.P2POp(dist.isend, sent[:count], group=group, group_peer=after)] * sends
             for work in dist.batch_isend_irecv(calls) if calls else ():
                 work.wait()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - began)
-        found.append(_largest(group, statistics.quantiles(seconds, n=4)[0], device))
-    return found[1:]
+            seconds[index, repeat] = time.perf_counter() - began
+    found: list[list[float]] = _largest(group, seconds[:, 1:], device).tolist()
+    return found
 
 
 def _together(group: dist.ProcessGroup, device: torch.device) -> None:
-    _largest(group, 0.0, device)
+    _largest(group, torch.zeros(1), device)
 
 
-def _largest(group: dist.ProcessGroup, value: float, device: torch.device) -> float:
-    number = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
-    return float(number)
+def _largest(group: dist.ProcessGroup, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Of every number the largest of all ranks."""
+    numbers = values.to(device, torch.float64).contiguous()
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
+    return numbers.cpu()

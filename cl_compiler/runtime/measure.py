@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 
 from cl_compiler.errors import ArgumentError
+from cl_compiler.runtime.busy import CpuTimes, foreign_cores
 from cl_compiler.runtime.live_bytes import LiveBytes
 
 __all__ = [
@@ -45,7 +45,6 @@ FOREIGN_LIMIT = 0.08
 SHORTEST_S = 0.2
 """A repetition repeats its call until it has lasted this long: /proc/stat counts 10 ms ticks."""
 
-_STAT = Path("/proc/stat")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -185,32 +184,14 @@ def describe(error: BaseException) -> str:
 
 def _repetition(call: Call, count: int, clock: str) -> Sample:
     gc.collect()
-    busy, own = _busy_seconds(), _own_seconds()
+    before = CpuTimes.now()
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(count):
         call()
     wall = time.perf_counter() - wall
     cpu = time.process_time() - cpu
-    own = _own_seconds() - own
-    after = _busy_seconds()
-    # A tick of 10 ms on each side is the counters' own uncertainty, not somebody else's work.
-    foreign = None if busy is None or after is None else max(0.0, after - busy - own - 0.02) / wall
+    foreign = foreign_cores(before, CpuTimes.now(), wall)
     return Sample((cpu if clock == "cpu" else wall) / count, wall / count, foreign)
-
-
-def _busy_seconds() -> float | None:
-    """CPU seconds that the whole machine has spent since it started, stolen ones included."""
-    try:
-        fields = _STAT.read_text().split("\n", 1)[0].split()[1:]
-    except OSError:
-        return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _own_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
 
 
 def quiet_shares(timings: Mapping[str, Timing]) -> str:
