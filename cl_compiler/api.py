@@ -26,7 +26,12 @@ from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import SCHEDULES
 from cl_compiler.lang.ring import CANONICAL, CANONICAL_CHUNK, CLUSTER_SCHEDULES
-from cl_compiler.options import canonical_schedule, check_on_group, check_options
+from cl_compiler.options import (
+    asked_of_group,
+    canonical_schedule,
+    check_on_group,
+    check_options,
+)
 from cl_compiler.plan.precision import products_of
 from cl_compiler.plan.problems import check_problem
 from cl_compiler.plan.requests import loss_to_json, request_to_json
@@ -92,8 +97,8 @@ def compile_loss(
         tune: measure the planner's best candidates where the loss runs, once, and keep the fastest
             in the cache; it takes seconds to a minute.
         group: a ``ProcessGroup`` whose ranks each have a shard of the rows and columns; every one
-            of them calls ``compile_loss``, the loss and its backward.  The returned value is that
-            of all shards together, on every rank.
+            of them calls ``compile_loss``, with the same arguments, the loss and its backward.  The
+            returned value is that of all shards together, on every rank.
         mesh: a 1-D ``DeviceMesh`` in place of a group.
         grad_convention: with a group, what this rank's gradients of the global value are: "mean"
             if they are averaged over ranks afterwards, as DDP and FSDP do, "sum" if they are
@@ -115,6 +120,7 @@ def compile_loss(
         from cl_compiler.runtime.group import RankGroup, check_group_options, process_group
 
         parent, wrong = process_group(group, mesh), None
+        asked: dict[str, str] = {}
         try:
             if deterministic == CANONICAL:
                 schedule = canonical_schedule(schedule, True)
@@ -123,13 +129,16 @@ def compile_loss(
             check_on_group(verify, tune)
             check_group_options(timeout_s, grad_convention)
             find_loss(loss)
+            asked = asked_of_group(
+                hardware_spec, memory_budget, problem, precision, schedule, grad_convention
+            )
         except CompilerError as error:  # the others are told: they make the group, too
             wrong, timeout_s, grad_convention = error, TIMEOUT_S, "mean"
         ranks = RankGroup(parent, timeout_s, grad_convention)
         machine = (hardware_spec, memory_budget)
         with ranks.closing_on_error():
             ranks.agree(wrong)
-            return _on_group(ranks, machine, loss, problem, precision, schedule, nonfinite)
+            return _on_group(ranks, machine, loss, problem, precision, schedule, nonfinite, asked)
     if deterministic == CANONICAL:
         schedule = canonical_schedule(schedule, False)
     hardware = load_hardware(hardware_spec)
@@ -161,8 +170,12 @@ def _on_group(
     precision: str,
     schedule: str,
     nonfinite: Literal["propagate", "error"],
+    asked: Mapping[str, str],
 ) -> GroupLoss:
-    """``compile_loss`` on every rank of a group, for the machine and budget that rank 0 sees."""
+    """``compile_loss`` on every rank of a group, for the machine and budget that rank 0 sees.
+
+    ``asked``: the arguments as text, which are compared at every call.
+    """
     from cl_compiler.runtime.group_loss import GroupLoss
 
     ir = find_loss(loss)
@@ -179,8 +192,7 @@ def _on_group(
         specialise,
         ranks,
         loss_text=f"{ir.name}, fingerprint {hashlib.sha256(text.encode()).hexdigest()[:8]}",
-        request_text=f"{hardware.name}, {budget.device_bytes} bytes, precision={precision}, "
-        f"schedule={schedule}, grad_convention={ranks.convention}",
+        asked={**asked, "planned for": f"{hardware.name} with {budget.device_bytes} bytes"},
         planned=planned,
         nonfinite=nonfinite,
         device_type="cpu" if hardware.kind == "cpu" else "cuda",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cl_compiler.errors import ArgumentError, ScheduleError
 from cl_compiler.lang.ring import CANONICAL
 from cl_compiler.plan.precision import PRECISIONS
+from cl_compiler.plan.types import MemoryBudget, Problem
+from cl_compiler.units import exact_bytes
+
+if TYPE_CHECKING:
+    from cl_compiler.hardware.spec import HardwareSpec
 
 
 def check_options(
@@ -73,4 +80,37 @@ def check_on_group(verify: bool, tune: bool) -> None:
         )
 
 
-__all__ = ["canonical_schedule", "check_on_group", "check_options"]
+def asked_of_group(
+    hardware_spec: str | Path | HardwareSpec,
+    memory_budget: int | str | Mapping[str, int | str] | MemoryBudget | None,
+    problem: Problem | str | None,
+    precision: str,
+    schedule: str,
+    grad_convention: str,
+) -> dict[str, str]:
+    """What a rank asks ``compile_loss`` for, by its arguments' names: all ranks ask for the same.
+
+    The machine and the memory are those that rank 0 sees, so "auto" and None say no more.
+
+    Raises:
+        ArgumentError, BudgetError: the budget or the problem cannot be read.
+    """
+    hardware = hardware_spec if isinstance(hardware_spec, (str, Path)) else hardware_spec.name
+    amount = "none"
+    if memory_budget is not None:
+        budget = MemoryBudget.parse(memory_budget)
+        amount = exact_bytes(budget.device_bytes)
+        if budget.host_bytes is not None:
+            amount += f" and {exact_bytes(budget.host_bytes)} of the host"
+    sizes = "none" if problem is None else str(Problem.parse(problem)).removeprefix("Problem")
+    return {
+        "hardware_spec": Path(hardware).name,
+        "memory_budget": amount,
+        "problem": sizes,
+        "precision": precision,
+        "schedule": schedule,
+        "grad_convention": grad_convention,
+    }
+
+
+__all__ = ["asked_of_group", "canonical_schedule", "check_on_group", "check_options"]

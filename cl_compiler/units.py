@@ -13,7 +13,14 @@ from numbers import Real
 
 from cl_compiler.errors import ArgumentError
 
-__all__ = ["format_bytes", "format_flops", "format_rate", "format_seconds", "parse_bytes"]
+__all__ = [
+    "exact_bytes",
+    "format_bytes",
+    "format_flops",
+    "format_rate",
+    "format_seconds",
+    "parse_bytes",
+]
 
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _DECIMAL_UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
@@ -83,6 +90,13 @@ def _refused(amount: object, obstacle: str) -> ArgumentError:
 def format_bytes(count: int | float) -> str:
     """Print bytes with a 1024-based unit: ``536870912`` becomes ``"512.0 MiB"``."""
     return _scaled(count, 1024, _BINARY_UNITS, "B")
+
+
+def exact_bytes(count: int) -> str:
+    """Print bytes with a unit where that loses none of them, else as they are: ``"64.0 MiB"``,
+    ``"67108865 bytes"``."""
+    text = format_bytes(count)
+    return text if parse_bytes(text) == count else f"{count} bytes"
 
 
 def format_rate(bytes_per_s: float) -> str:

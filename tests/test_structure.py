@@ -44,7 +44,7 @@ ALLOWED = {
         "tune",
         "options",
     },
-    "options": {*BASE, "lang", "plan"},
+    "options": {*BASE, "lang", "hardware", "plan"},
     "verify": {*BASE, "lang", "runtime"},
     "tune": {*BASE, "lang", "hardware", "plan", "codegen", "runtime"},
 }

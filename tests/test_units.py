@@ -6,6 +6,7 @@ import pytest
 
 from cl_compiler.errors import ArgumentError
 from cl_compiler.units import (
+    exact_bytes,
     format_bytes,
     format_flops,
     format_rate,
@@ -110,3 +111,11 @@ def test_rates_are_printed_in_decimal_units() -> None:
     assert format_flops(75e9) == "75.0 GFLOP/s"
     assert format_flops(989.4e12) == "989.4 TFLOP/s"
     assert format_flops(0) == "0 FLOP/s"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(64 << 20, "64.0 MiB"), ((64 << 20) + 1, "67108865 bytes"), (700, "700 B"), (0, "0 B")],
+)
+def test_bytes_that_lose_nothing(count, text):
+    assert exact_bytes(count) == text

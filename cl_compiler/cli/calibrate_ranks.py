@@ -18,7 +18,7 @@ import typer
 
 from cl_compiler.cli.output import Table, write, write_json, write_table
 from cl_compiler.errors import CompilerError
-from cl_compiler.units import format_bytes, format_seconds
+from cl_compiler.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
     import torch
@@ -238,7 +238,7 @@ def _print(found: _Found, json: bool) -> None:
     rows = tuple(
         (
             _HOPS[link.level],
-            f"{format_bytes(int(link.bytes_per_s))}/s",
+            format_rate(link.bytes_per_s),
             format_seconds(link.latency_s),
             "yes" if link.full_duplex else "no",
             f"{link.error:.1%}",

@@ -24,6 +24,9 @@ from cl_compiler.runtime.watch import CLOSED, STORE_GONE, Beat, Watch, within
 GradConvention = Literal["mean", "sum", "global"]
 CONVENTIONS: tuple[GradConvention, ...] = ("mean", "sum", "global")
 
+_PATIENCE_S = 10.0
+"""A rank that has nothing to wait for, its own arguments being wrong, gives the others so long."""
+
 
 def process_group(group: Any, mesh: Any) -> dist.ProcessGroup:
     """The group that ``group=`` or ``mesh=`` names.
@@ -168,6 +171,10 @@ class RankGroup:
             self._store.set(keys[self.rank], "" if error is None else str(error))
             if error is None:
                 self._store.wait(keys, timedelta(seconds=self.timeout_s))
+            else:  # whoever still connects would find this rank's end closed, and no reason
+                with contextlib.suppress(RuntimeError):
+                    patience_s = min(self.timeout_s, _PATIENCE_S)
+                    self._store.wait(keys, timedelta(seconds=patience_s))
             known = keys if error is None else ()
             return {rank: self._store.get(key).decode() for rank, key in enumerate(known)}
 
@@ -177,9 +184,9 @@ class RankGroup:
             raise error or self.failure(late) from late
         if error is not None:
             raise error
-        wrong = [f"rank {rank}: {text}" for rank, text in said.items() if text]
-        if wrong:
-            raise ArgumentError(f"compile_loss on a group: {'; '.join(wrong)}")
+        if any(said.values()):
+            shown = listed([said[rank] for rank in range(self.world_size)], but="")
+            raise ArgumentError(f"compile_loss on a group: {shown}")
 
     def share(self, make: Callable[[], Any]) -> Any:
         """What rank 0 makes, as JSON values, on every rank.

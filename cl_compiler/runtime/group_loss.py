@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +20,11 @@ from cl_compiler.runtime.guard import (
     Record,
     check_agreement,
     check_chunks,
+    check_compiled,
     check_place,
     digest,
     joint_positives,
+    packed,
 )
 from cl_compiler.runtime.guarded_ring import guarded_ring
 from cl_compiler.runtime.signatures import CallSignature, LossSignature
@@ -32,7 +34,8 @@ class GroupLoss(CompiledLoss):
     """As ``CompiledLoss``, called with this rank's shards by every rank of a group.
 
     The value is that of all ranks' rows and columns together, on every rank.  ``chunk``: rows of
-    which every shard must be a multiple; 0: any shard will do.
+    which every shard must be a multiple; 0: any shard will do.  ``asked``: what ``compile_loss``
+    was asked for, by its arguments' names, which all ranks have to have alike.
 
     Raises, beside what ``CompiledLoss`` raises, and on every rank alike:
         ArgumentError: the ranks' arguments do not fit together; the message names ranks and values.
@@ -46,7 +49,7 @@ class GroupLoss(CompiledLoss):
         ranks: RankGroup,
         *,
         loss_text: str,
-        request_text: str,
+        asked: Mapping[str, str],
         planned: CallSignature | None = None,
         nonfinite: Any = "propagate",
         device_type: str = "cpu",
@@ -56,7 +59,7 @@ class GroupLoss(CompiledLoss):
             signature, specialise, planned=planned, nonfinite=nonfinite, device_type=device_type
         )
         self._ranks: RankGroup | None = ranks
-        self._texts = {"loss": loss_text, "request": request_text}
+        self._texts = {"loss": loss_text, "request": packed(asked)}
         self._chunk = chunk
         self._group_options = (ranks.world_size, ranks.timeout_s, ranks.convention)
         self._on_gpu = device_type != "cpu"
@@ -149,7 +152,7 @@ class GroupLoss(CompiledLoss):
         """
         call: Call | None = None
         problem: CompilerError | None = None
-        details: dict[str, str] = {}
+        details = self._texts
         try:
             call = self._check(args, kwargs)
             details = self._details(call)
@@ -157,9 +160,11 @@ class GroupLoss(CompiledLoss):
         except CompilerError as error:
             problem = error
             flag = NOT_FINITE if isinstance(error, NonFiniteError) else FAILED
-            record = Record("forward", sequence, flags=flag)
+            loss, request = self._code
+            record = Record("forward", sequence, flags=flag, loss=loss, request=request)
         records = self.ranks.meet(record)
         own = {"failed": "" if problem is None else str(problem), **details}
+        check_compiled(self.signature.name, records, self._describe(sequence, own))
         try:
             self._agree(records, sequence, own)
         except (ArgumentError, NonFiniteError) as error:
@@ -170,12 +175,16 @@ class GroupLoss(CompiledLoss):
     def _meet_again(self, records: Sequence[Record], sequence: int) -> None:
         """Before the backward of a call."""
         own = replace(records[self.ranks.rank], phase="backward", sequence=sequence)
-        self._agree(self.ranks.meet(own), sequence, {})
+        records = self.ranks.meet(own)
+        check_compiled(self.signature.name, records, self._describe(sequence, {}))
+        self._agree(records, sequence, {})
+
+    def _describe(self, sequence: int, own: Mapping[str, str]) -> Callable[[str], list[str]]:
+        """Of a field of records, what it stands for on every rank; every rank asks alike."""
+        return lambda field: self.ranks.tell(f"{field}/{sequence}", own.get(field, ""))
 
     def _agree(self, records: Sequence[Record], sequence: int, own: Mapping[str, str]) -> None:
-        def describe(field: str) -> list[str]:
-            return self.ranks.tell(f"{field}/{sequence}", own.get(field, ""))
-
+        describe = self._describe(sequence, own)
         check_agreement(self.signature.name, records, describe)
         if self._chunk:
             check_chunks(self.signature.name, records, self._chunk)
@@ -195,12 +204,17 @@ class GroupLoss(CompiledLoss):
             dtype=signature.dtype,
             positives=signature.positives,
             needs=sum(1 << (i % 16) for i, bit in enumerate(bits) if bit) & 0xFFFF,
-            loss=digest(details["loss"]),
-            request=digest(details["request"]),
+            loss=self._code[0],
+            request=self._code[1],
             shapes=digest(details["shapes"]),
             scalars=digest(details["scalars"]),
             copies_kib=-(-signature.contiguous_copies // 1024),
         )
+
+    @property
+    def _code(self) -> tuple[bytes, bytes]:
+        """Of a record, what says which code this rank runs: loss and request."""
+        return digest(self._texts["loss"]), digest(self._texts["request"])
 
     def _details(self, call: Call) -> dict[str, str]:
         """What the record's digests stand for, as text."""
@@ -213,8 +227,8 @@ class GroupLoss(CompiledLoss):
         scalars = dict(zip(names, told, strict=True))  # a device is waited for once
         return {
             **self._texts,
-            "shapes": ", ".join(f"{k}={v}" for k, v in shapes.items()),
-            "scalars": ", ".join(f"{k}={v!r}" for k, v in scalars.items()),
+            "shapes": packed({k: str(v) for k, v in shapes.items()}),
+            "scalars": packed({k: repr(v) for k, v in scalars.items()}),
             "needs": ", ".join(sorted(signature.needs)) or "none",
         }
 

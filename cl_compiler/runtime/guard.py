@@ -7,8 +7,9 @@ decides from the same table of records, and so all of them raise the same error.
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from cl_compiler.errors import ArgumentError, GroupError, NonFiniteError
@@ -114,22 +115,55 @@ class Record:
 
 
 _NAMES = {
-    "version": "the version of cl_compiler's group protocol",
-    "loss": "the loss",
-    "request": "hardware, budget, schedule, precision or gradient convention",
-    "shapes": "the widths of further operands, the slots or the queue",
-    "scalars": "the values of the scalar arguments",
-    "width": "D, the operands' number of columns,",
-    "dtype": "the operands' dtype",
-    "needs": "which arguments need a gradient",
+    "version": (
+        "the version of cl_compiler's group protocol",
+        "Install the same cl_compiler on every rank.",
+    ),
+    "loss": (
+        "the loss",
+        "Compile one loss on all of them; equal names with other fingerprints are other formulas: "
+        "the ranks then run different code.",
+    ),
+    "request": ("what compile_loss was asked for", "Pass the same on every rank."),
+    "shapes": ("the widths of further operands, the slots or the queue", ""),
+    "scalars": (
+        "the values of the scalar arguments",
+        "Pass the same number on every rank: a parameter under DDP or FSDP is, another one is "
+        "broadcast first.",
+    ),
+    "width": ("D, the operands' number of columns,", ""),
+    "dtype": ("the operands' dtype", "Cast them alike."),
+    "needs": (
+        "which arguments need a gradient",
+        "Freeze the same towers, and the scale, on every rank.",
+    ),
 }
+"""Field → what it is called, and what to do where ranks differ in it."""
+_COMPILED = ("version", "loss", "request")
+"""Fields that say which code a rank runs: before anybody's arguments are looked at."""
 _DIGESTS = ("loss", "request", "shapes", "scalars")
 
 
-def check_agreement(
+def packed(parts: Mapping[str, str]) -> str:
+    """Named values as one text, of which a message shows those that differ."""
+    return json.dumps(dict(parts), sort_keys=True)
+
+
+def differing(texts: Sequence[str]) -> list[str]:
+    """Of every rank's ``packed`` values, "name=value" of those that are not the same on all."""
+    try:
+        parts = [json.loads(text) for text in texts]
+        names = list(dict.fromkeys(name for of in parts for name in of))
+    except (ValueError, TypeError):  # a rank did not say
+        return list(texts)
+    odd = [name for name in names if len({of.get(name) for of in parts}) > 1]
+    return [", ".join(f"{name}={of.get(name, 'none')}" for name in odd) for of in parts]
+
+
+def check_compiled(
     name: str, records: Sequence[Record], describe: Callable[[str], Sequence[str]]
 ) -> None:
-    """Raise what every rank has to raise, if anything.
+    """Raise, on every rank, where ranks are in different calls, or run different code.
 
     Args:
         name: the loss's, for messages.
@@ -138,8 +172,7 @@ def check_agreement(
 
     Raises:
         GroupError: ranks are in different calls or phases.
-        NonFiniteError: some rank has inputs that are not finite, and asked to be told.
-        ArgumentError: a rank's arguments are wrong, differ between ranks, or are all empty.
+        ArgumentError: they compiled another loss, or were asked for something else.
     """
     places = [(r.phase, r.sequence) for r in records]
     if len(set(places)) > 1:
@@ -148,21 +181,51 @@ def check_agreement(
             f"{name}: ranks are out of step: {shown}. Every rank calls the loss, and its backward, "
             "equally often and in the same order. The group is of no use any more: make another."
         )
+    _compare(name, records, _COMPILED, describe)
+
+
+def _compare(
+    name: str,
+    records: Sequence[Record],
+    names: Sequence[str],
+    describe: Callable[[str], Sequence[str]],
+) -> None:
+    for field in names:
+        found = [getattr(r, field) for r in records]
+        if len(set(found)) == 1:
+            continue
+        if field not in (*_DIGESTS, "needs"):
+            texts = [str(value) for value in found]
+        else:
+            texts = list(describe(field))
+            texts = texts if field in ("loss", "needs") else differing(texts)
+        what, fix = _NAMES[field]
+        raise ArgumentError(
+            f"{name}: {what} must be the same on every rank: {listed(texts)}. {fix}".rstrip()
+        )
+
+
+def check_agreement(
+    name: str, records: Sequence[Record], describe: Callable[[str], Sequence[str]]
+) -> None:
+    """Raise what every rank has to raise, if anything, where all run the same code.
+
+    Args:
+        name: the loss's, for messages.
+        records: of every rank, in their order.
+        describe: field → what it stands for on every rank, as text; called where digests differ.
+
+    Raises:
+        NonFiniteError: some rank has inputs that are not finite, and asked to be told.
+        ArgumentError: a rank's arguments are wrong, differ between ranks, or are all empty.
+    """
     if any(r.flags & FAILED for r in records):
-        texts = describe("failed")
-        shown = "; ".join(f"rank {k}: {t}" for k, t in enumerate(texts) if t)
+        shown = listed(describe("failed"), but="")
         raise ArgumentError(f"{name}: {shown}")
     if any(r.flags & NOT_FINITE for r in records):
         bad = [k for k, r in enumerate(records) if r.flags & NOT_FINITE]
         raise NonFiniteError(f"{name}: NaN or infinite elements on {ranks_in_words(bad)}.")
-    for field in _NAMES:
-        found = [getattr(r, field) for r in records]
-        if len(set(found)) == 1:
-            continue
-        texts = describe(field) if field in (*_DIGESTS, "needs") else [str(f) for f in found]
-        raise ArgumentError(
-            f"{name}: {_NAMES[field]} must be the same on every rank: {listed(texts)}."
-        )
+    _compare(name, records, [field for field in _NAMES if field not in _COMPILED], describe)
     if len({r.flags & IN_HOST for r in records}) > 1:
         shown = listed(["in host memory" if r.flags & IN_HOST else "on a device" for r in records])
         raise ArgumentError(f"{name}: shards must be in one kind of memory on every rank: {shown}.")
@@ -225,20 +288,30 @@ def joint_positives(records: Sequence[Record]) -> str:
     return "diagonal" if kinds == {"paired", "diagonal"} else kinds.pop()
 
 
-def listed(values: Sequence[str]) -> str:
-    """What ranks have, ranks with the same value together."""
+def listed(values: Sequence[str], but: str | None = None) -> str:
+    """What ranks have, ranks with the same value together; ranks that have ``but`` left out."""
     groups: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
-        groups.setdefault(value, []).append(rank)
+        if value != but:
+            groups.setdefault(value, []).append(rank)
     return "; ".join(f"{ranks_in_words(ranks)}: {value}" for value, ranks in groups.items())
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:
-    """ "rank 2", "ranks 0, 1, 3" or "ranks 0, 1, … (97 ranks)"."""
+    """ "rank 2", "ranks 0, 2", "ranks 0-3, 7" or "ranks 0, 2, … (97 ranks)"."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    shown = ", ".join(map(str, ranks[:_SHOWN]))
-    return f"ranks {shown}" + (f", … ({len(ranks)} ranks)" if len(ranks) > _SHOWN else "")
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    parts: list[str] = []
+    for run in runs:
+        parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(rank) for rank in run]
+    shown = ", ".join(parts[:_SHOWN])
+    return f"ranks {shown}" + (f", … ({len(ranks)} ranks)" if len(parts) > _SHOWN else "")
 
 
 assert _LAYOUT.size == RECORD_BYTES and len(fields(Record)) == 15
@@ -251,9 +324,12 @@ __all__ = [
     "Record",
     "check_agreement",
     "check_chunks",
+    "check_compiled",
     "check_place",
+    "differing",
     "digest",
     "joint_positives",
     "listed",
+    "packed",
     "ranks_in_words",
 ]

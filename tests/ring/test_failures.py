@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.links import NoLinksError, obstacle, shaped
+from cl_compiler.runtime.guard import differing, listed, packed, ranks_in_words
 from tests.ring import ending, ranks
 from tests.ring.processes import launch
 
@@ -31,20 +32,50 @@ def disagreements() -> list[dict[str, tuple[str, float]]]:
         ("needs", ["ArgumentError", "rank 1: y", "ranks 0, 2: x, y"]),
         ("ids", ["ArgumentError", "rank 1: no ids", "ranks 0, 2: ids"]),
         ("empty", ["ArgumentError", "all 3 ranks are empty"]),
-        ("loss", ["ArgumentError", "rank 1: infonce", "ranks 0, 2: clip"]),
-        ("plan", ["ArgumentError", "schedule=ring_travel", "schedule=ring_owner"]),
-        ("convention", ["ArgumentError", "grad_convention=sum", "grad_convention=mean"]),
+        ("loss", ["ArgumentError", "rank 1: infonce", "ranks 0, 2: clip", "Compile one loss on"]),
+        ("operands", ["rank 1: nt_xent, fingerprint", "ranks 0, 2: clip, fingerprint"]),
+        ("plan", ["rank 1: schedule=ring_travel.", "ranks 0, 2: schedule=ring_owner;"]),
+        ("convention", ["rank 1: grad_convention=sum.", "ranks 0, 2: grad_convention=mean;"]),
+        ("budget", ["rank 1: memory_budget=32.0 MiB.", "ranks 0, 2: memory_budget=16.0 MiB;"]),
+        ("problem", ["rank 1: problem=(M=60, N=60, D=8,", "ranks 0, 2: problem=none;"]),
     ],
 )
 def test_ranks_that_differ_all_raise_the_same(disagreements, what, words):
+    """And nothing but what differs is said."""
     texts = {found[what][0] for found in disagreements}
-    if what == "loss":  # each names its own first
+    if what in ("loss", "operands"):  # each names its own first
+        assert {text.partition(": ")[0] for text in texts} == {"ArgumentError"}
         texts = {text.partition("must be")[2] for text in texts}
-        words = words[1:]
+        words = [word for word in words if word != "ArgumentError"]
     assert len(texts) == 1, texts
     (text,) = texts
     assert all(word in text for word in words), text
+    if what in ("plan", "convention", "budget"):
+        assert text.count("=") == 2 and text.endswith(" Pass the same on every rank."), text
     assert max(found[what][1] for found in disagreements) < 2.0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ([2], "rank 2"),
+        ([0, 1], "ranks 0, 1"),
+        ([0, 1, 2, 3, 7], "ranks 0-3, 7"),
+        ([0, 2, 3, 5, 6, 7], "ranks 0, 2, 3, 5-7"),
+        (list(range(0, 64, 2)), "ranks 0, 2, 4, 6, 8, 10, 12, 14, … (32 ranks)"),
+        (list(range(1024)), "ranks 0-1023"),
+    ],
+)
+def test_ranks_are_named_in_few_words(ranks, words):
+    assert ranks_in_words(ranks) == words
+
+
+def test_what_is_alike_is_not_said():
+    first = packed({"a": "1", "b": "2", "c": "3"})
+    other = packed({"a": "1", "b": "5", "c": "4"})
+    assert differing([first, first, other]) == ["b=2, c=3", "b=2, c=3", "b=5, c=4"]
+    assert listed(differing([first] * 4 + [other])) == "ranks 0-3: b=2, c=3; rank 4: b=5, c=4"
+    assert differing([first, "unknown"]) == [first, "unknown"]  # a rank that did not say
 
 
 def test_wrong_arguments_of_one_rank_are_told_to_all(disagreements):
