@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 __all__ = ["GANTT_SUFFIXES", "draw", "write_page"]
 
 GANTT_SUFFIXES = (".png", ".svg")
-_COLOURS = {
-    "compute": "#2f6ea5",
-    "send": "#7fb069",
-    "gradient": "#c0622b",
-    "copy": "#8e6bb0",
-    "wait": "#d0d3d8",
+_KINDS = {
+    "compute": ("#2f6ea5", "products"),
+    "send": ("#7fb069", "shards and totals"),
+    "gradient": ("#c0622b", "gradients on their way back"),
+    "statistics": ("#e3b23c", "statistics on their way back"),
+    "copy": ("#8e6bb0", "host copies"),
+    "wait": ("#d0d3d8", "waiting"),
 }
+"""Of each kind of event its colour, and what a legend calls it."""
 _LANES = {"compute": (0.0, "products"), "wait": (0.0, "products"), "send": (0.45, "send")}
-"""Of each kind its line, and the events that follow one another there; gradients have their own."""
+"""Of each kind its line, and the events that follow one another there; others have their own."""
 _PIXELS = 1200
 """Across a chart, about: narrower bars cannot be told apart."""
 _STYLE = (
@@ -46,11 +48,11 @@ def chart(run: Run, title: str) -> Figure:
     from matplotlib.patches import Patch
 
     ranks = 1 + max((e.rank for e in run.events), default=0)
-    figure = Figure(figsize=(10, 1.2 + 0.5 * ranks))
+    figure = Figure(figsize=(10, 1.4 + 0.5 * ranks), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     bars = legible(run.events)
-    for what, colour in _COLOURS.items():
+    for what, (colour, _) in _KINDS.items():
         top = _LANES.get(what, (0.45, what))[0] - 0.2
         corners = [
             [(1e3 * x, e.rank + top + dy) for x, dy in zip(xs, (0.0, 0.0, 0.4, 0.4), strict=True)]
@@ -68,14 +70,10 @@ def chart(run: Run, title: str) -> Figure:
     axes.invert_yaxis()
     axes.set_yticks(range(ranks))
     drawn = {e.what for e in bars}
-    legend = [Patch(color=c, label=what) for what, c in _COLOURS.items() if what in drawn]
-    axes.legend(
-        handles=legend,
-        ncols=len(_COLOURS),
-        fontsize=7,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        frameon=False,
+    legend = [Patch(color=c, label=name) for what, (c, name) in _KINDS.items() if what in drawn]
+    # below the axis, where no title is so long that it runs into it
+    figure.legend(
+        handles=legend, ncols=len(legend), fontsize=7, loc="outside lower left", frameon=False
     )
     return figure
 
@@ -136,7 +134,8 @@ def write_page(
         image = io.BytesIO()
         chart(run, name).savefig(image, format="png", dpi=120, bbox_inches="tight")
         data = base64.b64encode(image.getvalue()).decode()
-        parts.append(f'<h2>{html.escape(name)}</h2><img alt="" src="data:image/png;base64,{data}">')
+        title_of, alt = html.escape(name), f"Gantt chart of {html.escape(name)}"
+        parts.append(f'<h2>{title_of}</h2><img alt="{alt}" src="data:image/png;base64,{data}">')
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     path.write_text(
         f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n',

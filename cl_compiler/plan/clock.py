@@ -27,9 +27,14 @@ EVENTS = 20_000
 """Events that are kept for drawing, at most."""
 
 
+GRADIENT, STATISTICS = "gradient", "statistics"
+"""Events that send back what was accumulated."""
+
+
 @dataclass(frozen=True)
 class Event:
-    """One rank's use of one resource; ``what``: "compute", "send", "gradient", "copy", "wait"."""
+    """One rank's use of one resource; ``what``: "compute", "send", "gradient", "statistics",
+    "copy" or "wait"."""
 
     rank: int
     what: str
@@ -135,7 +140,8 @@ class Clock:
 
     ``speed``: of each rank, 1 as planned.  ``start_s_per_byte``: to start what accumulates on its
     way, one pass over it; ``join_s_per_byte``: to join what other ranks accumulated, three.
-    ``post_s``: of a rank, for every exchange that it posts.
+    ``post_s``: of a rank, for every exchange that it posts.  ``home``: what is sent back in the
+    pass that runs, as it is drawn: gradients, or statistics alone.
     """
 
     links: Links
@@ -144,6 +150,7 @@ class Clock:
     start_s_per_byte: float = 0.0
     join_s_per_byte: float = 0.0
     post_s: float = 0.0
+    home: str = GRADIENT
     now: Vector = field(init=False)
     compute_s: Vector = field(init=False)
     waiting_s: Vector = field(init=False)
@@ -195,13 +202,13 @@ class Clock:
         self.now = self.now + waited
         self.waiting_s += waited
 
-    def together(self, seconds: float) -> Vector:
+    def together(self, seconds: float, what: str = "send") -> Vector:
         """A collective: it begins when the last rank has posted it, one after the other."""
         self.now = self.now + self.post_s
         start = max(float(self.now.max()), self._collective)
         self._collective = start + seconds
         ends = np.full_like(self.now, self._collective)
-        self._draw("send", np.full_like(self.now, start), ends)
+        self._draw(what, np.full_like(self.now, start), ends)
         return ends
 
     def _draw(self, what: str, start: Vector, end: Vector) -> None:
@@ -213,4 +220,13 @@ class Clock:
                 self.events.append(Event(rank, what, begin_s, end_s))
 
 
-__all__ = ["Clock", "Event", "Links", "Vector", "links_of", "links_of_levels"]
+__all__ = [
+    "GRADIENT",
+    "STATISTICS",
+    "Clock",
+    "Event",
+    "Links",
+    "Vector",
+    "links_of",
+    "links_of_levels",
+]

@@ -15,7 +15,16 @@ import numpy as np
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING, HOST
-from cl_compiler.plan.clock import Clock, Event, Links, Vector, links_of, links_of_levels
+from cl_compiler.plan.clock import (
+    GRADIENT,
+    STATISTICS,
+    Clock,
+    Event,
+    Links,
+    Vector,
+    links_of,
+    links_of_levels,
+)
 from cl_compiler.plan.host import link_rate
 from cl_compiler.plan.overlap import shares_of_passes
 from cl_compiler.plan.streamed import joined, streamed
@@ -150,6 +159,7 @@ def run(
         if item.travel.phase != phase:
             phase, forward_s = item.travel.phase, float(clock.now.max())
         _numbers(clock)
+        clock.home = GRADIENT if item.travel.gradient_width else STATISTICS
         if not item.travel.operand_width and not item.travel.vectors:
             mine = 1.0 if shares is None else shares
             if item.host is not None:
@@ -220,7 +230,7 @@ def _around(
                 if arriving is not None:
                     clock.wait(arriving)
                     clock.compute((back if step > 1 else owed) * clock.join_s_per_byte)
-                arriving, owed = clock.exchange(back, "gradient", links), back
+                arriving, owed = clock.exchange(back, clock.home, links), back
             if posted is not None:
                 clock.wait(posted)
             if shares is not None:
@@ -300,7 +310,7 @@ def _along(
                 if back:
                     joined(clock, arriving[k], back * (size if step > 1 else share))
                     links = line.links if step < line.steps else line.home
-                    arriving[k] = clock.exchange(back * size, "gradient", links)
+                    arriving[k] = clock.exchange(back * size, clock.home, links)
             for until in posted:
                 clock.wait(until)
         start += count
@@ -331,7 +341,7 @@ def _gathered(
             if swapped is not None:
                 clock.wait(swapped)
             clock.compute(back * count * ranks * (clock.start_s_per_byte + clock.join_s_per_byte))
-            swapped = clock.together(_collective_s(clock, back * count))
+            swapped = clock.together(_collective_s(clock, back * count), clock.home)
     if swapped is not None:
         clock.wait(swapped)
 

@@ -69,7 +69,7 @@ def _one_chunk(
         clock.compute(seconds * block * size)
         if back and step:
             joined(clock, arriving, back * size)
-            arriving = clock.exchange(back * size, "gradient")
+            arriving = clock.exchange(back * size, clock.home)
         if posted is not None:
             clock.wait(posted)
         here = here[before]

@@ -8,10 +8,19 @@ from itertools import pairwise
 
 import pytest
 
-from cl_compiler.cli.simulate_report import legible
+from cl_compiler.cli.simulate_report import chart, legible
+from cl_compiler.hardware import load_hardware
+from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ring import CLUSTER_SCHEDULES
-from cl_compiler.plan.clock import Event
+from cl_compiler.lang.sweeps import plan_sweeps
+from cl_compiler.losses import find
+from cl_compiler.plan.clock import GRADIENT, STATISTICS, Event
+from cl_compiler.plan.cluster import choose_cluster_plan
+from cl_compiler.plan.simulate import simulate
+from cl_compiler.plan.types import MemoryBudget, Problem, Request
 from cl_compiler.units import format_seconds
+
+DRAWN = ("compute", "send", GRADIENT, STATISTICS, "wait")
 
 CLUSTER = ["--hardware", "a800-4x8", "--problem", "32768x256"]
 
@@ -37,7 +46,36 @@ def test_ranks_of_a_machine_and_a_chart(cli, cli_json, tmp_path):
     text = page.read_text()
     assert text.count("data:image/png;base64,iVBOR") == len(found["schedules"]) >= 3
     assert all(word in text for word in (*found["schedules"], "Inf-CL", "not two_level"))
+    assert all(f'alt="Gantt chart of {name}"' in text for name in found["schedules"])
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("schedule", "loss"), [("ring_travel", "clip"), ("all_gather", "clip"),
+    ("half_ring", "nt_xent")])  # fmt: skip
+def test_what_a_forward_sends_back_is_drawn_as_statistics(schedule, loss):
+    """No gradient is on its way before the backward; a legend has each kind that is drawn, once,
+    in a colour of its own, beside a title and not on it."""
+    spec = with_ranks(load_hardware("xeon-amx-2c"), 4, 4)
+    positives = "views" if loss == "nt_xent" else "diagonal"
+    needs = frozenset({"z"} if loss == "nt_xent" else {"x", "y"})
+    budget, problem = MemoryBudget(1 << 30), Problem(600, 600, 64)
+    asked = Request(
+        find(loss), spec, budget, problem, positives, needs, schedule=schedule, group_size=4
+    )
+    plan, program = choose_cluster_plan(asked, plan_sweeps(asked.loss, positives, needs))
+    run = simulate(plan, program, spec, drawn_ranks=2)
+    last = {what: max(e.end_s for e in run.events if e.what == what) for what in DRAWN}
+    first = {what: min(e.start_s for e in run.events if e.what == what) for what in DRAWN}
+    assert first["statistics"] < run.forward_s <= first["gradient"] < last["gradient"]
+    figure = chart(run, "a title " * 9)
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    sent = ["gradients on their way back", "statistics on their way back"]
+    assert names == ["products", "shards and totals", *sent, "waiting"]
+    assert len({patch.get_facecolor() for patch in legend.get_patches()}) == len(names)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert legend.get_window_extent().y1 < axes.xaxis.label.get_window_extent().y0
 
 
 @pytest.mark.parametrize("loss", ["nt_xent", "siglip"])
