@@ -98,7 +98,7 @@ def bench(
     M: opt.Rows = None,
     N: opt.Cols = None,
     D: opt.Features = None,
-    dtype: opt.DType = "float32",
+    dtype: opt.DType = opt.DEFAULT_DTYPE,
     precision: opt.Precision = "auto",
     schedule: opt.Schedule = "auto",
     threads: Annotated[

@@ -26,7 +26,7 @@ def compile_(
     M: opt.Rows = None,
     N: opt.Cols = None,
     D: opt.Features = None,
-    dtype: opt.DType = "float32",
+    dtype: opt.DType = opt.DEFAULT_DTYPE,
     precision: opt.Precision = "auto",
     schedule: opt.Schedule = "auto",
     positives: opt.Positives = "auto",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "DEFAULT_DTYPE",
     "DEFAULT_PROBLEM",
     "Bank",
     "Budget",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 DEFAULT_PROBLEM = "16384x16384x512"
+DEFAULT_DTYPE = "float32"
+"""That of ``Problem``: a command asks for what ``compile_loss`` does with the same sizes."""
 
 Hardware = Annotated[
     str,
@@ -65,7 +68,12 @@ Features = Annotated[
     int | None, typer.Option("--D", help="Features, instead of the problem's.", show_default=False)
 ]
 DType = Annotated[
-    str, typer.Option("--dtype", help="Of the inputs: float64, float32, bfloat16 or float16.")
+    str,
+    typer.Option(
+        "--dtype",
+        help="Of the inputs: float64, float32, bfloat16 or float16. The default is compile_loss's "
+        "own, on CPUs and GPUs alike.",
+    ),
 ]
 Precision = Annotated[
     str,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import typer
 
-from cl_compiler.cli.options import DEFAULT_PROBLEM
+from cl_compiler.cli.options import DEFAULT_DTYPE, DEFAULT_PROBLEM
 from cl_compiler.cli.output import in_options
 from cl_compiler.errors import ArgumentError, CompilerError
 
@@ -50,7 +50,7 @@ class Question:
     M: int = 0
     N: int = 0
     D: int = 0
-    dtype: str = "float32"
+    dtype: str = DEFAULT_DTYPE
     precision: str = "auto"
     schedule: str = "auto"
     positives: str = "auto"

@@ -43,7 +43,7 @@ def simulate(
     budget: opt.Budget = None,
     loss: opt.Loss = "clip",
     problem: opt.ProblemText = opt.DEFAULT_PROBLEM,
-    dtype: opt.DType = "bfloat16",
+    dtype: opt.DType = opt.DEFAULT_DTYPE,
     precision: opt.Precision = "auto",
     positives: opt.Positives = "auto",
     gradients: opt.Gradients = "auto",
@@ -371,7 +371,7 @@ def _tables(asked: Request, found: dict[str, _Found]) -> tuple[Table, Table]:
     if any(of.largest is not None for of in found.values()):
         columns.append("largest batch")
     others = tuple((name, format_bytes(count)) for name, count in _others(asked))
-    title = "\nwhat other losses take on one rank, by their formulas"
+    title = "\nwhat other losses take on one rank in float32, by their formulas"
     return (
         Table("", tuple(columns), tuple(rows), frozenset(range(1, len(columns)))),
         Table(title, ("loss", "memory"), others, frozenset({1})),

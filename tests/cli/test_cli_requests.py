@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from inspect import isfunction, signature
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from cl_compiler.api import Specialiser, find_loss
+from cl_compiler.cli.main import COMMANDS, app
 from cl_compiler.cli.output import in_options
 from cl_compiler.cli.requests import (
     Question,
@@ -154,3 +158,19 @@ def test_messages_speak_of_options():
     )
     with pytest.raises(typer.BadParameter, match="it is too much"), reading("--budget"):
         raise ArgumentError("it is too much")
+
+
+def test_every_command_asks_for_the_same_dtype_if_nothing_is_said():
+    """That of ``Problem``, which ``compile_loss(problem="MxNxD")`` makes; each says so."""
+    commands = {name: import_module(entry.home.split(":")[0]) for name, entry in COMMANDS.items()}
+    found = {}
+    for name, module in commands.items():
+        function = getattr(module, COMMANDS[name].home.partition(":")[2])
+        parameters = signature(function).parameters if isfunction(function) else {}
+        if "dtype" in parameters:
+            found[name] = parameters["dtype"].default
+            said = " ".join(CliRunner().invoke(app, [name, "--help"]).stdout.split())
+            assert "The default is compile_loss's own, on CPUs and GPUs alike." in said
+            assert "[default: float32]" in said
+    assert {"plan", "compile", "inspect", "simulate", "bench", "tune"} <= set(found)
+    assert set(found.values()) == {Problem(1, 1, 1).dtype} == {Question().dtype}
