@@ -15,6 +15,7 @@ from cl_compiler.cli.ranks import (
     on_its_ranks,
     on_ranks,
     ranks_of,
+    step_of,
     table_of,
 )
 from cl_compiler.cli.requests import ask, request_of
@@ -79,7 +80,7 @@ def plan(
         request = request_of(question)
         step()
         sweeps = plan_sweeps(request.loss, request.positives, request.needs)
-        shares, left_out = None, ""
+        shares, left_out, step_s = None, "", 0.0
         if differing is None:
             request = on_its_ranks(request)
         else:
@@ -88,8 +89,8 @@ def plan(
             shares = shares_of_ranks(
                 asked, sweeps, total, differing.speeds, differing.budgets, plan_group, fits_group
             )
-            seconds = simulated_s(shares, asked, differing.speeds)
-            left_out = if_left_out(asked, sweeps, total, differing, seconds)
+            step_s = simulated_s(shares, asked, differing.speeds)
+            left_out = if_left_out(asked, sweeps, total, differing, step_s)
         chosen = plan_of(request, sweeps) if shares is None else shares.plan
         largest = None
         if max_batch:
@@ -101,15 +102,16 @@ def plan(
                 "rows_of_ranks": list(shares.rows),
                 "peak_bytes_of_ranks": list(shares.peak_bytes),
                 "memory_budget_bytes": shares.plan.peak_bytes,
+                "step_s": step_s,
             }
             write_json(plan_to_json(chosen) | of_ranks)
             return
         write_json(plan_to_json(chosen) | ({} if largest is None else {"max_batch": largest}))
         return
-    write_report(explain(chosen))
+    write_report(explain(chosen, step_of(step_s, chosen, differing) if shares else ""))
     if differing is not None and shares is not None:
-        write("\nranks")
-        columns = ("rank", "speed", "rows", "memory", "budget")
+        write()
+        columns = ("ranks", "speed", "rows", "memory", "budget")
         write_table(Table("", columns, tuple(table_of(differing, shares)), frozenset(range(1, 5))))
         cluster = shares.plan.cluster
         assert cluster is not None

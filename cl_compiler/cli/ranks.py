@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cl_compiler.hardware.spec import HardwareSpec
     from cl_compiler.lang.sweeps import SweepPlan
     from cl_compiler.plan.shards import RankShares
-    from cl_compiler.plan.types import Request
+    from cl_compiler.plan.types import Plan, Request
 
 __all__ = [
     "Budgets",
@@ -28,6 +28,7 @@ __all__ = [
     "on_its_ranks",
     "on_ranks",
     "ranks_of",
+    "step_of",
     "table_of",
 ]
 
@@ -156,6 +157,15 @@ def in_words(rows: Sequence[int]) -> str:
     return ", ".join(f"{n} on {count} of them" for n, count in counts.items())
 
 
+def step_of(seconds: float, plan: Plan, ranks: Ranks | None) -> str:
+    """A simulated step, and what the plan's own time beside it is of."""
+    alike = ""
+    if ranks is not None:
+        rows = f"{plan.problem.M} rows"
+        alike = f" of these ranks; the time is of ranks that all have {rows} and the highest speed"
+    return f"{format_seconds(seconds)} simulated{alike or ', message by message'}"
+
+
 def if_left_out(asked: Request, sweeps: SweepPlan, total: int, ranks: Ranks, seconds: float) -> str:
     """What leaving out the rank with least memory is predicted to gain; "" where it does not."""
     from cl_compiler.codegen.ring.backend import fits_group, plan_group
@@ -175,6 +185,8 @@ def if_left_out(asked: Request, sweeps: SweepPlan, total: int, ranks: Ranks, sec
 
 def table_of(ranks: Ranks, shares: RankShares) -> list[tuple[str, ...]]:
     """(ranks, speed, rows, memory, budget) of each kind of rank."""
+    from cl_compiler.runtime.guard import ranks_in_words
+
     kinds: dict[tuple[float, int, int, int], list[int]] = {}
     budgets = ranks.budgets or (shares.plan.budget.device_bytes,) * ranks.count
     for rank, kind in enumerate(
@@ -183,7 +195,7 @@ def table_of(ranks: Ranks, shares: RankShares) -> list[tuple[str, ...]]:
         kinds.setdefault(kind, []).append(rank)
     return [
         (
-            ", ".join(map(str, members)),
+            ranks_in_words(members).partition(" ")[2],
             f"{speed:g}",
             str(rows),
             format_bytes(peak),

@@ -18,6 +18,7 @@ from cl_compiler.cli.ranks import (
     in_words,
     on_ranks,
     ranks_of,
+    step_of,
     table_of,
 )
 from cl_compiler.cli.requests import ask, check_path, request_of
@@ -121,7 +122,8 @@ def simulate(
         if explain:
             from cl_compiler.plan.report import explain as in_tables
 
-            write(f"\n{in_tables(found[best].plan)}")
+            of = found[best]
+            write(f"\n{in_tables(of.plan, step_of(of.run.seconds, of.plan, differing))}")
     if page is not None:
         notes = [f"not {name}: {why}" for name, why in reasons.items()]
         notes += [f"fastest: {best}, {_fastest(found[best])}"]

@@ -12,10 +12,13 @@ from cl_compiler.plan.types import Candidate, HostPlan, Plan
 from cl_compiler.units import format_bytes, format_rate, format_seconds
 
 
-def explain(plan: Plan) -> str:
-    """The plan in words and tables; lines end without spaces, the text with a newline."""
+def explain(plan: Plan, step: str = "") -> str:
+    """The plan in words and tables; lines end without spaces, the text with a newline.
+
+    ``step``: what a step of the ranks takes, where it was simulated, beside the plan's own time.
+    """
     sections = [
-        _summary(plan),
+        _summary(plan, step),
         _section("group of ranks", _cluster(plan)),
         _section("bytes per link: the busiest of each kind, one way", _links(plan)),
         _section("levels", _levels(plan)),
@@ -28,7 +31,7 @@ def explain(plan: Plan) -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
-def _summary(plan: Plan) -> list[str]:
+def _summary(plan: Plan, step: str) -> list[str]:
     p = plan.problem
     kept = f", {plan.kept_tiles} kept for the backward" if plan.kept_tiles else ""
     needs = ", ".join(sorted(plan.needs)) or "none"
@@ -50,6 +53,7 @@ def _summary(plan: Plan) -> list[str]:
             "time",
             f"{format_seconds(plan.seconds)} predicted for {plan.units:.2f} units of 2*M*N*D FLOP",
         ),
+        *([("step", step)] if step else []),
         ("rates", plan.rates),
         (
             "memory",

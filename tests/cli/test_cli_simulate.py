@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -207,3 +208,24 @@ def test_the_largest_batch_is_in_the_table(cli, cli_json, monkeypatch):
     monkeypatch.setattr("cl_compiler.cli.simulate.working", noted)
     assert f"{found['ring_owner']['max_batch']:,}" in cli("simulate", *options).stdout
     assert {f"{name}, the largest batch" for name in CLUSTER_SCHEDULES} < set(begun)
+
+
+def test_plan_and_simulate_name_the_same_step_of_ranks_that_differ(cli, cli_json, tmp_path):
+    """The plan's own time is of ranks that all have the largest shard, and is said to be."""
+    path = tmp_path / "three.toml"
+    machine = with_ranks(load_hardware("xeon-amx-2c"), 3, 3)
+    path.write_text(machine.to_toml())
+    asked = ["--hardware", str(path), "--problem", "6000x64", "--speeds", "2,2,1"]
+    simulated = cli_json("simulate", *asked)
+    planned = cli_json("plan", *asked)
+    assert planned["step_s"] == simulated["schedules"][simulated["fastest"]]["seconds"]
+    assert planned["step_s"] < planned["seconds"]
+    step = format_seconds(planned["step_s"])
+    said = f"step +{step} simulated of these ranks; the time is of ranks that all have 2400 rows"
+    for command in (["plan"], ["simulate", "--explain"]):
+        text = cli(*command, *asked).stdout
+        time_of_plan = re.search(rf"^  (time .*)\n  {said}", text, re.MULTILINE)[1]
+        assert format_seconds(planned["seconds"]) in time_of_plan
+    even = cli("simulate", "--explain", *asked[:-2]).stdout
+    assert re.search(r"^  step +\S+ \S+ simulated, message by message$", even, re.MULTILINE)
+    assert "simulated" not in cli("plan", *asked[:-2]).stdout
