@@ -83,6 +83,7 @@ class RankGroup:
         self.rank, self.world_size = self.control.rank, self.control.world_size
         self.calls = 0
         self._failed = ""
+        self._alike: weakref.ref[CompilerError] | None = None
         self._store = PrefixStore("cl_compiler", self.control.group.get_group_store())
         # The thread holds the groups, not this object: who forgets to close it leaves no thread.
         broken_up = partial(_break_up, self._groups)
@@ -257,11 +258,32 @@ class RankGroup:
             check()
             yield
             self.settle()
-        except alike:
+        except alike as error:
+            if isinstance(error, CompilerError):
+                self.raised_alike(error)
             raise
         except BaseException as error:
             self.fail(error)
             raise
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """While it is entered, an exception that leaves it is told to the other ranks, and goes on.
+
+        They raise a ``GroupError`` that quotes it, in this call of the loss or their next one,
+        whatever becomes of it here (one that ends the process is told anyway).  Errors of the loss
+        that every rank raises alike are no failure: the group goes on.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self._alike is None or self._alike() is not error:
+                self.fail(error)
+            raise
+
+    def raised_alike(self, error: CompilerError) -> None:
+        """Every rank raises this, or has been told of it."""
+        self._alike = weakref.ref(error)
 
     def check_alive(self) -> None:
         """Raise if the group has failed.
@@ -373,10 +395,4 @@ class _Watched:
             raise self.ranks.failure(error) from error
 
 
-__all__ = [
-    "CONVENTIONS",
-    "GradConvention",
-    "RankGroup",
-    "check_group_options",
-    "process_group",
-]
+__all__ = ["CONVENTIONS", "GradConvention", "RankGroup", "check_group_options", "process_group"]

@@ -129,7 +129,8 @@ class GroupLoss(CompiledLoss):
             )
             arguments = [call.values[name] for name in variant.module.ARGUMENTS]
             return self._run(variant.module, [ring, *arguments])
-        except CompilerError:  # on every rank alike, or told already
+        except CompilerError as error:  # on every rank alike, or told already
+            ranks.raised_alike(error)
             raise
         except BaseException as error:
             ranks.fail(error)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from cl_compiler import compile_loss
+from cl_compiler.errors import GroupError
 from cl_compiler.lang.ring import HALF_RING
 from cl_compiler.runtime import group_loss
 
@@ -105,18 +106,35 @@ def send_slowly(rank: int) -> tuple[str, float]:
     return "", time.time() - began
 
 
-def raise_instead(rank: int, victim: int, caught: bool, marker: str) -> None:
-    """``victim`` fails between two calls, on its own account."""
+AFTERMATH_S = 4.0
+"""How long a rank goes on after an exception that it catches: longer than the others may wait."""
+
+
+def raise_instead(rank: int, victim: int, told: str, marker: str) -> None:
+    """``victim`` fails between two calls, on its own account.
+
+    ``told``: "" (the exception ends the process), "by hand" (``fail``) or "guarded"; the process
+    then catches it, and goes on for a while.
+    """
     loss_fn = compiled()
     x, y = shards(rank)
     loss_fn(x, y, logit_scale=10.0).backward()
     if rank == victim:
         time.sleep(0.5)  # the others wait by now
         Path(marker).write_text(str(time.time()))
-        if caught:
-            loss_fn.ranks.fail(ValueError("the data loader broke"))
-            time.sleep(1.0)
-        raise ValueError("the data loader broke")
+        try:
+            with loss_fn.ranks.guarded() if told == "guarded" else contextlib.nullcontext():
+                raise ValueError("the data loader broke")
+        except ValueError as error:
+            if not told:
+                raise
+            if told == "by hand":
+                loss_fn.ranks.fail(error)
+        with contextlib.suppress(GroupError):  # this rank has left, too
+            loss_fn(x, y, logit_scale=10.0)
+            raise AssertionError("the group goes on without its other ranks")
+        time.sleep(AFTERMATH_S)
+        return
     loss_fn(x, y, logit_scale=10.0).backward()
 
 
@@ -184,12 +202,22 @@ def disagreements(rank: int) -> dict[str, tuple[str, float]]:
 
     x, y = shards(rank)
     wide = shards(rank, width=12 if odd else 8)
-    attempt("width", lambda: loss_fn(*wide, logit_scale=10.0))
+
+    def guarded_call() -> None:  # what all ranks raise alike fails none of them
+        with loss_fn.ranks.guarded():
+            loss_fn(*wide, logit_scale=10.0)
+
+    attempt("width", guarded_call)
     double = shards(rank, dtype=torch.float64 if odd else torch.float32)
     attempt("dtype", lambda: loss_fn(*double, logit_scale=10.0))
     attempt("scale", lambda: loss_fn(x, y, logit_scale=11.0 if odd else 10.0))
     attempt("needs", lambda: loss_fn(x.detach() if odd else x, y, logit_scale=10.0))
-    attempt("arguments", lambda: loss_fn(x, y[:3] if odd else y, logit_scale=10.0))
+
+    @loss_fn.ranks.guarded()
+    def wrong_call() -> None:
+        loss_fn(x, y[:3] if odd else y, logit_scale=10.0)
+
+    attempt("arguments", wrong_call)
     ids = {} if odd else {"row_ids": torch.arange(20), "col_ids": torch.arange(20)}
     attempt("ids", lambda: loss_fn(x, y, logit_scale=10.0, **ids))
     attempt("empty", lambda: loss_fn(x[:0], y[:0], logit_scale=10.0))

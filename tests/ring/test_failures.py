@@ -214,10 +214,19 @@ def test_a_slow_link():
     pytest.fail(f"too late: {found}")
 
 
-@pytest.mark.parametrize(("victim", "caught", "store"), [(0, False, "tcp"), (2, True, "file")])
-def test_an_exception_of_one_rank_reaches_the_others(victim, caught, store, tmp_path):
+@pytest.mark.parametrize(
+    ("victim", "told", "store"),
+    [
+        (0, "", "tcp"),
+        (0, "guarded", "tcp"),
+        pytest.param(2, "guarded", "file", marks=pytest.mark.full),
+        pytest.param(2, "by hand", "file", marks=pytest.mark.full),
+    ],
+)
+def test_an_exception_of_one_rank_reaches_the_others(victim, told, store, tmp_path):
+    """Whether it ends the process, or is caught where the group is told of it."""
     words = f"rank {victim} failed: ValueError: the data loader broke"
-    args = (ranks.raise_instead, caught, tmp_path / "at")
+    args = (ranks.raise_instead, told, tmp_path / "at")
     survive(3.0, victim, words, 3, *args, store=store)
 
 
