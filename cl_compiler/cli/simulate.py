@@ -126,7 +126,7 @@ def simulate(
             write(f"\n{in_tables(of.plan, step_of(of.run.seconds, of.plan, differing))}")
     if page is not None:
         notes = [f"not {name}: {why}" for name, why in reasons.items()]
-        notes += [f"fastest: {best}, {_fastest(found[best])}"]
+        notes += [f"fastest: {best}, {_fastest(found[best])}", *_thrifty(found, best)]
         notes += [_in_rows(best, found[best])] if differing is not None else []
         runs = [(name, of.run) for name, of in found.items()]
         shards = _shards(asked, whole.problem.M, differing)
@@ -203,6 +203,8 @@ def _write_text(
         write(f"not {name}: {why}")
     of = found[best]
     write(f"\nfastest: {best}, {_fastest(of)}")
+    for line in _thrifty(found, best):
+        write(line)
     if ranks is not None and of.shares is not None:
         write(_in_rows(best, of))
         if ranks.budgets:
@@ -248,6 +250,21 @@ def _in_rows(name: str, of: _Found) -> str:
 def _fastest(of: _Found) -> str:
     hides = f"from {of.cluster.hiding_rows} rows per rank on" if of.cluster.hiding_rows else "-"
     return f"bound by {of.run.bound_by}; hides its exchange {hides}"
+
+
+def _thrifty(found: dict[str, _Found], best: str) -> list[str]:
+    """A line about a schedule that takes far less memory and little more time, if there is one."""
+    from cl_compiler.plan.thrift import Cost, thrifty, told
+
+    costs = {
+        name: Cost(of.peak_bytes, of.run.seconds)
+        for name, of in found.items()
+        if not of.cluster.inputs_in_host
+    }
+    name = thrifty(costs, best) if best in costs else None
+    if name is None:
+        return []
+    return [told(name, costs[name], costs[best], f"compile_loss(…, schedule={name!r})")]
 
 
 def _steps(max_batch: bool) -> list[str]:

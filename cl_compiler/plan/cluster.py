@@ -34,8 +34,9 @@ from cl_compiler.plan.link_bytes import bytes_per_link
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.overlap import overlap_of, phases_of
 from cl_compiler.plan.share import Share, SharePlanner, plan_of_tiles, tiles_fit
+from cl_compiler.plan.thrift import Cost, thrifty, told
 from cl_compiler.plan.travel import posted_bytes
-from cl_compiler.plan.types import ClusterPlan, Plan, Problem, Request
+from cl_compiler.plan.types import ClusterPlan, MemoryBudget, Plan, Problem, Request
 from cl_compiler.units import format_bytes
 
 PARTS = 8
@@ -99,10 +100,37 @@ def choose_cluster_plan(
 
     ``request.problem`` is the largest shard of any rank; ``request.hardware`` the whole cluster, or
     one device where nothing is known of what joins them.  ``plan_share``: how one rank computes.
+    Where another takes far less memory and little more time, a note says so.
 
     Raises:
         ScheduleError: the loss cannot use the schedule, or cannot run on a group.
         BudgetError: nothing fits; the message says what would.
+    """
+    found, plan, program = _fastest(request, sweeps, plan_share)
+    costs = {name: Cost(c.plan.peak_bytes, c.seconds) for name, c in found.items() if name != HOST}
+    assert plan.cluster is not None
+    taken = plan.cluster.schedule
+    thrifty_one = thrifty(costs, taken) if taken in costs else None
+    if thrifty_one is None:
+        return plan, program
+    # with so much less memory another one may be the fastest, and other tiles are
+    less = MemoryBudget(costs[thrifty_one].peak_bytes, request.budget.host_bytes)
+    _, other, _ = _fastest(replace(request, budget=less), sweeps, plan_share)
+    assert other.cluster is not None
+    how = f"memory_budget={less.device_bytes}"
+    cost = Cost(other.peak_bytes, other.seconds)
+    note = told(other.cluster.schedule, cost, costs[taken], how)
+    return replace(plan, notes=(*plan.notes, note)), program
+
+
+def _fastest(
+    request: Request, sweeps: SweepPlan, plan_share: SharePlanner
+) -> tuple[dict[str, _Candidate], Plan, Program]:
+    """Every schedule that fits the budget; the fastest's plan, with why the others were not taken;
+    its program.
+
+    Raises:
+        as ``choose_cluster_plan``.
     """
     usable, reasons = _usable(request, sweeps, machine_of(hardware_graph(request.hardware)))
     found: dict[str, _Candidate] = {}
@@ -131,7 +159,7 @@ def choose_cluster_plan(
             rejected.append((name, text))
     chosen = found[best]
     cluster = replace(chosen.cluster, rejected=tuple(rejected))
-    return replace(chosen.plan, cluster=cluster), programs[best]
+    return found, replace(chosen.plan, cluster=cluster), programs[best]
 
 
 def _usable(
