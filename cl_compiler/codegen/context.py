@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy as sp
@@ -12,7 +12,7 @@ import sympy as sp
 from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.stages import StagePrinter, StageText
-from cl_compiler.codegen.symbols import scaled_in_products
+from cl_compiler.codegen.symbols import narrowed, scaled_in_products
 from cl_compiler.codegen.whole import WholeStagePrinter
 from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
 from cl_compiler.lang.program import Program
@@ -25,12 +25,16 @@ from cl_compiler.units import format_bytes
 
 @dataclass
 class PositiveText:
-    """A similarity at the positives: ``name = scale · <left_i, right_positive(i)>``."""
+    """A similarity at the positives: ``name = scale · <left_i, right_positive(i)>``.
+
+    ``wide``: it is in fp64 whatever tiles are in.
+    """
 
     name: str
     left: str
     right: str
     scale: str
+    wide: bool
 
 
 @dataclass
@@ -63,6 +67,8 @@ def build_context(
 
     ``printer``: prints the passes and what is around them (None: for one process).
     """
+    if plan.problem.dtype == "float64":  # so is everything
+        program = replace(program, narrow=True)
     sweep_plan = program.plan
     ir, gradient = sweep_plan.ir, sweep_plan.gradient
     cast = is_cast(plan)
@@ -116,7 +122,9 @@ def build_context(
         "argument_names": _tuple(f'"{given.get(a, a)}"' for a in arguments),
         "output_names": _tuple(f'"{n}"' for n, _ in ir.outputs),
         "output_values": _tuple(
-            f"torch.as_tensor({text(e)}, dtype=torch.float64)" if printer.numbers(e) else text(e)
+            f"torch.as_tensor({text(e)}, dtype=torch.float64)"
+            if printer.numbers(e)
+            else narrowed(program, e, text(e), printer.leaves)
             for _, e in ir.outputs
         ),
         "gradient_names": _tuple(f'"{g}"' for g in gradient_names),
@@ -143,6 +151,7 @@ def build_context(
         "kept_tiles": plan.kept_tiles,
         "keeps": program.keeps_tiles,
         "whole": program.is_whole,
+        "wide": bool(program.wide),
         "row_scaled": any(
             tile.row_scale
             for pass_ in program.passes
@@ -163,7 +172,7 @@ def build_context(
             if leaf.kind == "norm" and leaf.left is not None
         ],
         "positive_sims": [
-            _positive(names, n, leaf)
+            _positive(names, n, leaf, n in program.wide)
             for n, leaf in sweep_plan.leaves.items()
             if leaf.kind == "similarity_at_positive" and n not in taken
         ],
@@ -263,9 +272,9 @@ def _view(view: View | None) -> str:
     return view.operand if view.prefix is None else f"{view.operand}[:, :{view.prefix}]"
 
 
-def _positive(names: Names, name: str, leaf: object) -> PositiveText:
+def _positive(names: Names, name: str, leaf: object, wide: bool) -> PositiveText:
     left, right, scale = leaf.left, leaf.right, leaf.scale  # type: ignore[attr-defined]
-    return PositiveText(names(name), _view(left), _view(right), names(scale) if scale else "")
+    return PositiveText(names(name), _view(left), _view(right), names(scale) if scale else "", wide)
 
 
 def _late(printer: StagePrinter) -> list[LateText]:

@@ -41,7 +41,8 @@ class VectorPrinter(StrPrinter):
     """Prints expressions of vectors [length] and scalars, no pair among them.
 
     ``names`` maps a symbol's name to text; ``is_vector`` tells whether an expression varies along
-    an axis, ``is_python`` whether it is a Python number (other scalars are 0-d tensors);
+    an axis, ``is_python`` whether it is a Python number (other scalars are 0-d tensors),
+    ``is_wide`` whether it is in fp64 though tiles are not;
     ``positives`` is the kind of positives, which decides how vectors change axes.
     """
 
@@ -53,8 +54,10 @@ class VectorPrinter(StrPrinter):
         positives: str,
         *,
         block: bool = False,
+        is_wide: Callable[[sp.Expr], bool] = lambda expr: False,
     ) -> None:
         super().__init__({"order": None})
+        self.is_wide = is_wide
         self.names, self.is_vector, self.is_python = names, is_vector, is_python
         self.positives, self.block = positives, block
 
@@ -178,7 +181,8 @@ class VectorPrinter(StrPrinter):
             return f"{text}" if vector.is_Symbol else f"({text})"
         if name == "to_rows":
             return f"{text}[:rows]" if vector.is_Symbol else f"({text})[:rows]"
-        return f"_to_columns({text}, rows, cols)"
+        wide = ", torch.float64" if self.is_wide(vector) else ""
+        return f"_to_columns({text}, rows, cols{wide})"
 
 
 def spaced(text: str) -> str:

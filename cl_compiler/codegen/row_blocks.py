@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cl_compiler.codegen.symbols import finalise, shift_owner
+import sympy as sp
+
+from cl_compiler.codegen.symbols import finalise, narrowed, shift_owner
 from cl_compiler.lang.ir import Let
 from cl_compiler.lang.lower import shift_of
 from cl_compiler.lang.tile_ir import Compute, Diagonal, TileProgram, VectorRef
@@ -55,12 +57,18 @@ def block_statistics(p: PassPrinter, code: TileProgram) -> list[str]:
         if red.monoid in ("sum", "max") and red.name in needed:
             lines.append(f"{p.symbol(red.name)} = {p.names(red.name)}[i:i1]")
     printer = p.printer(in_block, block=True)
+
+    def as_read(expr: sp.Expr) -> str:
+        return narrowed(p.program, expr, printer.text(expr), p.all_leaves)
+
     for node in p.plan.nodes:
         if isinstance(node, Let) and node.name in needed:
-            lines.append(f"{p.symbol(node.name)} = {printer.text(node.expr)}")
+            wide = node.name in p.program.wide
+            text = printer.text(node.expr) if wide else as_read(node.expr)
+            lines.append(f"{p.symbol(node.name)} = {text}")
     for symbol, (expr, _) in code.hoisted.items():
         if symbol in needed:
-            lines.append(f"{p.symbol(symbol)} = {printer.text(expr)}")
+            lines.append(f"{p.symbol(symbol)} = {as_read(expr)}")
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import sympy as sp
 
@@ -15,6 +16,8 @@ from cl_compiler.codegen.symbols import (
     LENGTH,
     PythonNumbers,
     finalise,
+    is_wide,
+    narrowed,
     operand_scale,
     scaled_in_products,
     shift_owner,
@@ -77,6 +80,7 @@ class StagePrinter:
             lambda e: bool(axes_of(e, self.leaves)),
             self.numbers,
             self.plan.positives,
+            is_wide=partial(is_wide, self.program),
         )
 
     # -- vectors ---------------------------------------------------------------------------------
@@ -87,11 +91,17 @@ class StagePrinter:
         printer = self.vectors()
         target = self.names(name)
         if isinstance(node, Let):
-            return f"{target} = {printer.text(node.expr)}"
+            return f"{target} = {self._as_read(name, node.expr, printer.text(node.expr))}"
         if node.monoid in ("to_rows", "to_cols"):
             move = sp.Function(node.monoid)
-            return f"{target} = {bare(printer.text(_call(node.monoid, node.operand, move)))}"
+            text = bare(printer.text(_call(node.monoid, node.operand, move)))
+            return f"{target} = {self._as_read(name, node.operand, text)}"
         return f"{target} = {self._reduced(node, printer)}"
+
+    def _as_read(self, name: str, expr: sp.Expr, text: str) -> str:
+        """The text of a vector's definition, in fp64 if the vector is to be."""
+        wide = name in self.program.wide
+        return text if wide else narrowed(self.program, expr, text, self.leaves)
 
     def _reduced(self, red: Reduction, printer: VectorPrinter) -> str:
         value = printer.text(red.operand)
@@ -187,7 +197,8 @@ class StagePrinter:
         vectors = self.vectors(lambda n: printer.hoisted_names.get(n) or self.names(n))
         vectors.is_vector = lambda e: bool(axes_of(e, printer.all_leaves))
         vectors.is_python = printer.numbers
-        return f"{name} = {vectors.text(expr)}"
+        text = narrowed(self.program, expr, vectors.text(expr), printer.all_leaves)
+        return f"{name} = {text}"
 
     def _finish(self, pass_: Pass, mode: Mode) -> list[str]:
         lines = []

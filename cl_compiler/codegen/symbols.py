@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import sympy as sp
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.lang.ir import Leaf, Let, Reduction, View
+from cl_compiler.lang.ir import Leaf, Let, Reduction, View, axes_of
 from cl_compiler.lang.lower import TIE_TOLERANCE, inverse_of, shift_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
@@ -109,22 +109,36 @@ def finalise(
     program: Program, red: Reduction, mode: Mode, names: Names, parts: dict[str, str]
 ) -> Iterable[tuple[str, str]]:
     """(symbol, text) of what follows from a reduction's accumulators."""
+    double = ".double()" if red.name in program.wide else ""
     match red.monoid:
         case _ if mode == "whole":
             return
         case "logsumexp" if mode == "bounded":
             shift = names(shift_of(shift_owner(program, red)).name)
-            yield red.name, f"torch.log({parts['sum']}) + {shift}"
+            yield red.name, f"torch.log({parts['sum']}{double}) + {shift}"
             inverse = "torch.reciprocal" if red.where == 1 else "_inverse"
             yield inverse_of(red.name).name, f"{inverse}({parts['sum']})"
         case "logsumexp":
-            yield red.name, f"_finish_logsumexp({parts['max']}, {parts['sum']})"
+            both = f"{parts['max']}{double}, {parts['sum']}{double}"
+            yield red.name, f"_finish_logsumexp({both})"
         case "softmean" if mode == "bounded":
             partner = names(f"sum_{softmean_partner(program, red)}")
             suffix = "[i:i1]" if parts["sum"].endswith("[i:i1]") else ""
             yield red.name, f"_ratio({parts['sum']}, {partner}{suffix})"
         case "softmean":
             yield red.name, f"_ratio({parts['weighted']}, {parts['sum']})"
+
+
+def is_wide(program: Program, expr: sp.Expr) -> bool:
+    """Whether a vector is in fp64 though tiles are not."""
+    return any(s.name in program.wide for s in expr.free_symbols)
+
+
+def narrowed(program: Program, expr: sp.Expr, text: str, leaves: Mapping[str, Leaf]) -> str:
+    """The text of a vector or scalar as tiles and callers read it."""
+    if not is_wide(program, expr) or not axes_of(expr, leaves):
+        return text
+    return f"({text}).to(DTYPE)"
 
 
 def shift_owner(program: Program, red: Reduction) -> str:

@@ -134,17 +134,23 @@ class WholePrinter(PassPrinter):
                     lines += self._diagonal(printer, instruction)
                 case Accumulate():
                     (target,) = instruction.targets
-                    lines.append(printer.fold(instruction, self.names(target)))
+                    lines.append(
+                        printer.fold(instruction, self.names(target), target in self.program.wide)
+                    )
                 case AtPositives(target=target, value=value):
-                    lines.append(f"{self.names(target)} = {self._taken(printer.tile(value))}")
+                    taken = self._taken(printer.tile(value), target in self.program.wide)
+                    lines.append(f"{self.names(target)} = {taken}")
                 case GradientTile():
                     lines += self.products.lines(instruction)
         return lines
 
-    def _taken(self, tile: str) -> str:
+    def _taken(self, tile: str, wide: bool) -> str:
         """The values at the positives; a copy where the tile will be written over."""
         if self.plan.positives == "views":
-            return f"torch.cat(({tile}.diagonal(half), {tile}.diagonal(-half)))"
+            both = f"torch.cat(({tile}.diagonal(half), {tile}.diagonal(-half)))"
+            return f"{both}.double()" if wide else both
+        if wide:
+            return f"{tile}.diagonal().double()"
         again = list(self.code.buffers.values()).count(tile) > 1
         return f"{tile}.diagonal(){'.clone()' if again else ''}"
 
@@ -205,10 +211,11 @@ class _WholeTilePrinter(TilePrinter):
         out = self.tile(d.value)
         return [*(self._making(out, line) for line in copy), statement]
 
-    def fold(self, a: Accumulate, target: str) -> str:
+    def fold(self, a: Accumulate, target: str, wide: bool = False) -> str:
         if a.kind == "softmax":
             logits, weights = (self.tile(value) for value in a.args)
-            return f"{target} = _lse_of_softmax({logits}, {weights}, {a.dim})"
+            dtype = ", torch.float64" if wide else ""
+            return f"{target} = _lse_of_softmax({logits}, {weights}, {a.dim}{dtype})"
         return super().fold(a, target)
 
     def _making(self, out: str, text: str) -> str:

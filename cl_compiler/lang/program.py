@@ -14,6 +14,7 @@ from typing import Literal
 import sympy as sp
 
 from cl_compiler.errors import ScheduleError
+from cl_compiler.lang.differences import wide_vectors
 from cl_compiler.lang.ir import SLOTS, Let, Reduction
 from cl_compiler.lang.lower_pass import bounded_logits, kept_expression, lower_pass
 from cl_compiler.lang.sweeps import SweepPlan, level_of
@@ -76,6 +77,7 @@ class Program:
     ``forward`` starts with a stage of level 0: vectors known before any sweep, and without passes
     but where one tile holds everything: values at the positives are read off it.
     ``backward`` likewise; it is empty when ``fused`` (value and gradients in one go).
+    ``narrow``: vectors are as wide as tiles, as they are in kernels.
     """
 
     plan: SweepPlan
@@ -84,6 +86,7 @@ class Program:
     forward: tuple[Stage, ...]
     backward: tuple[Stage, ...]
     fused: bool
+    narrow: bool = False
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -97,6 +100,13 @@ class Program:
             for n in self.plan.nodes
             if isinstance(n, Reduction) and n.monoid == "logsumexp" and self.plan.is_full(n.name)
         )
+
+    @cached_property
+    def wide(self) -> frozenset[str]:
+        """Vectors in fp64 whatever the tiles are in (``differences``)."""
+        if self.narrow:
+            return frozenset()
+        return wide_vectors(self.plan, [t for p in self.passes for t in p.programs.values()])
 
     @property
     def is_whole(self) -> bool:

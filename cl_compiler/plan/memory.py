@@ -31,6 +31,8 @@ COPIES = sp.Symbol("copies", nonnegative=True)
 GRADIENTS = "gradient accumulators"
 RETURNED = "returned gradients"
 VECTORS = "statistics (vectors)"
+WIDE_BYTES = 8
+"""Of each element of a vector in fp64."""
 AT_POSITIVES = "products at positives"
 WIDENED = 3
 """Blocks of rows at positives where operands are 16-bit: both in fp32, and their products."""
@@ -68,8 +70,9 @@ def phases_of(
     early = [o for o in facts.outputs if o.operand in leaving]
     facts = replace(facts, outputs=tuple(o for o in facts.outputs if o not in early))
     always = [(COPIED, COPIES), *_shards(facts)]
-    forward = [*always, _vectors(facts.forward_vectors)]
-    backward = [*always, _vectors(facts.backward_vectors)]
+    wide = facts.program.wide
+    forward = [*always, _vectors(facts.forward_vectors, wide)]
+    backward = [*always, _vectors(facts.backward_vectors, wide)]
     if fused:
         forward += _accumulators(facts)
     else:
@@ -101,8 +104,11 @@ def _phase(name: str, items: Sequence[Item]) -> Phase:
     return Phase(name, tuple((what, bytes_) for what, bytes_ in items if bytes_ != 0))
 
 
-def _vectors(vectors: Sequence[Item]) -> Item:
-    return VECTORS, COMPUTE_BYTES * sp.Add(*(length for _, length in vectors))
+def _vectors(vectors: Sequence[Item], wide: Collection[str]) -> Item:
+    as_tiles = sp.Add(*(length for name, length in vectors if name not in wide))
+    return VECTORS, COMPUTE_BYTES * as_tiles + WIDE_BYTES * sp.Add(
+        *(length for name, length in vectors if name in wide)
+    )
 
 
 def _accumulators(facts: ProgramFacts) -> list[Item]:

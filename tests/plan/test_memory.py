@@ -9,6 +9,7 @@ import torch
 
 from cl_compiler.codegen.render import render
 from cl_compiler.lang.ir import LossIR
+from cl_compiler.losses.corrected_negatives import hard_weighted
 from cl_compiler.losses.cross_entropy import clip, infonce
 from cl_compiler.losses.self_supervised import nt_xent
 from cl_compiler.losses.sigmoid import siglip
@@ -107,6 +108,7 @@ CASES = [
         (infonce, ("spill", "panel", "retain", "dense")),
         (siglip, ("recompute", "spill", "panel", "dense")),
         (nt_xent, ("recompute", "spill", "panel", "retain", "dense")),
+        (hard_weighted, ("spill", "panel", "dense")),  # some of its vectors are in fp64
     )
     for schedule in schedules
     for dtype in ("float32", "bfloat16", "float64")

@@ -27,7 +27,8 @@ class ShareWorkload(Workload):
     @cached_property
     def facts(self) -> ProgramFacts:
         operands = self.request.problem.operands
-        return RingProgram(self.program, self.share.request.group_size).facts(operands)
+        program = replace(self.program, narrow=True)
+        return RingProgram(program, self.share.request.group_size).facts(operands)
 
     @cached_property
     def memory(self) -> CompiledMemory:

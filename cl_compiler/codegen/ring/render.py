@@ -59,6 +59,8 @@ def render_ring(
     Raises:
         ScheduleError: kernels do not serve the program; the message says why.
     """
+    if arch or plan.problem.dtype == "float64":
+        program = replace(program, narrow=True)
     names = RingNames(program.plan)
     canonical = cluster_schedule == CANONICAL
     printer: RingStagePrinter

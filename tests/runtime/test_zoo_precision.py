@@ -1,0 +1,92 @@
+"""Every loss of the zoo in fp32 tiles is as exact as dense fp32 PyTorch, in every schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cl_compiler.lang.program import build_program
+from cl_compiler.lang.sweeps import plan_sweeps
+from cl_compiler.plan.types import Tile
+from tests import losses_zoo as zoo
+from tests.dense_fp32 import WIDTH, features, in_fp32, limits, misses
+from tests.tiles import emit, run, schedules_of
+from tests.zoo_case import Case, Sample
+
+CASES = {case.name: case for case in zoo.cases()}
+SUBTRACTING = ("debiased", "debiased_rows", "hard_negatives", "mnrl_joint")
+"""Gradients are functions of differences of statistics."""
+
+
+def check(case: Case, samples: list[Sample]) -> None:
+    allowed = [limits(whole) for whole in samples]
+    for schedule in schedules_of(case):
+        source = emit(case, schedule, dtype="float32", tile=Tile(12, 17), width=WIDTH)
+        for number, whole in enumerate(samples):
+            beyond = misses(whole, run(source, in_fp32(whole)), allowed[number])
+            assert not beyond, (schedule, number, beyond)
+
+
+def near_floor(case: Case, above: float, seed: int) -> Sample:
+    """Priors for which corrected negatives are ``above`` times the floor above it, where one is.
+
+    Where a row's negatives outweigh its positive no prior below 1 does it; it keeps its own.
+    """
+    whole = features(case, None, False, seed)
+    with torch.no_grad():
+        scale = whole.parameters["logit_scale"]
+        e = torch.exp(scale * whole.tensors["x"] @ whole.tensors["y"].T)
+        positive = (e * whole.is_positive).sum(1)
+        negative = (e * ~whole.is_positive).sum(1) / (e.shape[1] - 1)
+        estimate = (1 + above) * torch.exp(-scale)
+        prior = ((negative - estimate) / (positive - estimate)).float()
+        possible = (prior > 0) & (prior < 0.95)
+        whole.tensors["tau_plus"][possible] = prior[possible].double()
+    assert int(possible.sum()) > len(possible) // 2
+    return whole
+
+
+@pytest.mark.parametrize("name", SUBTRACTING)
+def test_what_differences_are_made_of_is_as_exact_as_dense_fp32(name: str) -> None:
+    check(CASES[name], [features(CASES[name], None, False, seed) for seed in range(2)])
+
+
+@pytest.mark.parametrize("above", [1.0, 0.1])
+def test_a_row_near_the_floor_is_as_exact_as_dense_fp32(above: float) -> None:
+    """Its sum of negatives and its positive's term agree in all but a few per cent."""
+    case = CASES["debiased_rows"]
+    check(case, [near_floor(case, above, seed) for seed in range(2)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_every_loss_is_as_exact_as_dense_fp32(name: str) -> None:
+    """Its own parameters, and logit scales of 1 and 14.3; rows of length 1."""
+    case = CASES[name]
+    check(case, [features(case, scale, False, 3) for scale in (None, 1.0, 14.3)])
+
+
+def wide(case: Case) -> frozenset[str]:
+    return build_program(plan_sweeps(case.loss, case.positives, case.needs), "spill").wide
+
+
+def test_only_what_is_subtracted_is_wider_than_tiles() -> None:
+    """In weights exp(logit - logsumexp) a rounded logsumexp does what a rounded logit does."""
+    assert not any(wide(CASES[n]) for n in ("clip", "infonce", "siglip", "nt_xent", "supcon"))
+    plan = plan_sweeps(CASES["debiased"].loss, "diagonal", CASES["debiased"].needs)
+    found = {plan.leaves[n].kind for n in wide(CASES["debiased"])}
+    assert found == {"reduction", "similarity_at_positive"}
+    read = {"a_r1"}  # the tile's factor for each row
+    assert not read & wide(CASES["debiased"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vectors_in_fp64_are_what_a_files_vectors_are(dtype: str) -> None:
+    """The statistics that are saved for the backward, as the planner counts them."""
+    case = CASES["debiased_rows"]
+    source = emit(case, "spill", dtype=dtype, width=WIDTH)
+    names = {"row_lse", "logits_pos"}
+    for name in names:
+        assert f'"{name}": {name}' in source
+    assert source.count(".double()") >= len(names)
+    assert ".double()" not in emit(case, "spill", dtype="float64", width=WIDTH)
