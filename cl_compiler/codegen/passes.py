@@ -100,7 +100,7 @@ class PassPrinter:
                 )
                 if bare not in known:
                     kind = prefix.get(axes[0][:4], "v") if axes else "s"
-                    known[bare] = names.fresh(f"{kind}{len(known)}")
+                    known[bare] = self.hoisted_name(bare, kind, len(known))
                     self.hoisted.append((known[bare], expr, symbol))
                 table[symbol] = known[bare]
         self._find_local()
@@ -111,6 +111,10 @@ class PassPrinter:
     def codes(self) -> list[TileProgram]:
         """The pass's own program, and the one that remakes a tile that was not kept."""
         return [self.code, *([self.pass_.remake[self.mode]] if self.pass_.remake else [])]
+
+    def hoisted_name(self, expr: sp.Expr, kind: str, number: int) -> str:
+        """What is evaluated before this sweep, as the ``number``-th: of rows, columns, …."""
+        return self.names.fresh(f"{kind}{number}")
 
     @property
     def hoisted_names(self) -> dict[str, str]:

@@ -30,6 +30,8 @@ logits: logit_scale * x @ y.T, one tile at a time
 logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits
 col_lse: [N] logsumexp over rows of logits
+minus_...: its negative
+col_weight, row_weight: factors of its exponentials in gradients
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
@@ -366,7 +368,7 @@ def _inner(operand, gradient):
     return sums.sum(dtype=torch.float64)
 
 
-def _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, s0):
+def _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, minus_row_lse_shift):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
@@ -388,7 +390,7 @@ def _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, s0):
             n = j1 - j
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
-            _product(x_i, y_j, logit_scale.item(), s0, out=t0)
+            _product(x_i, y_j, logit_scale.item(), minus_row_lse_shift, out=t0)
             t0.exp_()
             row_lse_sum[i:i1].add_(t0.sum(1))
             col_lse_sum_peer[j:j1].add_(t0.sum(0))
@@ -423,14 +425,16 @@ def _forward_sweep_running(x, shard, parts, row_lse_max, row_lse_sum, logit_scal
             _add_logsumexp(t0, 0, col_lse_max_peer[j:j1], col_lse_sum_peer[j:j1], t0)
 
 
-def _backward_sweep_a_bounded(x, shard, d_x, first, a1, logit_scale, s2, s3):
+def _backward_sweep_a_bounded(
+    x, shard, d_x, first, row_weight, logit_scale, minus_row_lse_shift, s0
+):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
 
     d_x: plus the products with the gradient tile of logits
     """
-    y_peer, b0_peer = shard
+    y_peer, col_weight_peer = shard
     rows, cols = x.shape[0], y_peer.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)
@@ -445,23 +449,23 @@ def _backward_sweep_a_bounded(x, shard, d_x, first, a1, logit_scale, s2, s3):
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            torch.add(b0_peer[j:j1], a1[i:i1, None], out=t0)
-            _product(x_i, y_j, logit_scale.item(), s2, out=t1)
+            torch.add(col_weight_peer[j:j1], row_weight[i:i1, None], out=t0)
+            _product(x_i, y_j, logit_scale.item(), minus_row_lse_shift, out=t1)
             t1.exp_()
             t0.mul_(t1)
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
-                t0.diagonal(k).add_(s3)
+                t0.diagonal(k).add_(s0)
             d_x[i:i1].addmm_(t0, y_j)
 
 
-def _backward_sweep_a_running(x, shard, d_x, first, logit_scale, a0, d_row_total):
+def _backward_sweep_a_running(x, shard, d_x, first, logit_scale, minus_row_lse, d_row_total):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     Running maxima, safe for any logits.
 
     d_x: plus the products with the gradient tile of logits
     """
-    y_peer, b1_peer = shard
+    y_peer, minus_col_lse_peer = shard
     rows, cols = x.shape[0], y_peer.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)
@@ -477,9 +481,9 @@ def _backward_sweep_a_running(x, shard, d_x, first, logit_scale, a0, d_row_total
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
-            torch.add(t0, a0[i:i1, None], out=t1)
+            torch.add(t0, minus_row_lse[i:i1, None], out=t1)
             t1.exp_()
-            t0.add_(b1_peer[j:j1])
+            t0.add_(minus_col_lse_peer[j:j1])
             t0.exp_()
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
@@ -487,14 +491,16 @@ def _backward_sweep_a_running(x, shard, d_x, first, logit_scale, a0, d_row_total
             d_x[i:i1].addmm_(t1, y_j, alpha=d_row_total)
 
 
-def _backward_sweep_b_bounded(y, shard, d_y, first, b0_2, logit_scale, s2_2, s3_2):
+def _backward_sweep_b_bounded(
+    y, shard, d_y, first, col_weight, logit_scale, minus_row_lse_shift, s0
+):
     """Sweep this rank's columns and the rows of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
 
     d_y: plus the products with the gradient tile of logits
     """
-    x_peer, a1_2_peer = shard
+    x_peer, row_weight_peer = shard
     rows, cols = x_peer.shape[0], y.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)
@@ -509,23 +515,23 @@ def _backward_sweep_b_bounded(y, shard, d_y, first, b0_2, logit_scale, s2_2, s3_
             y_j = y[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            torch.add(b0_2[j:j1], a1_2_peer[i:i1, None], out=t0)
-            _product(x_i, y_j, logit_scale.item(), s2_2, out=t1)
+            torch.add(col_weight[j:j1], row_weight_peer[i:i1, None], out=t0)
+            _product(x_i, y_j, logit_scale.item(), minus_row_lse_shift, out=t1)
             t1.exp_()
             t0.mul_(t1)
             for k, _, _, _, _ in _crossings(first + i, first + i1, j, j1, (0,)):
-                t0.diagonal(k).add_(s3_2)
+                t0.diagonal(k).add_(s0)
             d_y[j:j1].addmm_(t0.T, x_i)
 
 
-def _backward_sweep_b_running(y, shard, d_y, first, logit_scale, b1_2, d_row_total):
+def _backward_sweep_b_running(y, shard, d_y, first, logit_scale, minus_col_lse, d_row_total):
     """Sweep this rank's columns and the rows of a shard that is here.
 
     Running maxima, safe for any logits.
 
     d_y: plus the products with the gradient tile of logits
     """
-    x_peer, a0_2_peer = shard
+    x_peer, minus_row_lse_peer = shard
     rows, cols = x_peer.shape[0], y.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)
@@ -541,9 +547,9 @@ def _backward_sweep_b_running(y, shard, d_y, first, logit_scale, b1_2, d_row_tot
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
-            torch.add(t0, a0_2_peer[i:i1, None], out=t1)
+            torch.add(t0, minus_row_lse_peer[i:i1, None], out=t1)
             t1.exp_()
-            t0.add_(b1_2[j:j1])
+            t0.add_(minus_col_lse[j:j1])
             t0.exp_()
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(first + i, first + i1, j, j1, (0,)):
@@ -574,12 +580,12 @@ def forward(ring, x, y, logit_scale):
         all_cols,
     )
     if row_lse_shift is not None:
-        s0 = -row_lse_shift
+        minus_row_lse_shift = -row_lse_shift
         row_lse_sum = torch.full((rows,), 0.0, dtype=DTYPE)
         col_lse_sum = torch.full((cols,), 0.0, dtype=DTYPE)
         folds = [(SUM, col_lse_sum)]
         for _, shard, parts in _shards(ring, COLS, (y,), folds):
-            _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, s0)
+            _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, minus_row_lse_shift)
         del shard, parts
         if not (
             row_lse_shift == 0
@@ -640,33 +646,37 @@ def backward(ring, grad_output, saved, x, y, logit_scale):
     d_col_positive = -d_col_total
     d_row_total = 1 / (2 * all_rows)
     if row_lse_shift is not None:
-        b0 = d_col_total * col_lse_inverse
-        a1 = d_row_total * row_lse_inverse
-        s2 = -row_lse_shift
-        s3 = d_col_positive - d_row_total
-        for first, shard, _ in _shards(ring, COLS, (y, b0)):
-            _backward_sweep_a_bounded(x, shard, d_x, first, a1, logit_scale, s2, s3)
+        col_weight = d_col_total * col_lse_inverse
+        row_weight = d_row_total * row_lse_inverse
+        minus_row_lse_shift = -row_lse_shift
+        s0 = d_col_positive - d_row_total
+        for first, shard, _ in _shards(ring, COLS, (y, col_weight)):
+            _backward_sweep_a_bounded(
+                x, shard, d_x, first, row_weight, logit_scale, minus_row_lse_shift, s0
+            )
         del shard
     else:
-        a0 = -_present(row_lse)
-        b1 = -_present(col_lse)
-        for first, shard, _ in _shards(ring, COLS, (y, b1)):
-            _backward_sweep_a_running(x, shard, d_x, first, logit_scale, a0, d_row_total)
+        minus_row_lse = -_present(row_lse)
+        minus_col_lse = -_present(col_lse)
+        for first, shard, _ in _shards(ring, COLS, (y, minus_col_lse)):
+            _backward_sweep_a_running(x, shard, d_x, first, logit_scale, minus_row_lse, d_row_total)
         del shard
 
     if row_lse_shift is not None:
-        b0_2 = d_col_total * col_lse_inverse
-        a1_2 = d_row_total * row_lse_inverse
-        s2_2 = -row_lse_shift
-        s3_2 = d_col_positive - d_row_total
-        for first, shard, _ in _shards(ring, ROWS, (x, a1_2)):
-            _backward_sweep_b_bounded(y, shard, d_y, first, b0_2, logit_scale, s2_2, s3_2)
+        col_weight = d_col_total * col_lse_inverse
+        row_weight = d_row_total * row_lse_inverse
+        minus_row_lse_shift = -row_lse_shift
+        s0 = d_col_positive - d_row_total
+        for first, shard, _ in _shards(ring, ROWS, (x, row_weight)):
+            _backward_sweep_b_bounded(
+                y, shard, d_y, first, col_weight, logit_scale, minus_row_lse_shift, s0
+            )
         del shard
     else:
-        a0_2 = -_present(row_lse)
-        b1_2 = -_present(col_lse)
-        for first, shard, _ in _shards(ring, ROWS, (x, a0_2)):
-            _backward_sweep_b_running(y, shard, d_y, first, logit_scale, b1_2, d_row_total)
+        minus_row_lse = -_present(row_lse)
+        minus_col_lse = -_present(col_lse)
+        for first, shard, _ in _shards(ring, ROWS, (x, minus_row_lse)):
+            _backward_sweep_b_running(y, shard, d_y, first, logit_scale, minus_col_lse, d_row_total)
         del shard
 
     of_shards, of_scalars = grad_output * ring.shard_scale, grad_output * ring.scalar_scale

@@ -30,8 +30,8 @@ logits: logit_scale * x @ y.T, one tile at a time
 logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits
 col_lse: [N] logsumexp over rows of logits
+minus_...: its negative
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
-a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
 
 import contextlib
@@ -288,14 +288,14 @@ def _forward_sweep_b(y, shard, col_lse_max, col_lse_sum, logit_scale):
             _add_logsumexp(t0, 0, col_lse_max[j:j1], col_lse_sum[j:j1], t0)
 
 
-def _backward_sweep_a(x, shard, d_x, first, logit_scale, a0, d_row_total):
+def _backward_sweep_a(x, shard, d_x, first, logit_scale, minus_row_lse, d_row_total):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     Running maxima, safe for any logits.
 
     d_x: plus the products with the gradient tile of logits
     """
-    y_peer, b1_peer = shard
+    y_peer, minus_col_lse_peer = shard
     rows, cols = x.shape[0], y_peer.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)
@@ -311,9 +311,9 @@ def _backward_sweep_a(x, shard, d_x, first, logit_scale, a0, d_row_total):
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
-            torch.add(t0, a0[i:i1, None], out=t1)
+            torch.add(t0, minus_row_lse[i:i1, None], out=t1)
             t1.exp_()
-            t0.add_(b1_peer[j:j1])
+            t0.add_(minus_col_lse_peer[j:j1])
             t0.exp_()
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
@@ -321,14 +321,14 @@ def _backward_sweep_a(x, shard, d_x, first, logit_scale, a0, d_row_total):
             d_x[i:i1].addmm_(t1, y_j, alpha=d_row_total)
 
 
-def _backward_sweep_b(y, shard, d_y, first, logit_scale, b1_2, d_row_total):
+def _backward_sweep_b(y, shard, d_y, first, logit_scale, minus_col_lse, d_row_total):
     """Sweep this rank's columns and the rows of a shard that is here.
 
     Running maxima, safe for any logits.
 
     d_y: plus the products with the gradient tile of logits
     """
-    x_peer, a0_2_peer = shard
+    x_peer, minus_row_lse_peer = shard
     rows, cols = x_peer.shape[0], y.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)
@@ -344,9 +344,9 @@ def _backward_sweep_b(y, shard, d_y, first, logit_scale, b1_2, d_row_total):
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
-            torch.add(t0, a0_2_peer[i:i1, None], out=t1)
+            torch.add(t0, minus_row_lse_peer[i:i1, None], out=t1)
             t1.exp_()
-            t0.add_(b1_2[j:j1])
+            t0.add_(minus_col_lse[j:j1])
             t0.exp_()
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(first + i, first + i1, j, j1, (0,)):
@@ -401,15 +401,15 @@ def backward(ring, grad_output, saved, x, y, logit_scale):
     d_x = torch.zeros(x.shape, dtype=DTYPE, device=x.device)
     d_y = torch.zeros(y.shape, dtype=DTYPE, device=y.device)
     d_row_total = 1 / (2 * all_rows)
-    a0 = -_present(row_lse)
-    b1 = -_present(col_lse)
-    for first, shard in _shards(ring, COLS, (y, b1)):
-        _backward_sweep_a(x, shard, d_x, first, logit_scale, a0, d_row_total)
+    minus_row_lse = -_present(row_lse)
+    minus_col_lse = -_present(col_lse)
+    for first, shard in _shards(ring, COLS, (y, minus_col_lse)):
+        _backward_sweep_a(x, shard, d_x, first, logit_scale, minus_row_lse, d_row_total)
     del shard
-    a0_2 = -_present(row_lse)
-    b1_2 = -_present(col_lse)
-    for first, shard in _shards(ring, ROWS, (x, a0_2)):
-        _backward_sweep_b(y, shard, d_y, first, logit_scale, b1_2, d_row_total)
+    minus_row_lse = -_present(row_lse)
+    minus_col_lse = -_present(col_lse)
+    for first, shard in _shards(ring, ROWS, (x, minus_row_lse)):
+        _backward_sweep_b(y, shard, d_y, first, logit_scale, minus_col_lse, d_row_total)
     del shard
 
     of_shards, of_scalars = grad_output * ring.shard_scale, grad_output * ring.scalar_scale

@@ -32,6 +32,8 @@ logits: logit_scale * x @ y.T, one tile at a time
 logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits
 col_lse: [N] logsumexp over rows of logits
+minus_...: its negative
+col_weight, row_weight: factors of its exponentials in gradients
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 ..._log2: the same times log2(e), for exponentials in base 2
@@ -581,7 +583,7 @@ def _forward_sweep_bounded_kernel(
     x_rows,
     y_peer_cols,
     logit_scale_log2,
-    s0_log2,
+    minus_row_lse_shift_log2,
     row_lse_sum_tiles,
     col_lse_sum_strips,
     row_start,
@@ -617,7 +619,7 @@ def _forward_sweep_bounded_kernel(
             x_tile = x_rows.load([i, k])
             y_peer_tile = y_peer_cols.load([j, k])
             products = tl.dot(x_tile, y_peer_tile.T, products)
-        t1 = _exp2(_fma(products, logit_scale_log2, s0_log2))
+        t1 = _exp2(_fma(products, logit_scale_log2, minus_row_lse_shift_log2))
         if RAGGED and at_edge:
             t1 = tl.where(inside, t1, 0.0)
         row_lse_sum_part = tl.sum(t1, 1)
@@ -640,7 +642,9 @@ FORWARD_SWEEP_BOUNDED_TILE = {
 }
 
 
-def _forward_sweep_bounded(home, shard, parts, row_lse_sum, logit_scale, s0, begin):
+def _forward_sweep_bounded(
+    home, shard, parts, row_lse_sum, logit_scale, minus_row_lse_shift, begin
+):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
@@ -679,7 +683,7 @@ def _forward_sweep_bounded(home, shard, parts, row_lse_sum, logit_scale, s0, beg
                 x_rows,
                 y_peer_cols,
                 float(logit_scale * LOG2_E),
-                s0 * LOG2_E,
+                minus_row_lse_shift * LOG2_E,
                 row_lse_sum_tiles,
                 col_lse_sum_strips,
                 i,
@@ -834,11 +838,11 @@ def _forward_sweep_running(home, shard, parts, row_lse_max, row_lse_sum, logit_s
 def _backward_sweep_a_bounded_kernel(
     x_rows,
     y_peer_cols,
-    b0_peer,
-    a1,
+    col_weight_peer,
+    row_weight,
     logit_scale_log2,
-    s2_log2,
-    s3,
+    minus_row_lse_shift_log2,
+    s0,
     g_logits,
     residual_logits,
     row_start,
@@ -858,20 +862,21 @@ def _backward_sweep_a_bounded_kernel(
     column = tl.program_id(0)
     j = col_start + column * BLOCK_N
     offs_n = j + tl.arange(0, BLOCK_N)
-    b0_peer_j = tl.load(b0_peer + offs_n, mask=offs_n < col_stop, other=0)
+    col_weight_peer_j = tl.load(col_weight_peer + offs_n, mask=offs_n < col_stop, other=0)
     tile = tl.program_id(1)
     i = row_start + tile * BLOCK_M
     offs_m = i + tl.arange(0, BLOCK_M)
-    a1_i = tl.load(a1 + offs_m, mask=offs_m < row_stop, other=0)
+    row_weight_i = tl.load(row_weight + offs_m, mask=offs_m < row_stop, other=0)
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, 512, BLOCK_D):
         x_tile = x_rows.load([i, k])
         y_peer_tile = y_peer_cols.load([j, k])
         products = tl.dot(x_tile, y_peer_tile.T, products)
-    g = (b0_peer_j[None, :] + a1_i[:, None]) * _exp2(_fma(products, logit_scale_log2, s2_log2))
+    t2 = _exp2(_fma(products, logit_scale_log2, minus_row_lse_shift_log2))
+    g = (col_weight_peer_j[None, :] + row_weight_i[:, None]) * t2
     if _crosses(i, j, ahead, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None] + ahead
-        g = tl.where(on_positive, g + s3, g)
+        g = tl.where(on_positive, g + s0, g)
         partner = offs_m + ahead
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
@@ -891,7 +896,9 @@ BACKWARD_SWEEP_A_BOUNDED_TILE = {
 }
 
 
-def _backward_sweep_a_bounded(home, shard, first, a1, logit_scale, s2, s3, begin):
+def _backward_sweep_a_bounded(
+    home, shard, first, row_weight, logit_scale, minus_row_lse_shift, s0, begin
+):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
@@ -899,15 +906,15 @@ def _backward_sweep_a_bounded(home, shard, first, a1, logit_scale, s2, s3, begin
     d_x: plus the products with the gradient tile of logits
     """
     x, d_x = home
-    y_peer, b0_peer = shard
+    y_peer, col_weight_peer = shard
     rows, cols = x.shape[0], y_peer.shape[0]
     ahead = begin - first
     residual_logits = torch.empty(rows, dtype=torch.float32, device=x.device)
-    a1 = a1[begin : begin + rows]
+    row_weight = row_weight[begin : begin + rows]
     if not rows or not cols:
         return
-    b0_peer = b0_peer.contiguous().float()
-    a1 = a1.contiguous().float()
+    col_weight_peer = col_weight_peer.contiguous().float()
+    row_weight = row_weight.contiguous().float()
     block_m = BACKWARD_SWEEP_A_BOUNDED_TILE["BLOCK_M"]
     block_n = BACKWARD_SWEEP_A_BOUNDED_TILE["BLOCK_N"]
     tiles = triton.cdiv(min(TILE_N, cols), block_n)
@@ -929,11 +936,11 @@ def _backward_sweep_a_bounded(home, shard, first, a1, logit_scale, s2, s3, begin
             _backward_sweep_a_bounded_kernel[grid](
                 x_rows,
                 y_peer_cols,
-                b0_peer,
-                a1,
+                col_weight_peer,
+                row_weight,
                 float(logit_scale * LOG2_E),
-                s2 * LOG2_E,
-                s3,
+                minus_row_lse_shift * LOG2_E,
+                s0,
                 g_logits_tiles,
                 residual_logits,
                 i,
@@ -952,8 +959,8 @@ def _backward_sweep_a_bounded(home, shard, first, a1, logit_scale, s2, s3, begin
 def _backward_sweep_a_running_kernel(
     x_rows,
     y_peer_cols,
-    a0_log2,
-    b1_peer_log2,
+    minus_row_lse_log2,
+    minus_col_lse_peer_log2,
     logit_scale_log2,
     d_row_total,
     g_logits,
@@ -975,19 +982,21 @@ def _backward_sweep_a_running_kernel(
     column = tl.program_id(0)
     j = col_start + column * BLOCK_N
     offs_n = j + tl.arange(0, BLOCK_N)
-    b1_peer_log2_j = tl.load(b1_peer_log2 + offs_n, mask=offs_n < col_stop, other=0)
+    minus_col_lse_peer_log2_j = tl.load(
+        minus_col_lse_peer_log2 + offs_n, mask=offs_n < col_stop, other=0
+    )
     tile = tl.program_id(1)
     i = row_start + tile * BLOCK_M
     offs_m = i + tl.arange(0, BLOCK_M)
-    a0_log2_i = tl.load(a0_log2 + offs_m, mask=offs_m < row_stop, other=0)
+    minus_row_lse_log2_i = tl.load(minus_row_lse_log2 + offs_m, mask=offs_m < row_stop, other=0)
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, 512, BLOCK_D):
         x_tile = x_rows.load([i, k])
         y_peer_tile = y_peer_cols.load([j, k])
         products = tl.dot(x_tile, y_peer_tile.T, products)
-    g = _exp2(_fma(products, logit_scale_log2, a0_log2_i[:, None])) + _exp2(
-        _fma(products, logit_scale_log2, b1_peer_log2_j[None, :])
-    )
+    t2 = _exp2(_fma(products, logit_scale_log2, minus_row_lse_log2_i[:, None]))
+    t4 = _exp2(_fma(products, logit_scale_log2, minus_col_lse_peer_log2_j[None, :]))
+    g = t2 + t4
     if _crosses(i, j, ahead, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None] + ahead
         g = tl.where(on_positive, g + -2.0, g)
@@ -1013,7 +1022,7 @@ BACKWARD_SWEEP_A_RUNNING_TILE = {
 }
 
 
-def _backward_sweep_a_running(home, shard, first, a0, logit_scale, d_row_total, begin):
+def _backward_sweep_a_running(home, shard, first, minus_row_lse, logit_scale, d_row_total, begin):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     Running maxima, safe for any logits.
@@ -1021,15 +1030,15 @@ def _backward_sweep_a_running(home, shard, first, a0, logit_scale, d_row_total, 
     d_x: plus the products with the gradient tile of logits
     """
     x, d_x = home
-    y_peer, b1_peer = shard
+    y_peer, minus_col_lse_peer = shard
     rows, cols = x.shape[0], y_peer.shape[0]
     ahead = begin - first
     residual_logits = torch.empty(rows, dtype=torch.float32, device=x.device)
-    a0 = a0[begin : begin + rows]
+    minus_row_lse = minus_row_lse[begin : begin + rows]
     if not rows or not cols:
         return
-    a0_log2 = (a0 * LOG2_E).contiguous().float()
-    b1_peer_log2 = (b1_peer * LOG2_E).contiguous().float()
+    minus_row_lse_log2 = (minus_row_lse * LOG2_E).contiguous().float()
+    minus_col_lse_peer_log2 = (minus_col_lse_peer * LOG2_E).contiguous().float()
     block_m = BACKWARD_SWEEP_A_RUNNING_TILE["BLOCK_M"]
     block_n = BACKWARD_SWEEP_A_RUNNING_TILE["BLOCK_N"]
     tiles = triton.cdiv(min(TILE_N, cols), block_n)
@@ -1051,8 +1060,8 @@ def _backward_sweep_a_running(home, shard, first, a0, logit_scale, d_row_total, 
             _backward_sweep_a_running_kernel[grid](
                 x_rows,
                 y_peer_cols,
-                a0_log2,
-                b1_peer_log2,
+                minus_row_lse_log2,
+                minus_col_lse_peer_log2,
                 float(logit_scale * LOG2_E),
                 d_row_total,
                 g_logits_tiles,
@@ -1073,11 +1082,11 @@ def _backward_sweep_a_running(home, shard, first, a0, logit_scale, d_row_total, 
 def _backward_sweep_b_bounded_kernel(
     x_peer_rows,
     y_cols,
-    b0_2,
-    a1_2_peer,
+    col_weight,
+    row_weight_peer,
     logit_scale_log2,
-    s2_2_log2,
-    s3_2,
+    minus_row_lse_shift_log2,
+    s0,
     g_logits,
     residual_logits,
     row_start,
@@ -1097,22 +1106,21 @@ def _backward_sweep_b_bounded_kernel(
     column = tl.program_id(0)
     j = col_start + column * BLOCK_N
     offs_n = j + tl.arange(0, BLOCK_N)
-    b0_2_j = tl.load(b0_2 + offs_n, mask=offs_n < col_stop, other=0)
+    col_weight_j = tl.load(col_weight + offs_n, mask=offs_n < col_stop, other=0)
     tile = tl.program_id(1)
     i = row_start + tile * BLOCK_M
     offs_m = i + tl.arange(0, BLOCK_M)
-    a1_2_peer_i = tl.load(a1_2_peer + offs_m, mask=offs_m < row_stop, other=0)
+    row_weight_peer_i = tl.load(row_weight_peer + offs_m, mask=offs_m < row_stop, other=0)
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, 512, BLOCK_D):
         x_peer_tile = x_peer_rows.load([i, k])
         y_tile = y_cols.load([j, k])
         products = tl.dot(x_peer_tile, y_tile.T, products)
-    g = (b0_2_j[None, :] + a1_2_peer_i[:, None]) * _exp2(
-        _fma(products, logit_scale_log2, s2_2_log2)
-    )
+    t2 = _exp2(_fma(products, logit_scale_log2, minus_row_lse_shift_log2))
+    g = (col_weight_j[None, :] + row_weight_peer_i[:, None]) * t2
     if _crosses(i, j, ahead, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None] + ahead
-        g = tl.where(on_positive, g + s3_2, g)
+        g = tl.where(on_positive, g + s0, g)
         partner = offs_m + ahead
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
@@ -1132,7 +1140,9 @@ BACKWARD_SWEEP_B_BOUNDED_TILE = {
 }
 
 
-def _backward_sweep_b_bounded(home, shard, first, b0_2, logit_scale, s2_2, s3_2, begin):
+def _backward_sweep_b_bounded(
+    home, shard, first, col_weight, logit_scale, minus_row_lse_shift, s0, begin
+):
     """Sweep this rank's columns and the rows of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
@@ -1140,15 +1150,15 @@ def _backward_sweep_b_bounded(home, shard, first, b0_2, logit_scale, s2_2, s3_2,
     d_y: plus the products with the gradient tile of logits
     """
     y, d_y = home
-    x_peer, a1_2_peer = shard
+    x_peer, row_weight_peer = shard
     rows, cols = x_peer.shape[0], y.shape[0]
     ahead = first - begin
     residual_logits = torch.empty(rows, dtype=torch.float32, device=y.device)
-    b0_2 = b0_2[begin : begin + cols]
+    col_weight = col_weight[begin : begin + cols]
     if not rows or not cols:
         return
-    b0_2 = b0_2.contiguous().float()
-    a1_2_peer = a1_2_peer.contiguous().float()
+    col_weight = col_weight.contiguous().float()
+    row_weight_peer = row_weight_peer.contiguous().float()
     block_m = BACKWARD_SWEEP_B_BOUNDED_TILE["BLOCK_M"]
     block_n = BACKWARD_SWEEP_B_BOUNDED_TILE["BLOCK_N"]
     tiles = triton.cdiv(min(TILE_N, cols), block_n)
@@ -1170,11 +1180,11 @@ def _backward_sweep_b_bounded(home, shard, first, b0_2, logit_scale, s2_2, s3_2,
             _backward_sweep_b_bounded_kernel[grid](
                 x_peer_rows,
                 y_cols,
-                b0_2,
-                a1_2_peer,
+                col_weight,
+                row_weight_peer,
                 float(logit_scale * LOG2_E),
-                s2_2 * LOG2_E,
-                s3_2,
+                minus_row_lse_shift * LOG2_E,
+                s0,
                 g_logits_tiles,
                 residual_logits,
                 i,
@@ -1193,8 +1203,8 @@ def _backward_sweep_b_bounded(home, shard, first, b0_2, logit_scale, s2_2, s3_2,
 def _backward_sweep_b_running_kernel(
     x_peer_rows,
     y_cols,
-    a0_2_peer_log2,
-    b1_2_log2,
+    minus_row_lse_peer_log2,
+    minus_col_lse_log2,
     logit_scale_log2,
     d_row_total,
     g_logits,
@@ -1216,18 +1226,21 @@ def _backward_sweep_b_running_kernel(
     column = tl.program_id(0)
     j = col_start + column * BLOCK_N
     offs_n = j + tl.arange(0, BLOCK_N)
-    b1_2_log2_j = tl.load(b1_2_log2 + offs_n, mask=offs_n < col_stop, other=0)
+    minus_col_lse_log2_j = tl.load(minus_col_lse_log2 + offs_n, mask=offs_n < col_stop, other=0)
     tile = tl.program_id(1)
     i = row_start + tile * BLOCK_M
     offs_m = i + tl.arange(0, BLOCK_M)
-    a0_2_peer_log2_i = tl.load(a0_2_peer_log2 + offs_m, mask=offs_m < row_stop, other=0)
+    minus_row_lse_peer_log2_i = tl.load(
+        minus_row_lse_peer_log2 + offs_m, mask=offs_m < row_stop, other=0
+    )
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, 512, BLOCK_D):
         x_peer_tile = x_peer_rows.load([i, k])
         y_tile = y_cols.load([j, k])
         products = tl.dot(x_peer_tile, y_tile.T, products)
-    t2 = _exp2(_fma(products, logit_scale_log2, a0_2_peer_log2_i[:, None]))
-    g = t2 + _exp2(_fma(products, logit_scale_log2, b1_2_log2_j[None, :]))
+    t2 = _exp2(_fma(products, logit_scale_log2, minus_row_lse_peer_log2_i[:, None]))
+    t4 = _exp2(_fma(products, logit_scale_log2, minus_col_lse_log2_j[None, :]))
+    g = t2 + t4
     if _crosses(i, j, ahead, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None] + ahead
         g = tl.where(on_positive, g + -2.0, g)
@@ -1253,7 +1266,7 @@ BACKWARD_SWEEP_B_RUNNING_TILE = {
 }
 
 
-def _backward_sweep_b_running(home, shard, first, b1_2, logit_scale, d_row_total, begin):
+def _backward_sweep_b_running(home, shard, first, minus_col_lse, logit_scale, d_row_total, begin):
     """Sweep this rank's columns and the rows of a shard that is here.
 
     Running maxima, safe for any logits.
@@ -1261,15 +1274,15 @@ def _backward_sweep_b_running(home, shard, first, b1_2, logit_scale, d_row_total
     d_y: plus the products with the gradient tile of logits
     """
     y, d_y = home
-    x_peer, a0_2_peer = shard
+    x_peer, minus_row_lse_peer = shard
     rows, cols = x_peer.shape[0], y.shape[0]
     ahead = first - begin
     residual_logits = torch.empty(rows, dtype=torch.float32, device=y.device)
-    b1_2 = b1_2[begin : begin + cols]
+    minus_col_lse = minus_col_lse[begin : begin + cols]
     if not rows or not cols:
         return
-    a0_2_peer_log2 = (a0_2_peer * LOG2_E).contiguous().float()
-    b1_2_log2 = (b1_2 * LOG2_E).contiguous().float()
+    minus_row_lse_peer_log2 = (minus_row_lse_peer * LOG2_E).contiguous().float()
+    minus_col_lse_log2 = (minus_col_lse * LOG2_E).contiguous().float()
     block_m = BACKWARD_SWEEP_B_RUNNING_TILE["BLOCK_M"]
     block_n = BACKWARD_SWEEP_B_RUNNING_TILE["BLOCK_N"]
     tiles = triton.cdiv(min(TILE_N, cols), block_n)
@@ -1291,8 +1304,8 @@ def _backward_sweep_b_running(home, shard, first, b1_2, logit_scale, d_row_total
             _backward_sweep_b_running_kernel[grid](
                 x_peer_rows,
                 y_cols,
-                a0_2_peer_log2,
-                b1_2_log2,
+                minus_row_lse_peer_log2,
+                minus_col_lse_log2,
                 float(logit_scale * LOG2_E),
                 d_row_total,
                 g_logits_tiles,
@@ -1329,13 +1342,15 @@ def forward(ring, x, y, logit_scale):
         max(all_rows, all_cols),
     )
     if row_lse_shift is not None:
-        s0 = -row_lse_shift
+        minus_row_lse_shift = -row_lse_shift
         row_lse_sum = torch.full((rows,), 0.0, dtype=DTYPE)
         col_lse_sum = torch.full((cols,), 0.0, dtype=DTYPE)
         folds = [(SUM, col_lse_sum)]
         at_home = (ROWS, (x,), ())
         for _, begin, home, shard, parts in _shards(ring, at_home, COLS, (y,), folds):
-            _forward_sweep_bounded(home, shard, parts, row_lse_sum, logit_scale, s0, begin)
+            _forward_sweep_bounded(
+                home, shard, parts, row_lse_sum, logit_scale, minus_row_lse_shift, begin
+            )
         del home, shard, parts
         if not (
             row_lse_shift == 0
@@ -1397,37 +1412,45 @@ def backward(ring, grad_output, saved, x, y, logit_scale):
     d_col_positive = -d_col_total
     d_row_total = 1 / (2 * all_rows)
     if row_lse_shift is not None:
-        b0 = d_col_total * col_lse_inverse
-        a1 = d_row_total * row_lse_inverse
-        s2 = -row_lse_shift
-        s3 = d_col_positive - d_row_total
+        col_weight = d_col_total * col_lse_inverse
+        row_weight = d_row_total * row_lse_inverse
+        minus_row_lse_shift = -row_lse_shift
+        s0 = d_col_positive - d_row_total
         at_home = (ROWS, (x,), (d_x,))
-        for first, begin, home, shard, _ in _shards(ring, at_home, COLS, (y, b0)):
-            _backward_sweep_a_bounded(home, shard, first, a1, logit_scale, s2, s3, begin)
+        for first, begin, home, shard, _ in _shards(ring, at_home, COLS, (y, col_weight)):
+            _backward_sweep_a_bounded(
+                home, shard, first, row_weight, logit_scale, minus_row_lse_shift, s0, begin
+            )
         del home, shard
     else:
-        a0 = -_present(row_lse)
-        b1 = -_present(col_lse)
+        minus_row_lse = -_present(row_lse)
+        minus_col_lse = -_present(col_lse)
         at_home = (ROWS, (x,), (d_x,))
-        for first, begin, home, shard, _ in _shards(ring, at_home, COLS, (y, b1)):
-            _backward_sweep_a_running(home, shard, first, a0, logit_scale, d_row_total, begin)
+        for first, begin, home, shard, _ in _shards(ring, at_home, COLS, (y, minus_col_lse)):
+            _backward_sweep_a_running(
+                home, shard, first, minus_row_lse, logit_scale, d_row_total, begin
+            )
         del home, shard
 
     if row_lse_shift is not None:
-        b0_2 = d_col_total * col_lse_inverse
-        a1_2 = d_row_total * row_lse_inverse
-        s2_2 = -row_lse_shift
-        s3_2 = d_col_positive - d_row_total
+        col_weight = d_col_total * col_lse_inverse
+        row_weight = d_row_total * row_lse_inverse
+        minus_row_lse_shift = -row_lse_shift
+        s0 = d_col_positive - d_row_total
         at_home = (COLS, (y,), (d_y,))
-        for first, begin, home, shard, _ in _shards(ring, at_home, ROWS, (x, a1_2)):
-            _backward_sweep_b_bounded(home, shard, first, b0_2, logit_scale, s2_2, s3_2, begin)
+        for first, begin, home, shard, _ in _shards(ring, at_home, ROWS, (x, row_weight)):
+            _backward_sweep_b_bounded(
+                home, shard, first, col_weight, logit_scale, minus_row_lse_shift, s0, begin
+            )
         del home, shard
     else:
-        a0_2 = -_present(row_lse)
-        b1_2 = -_present(col_lse)
+        minus_row_lse = -_present(row_lse)
+        minus_col_lse = -_present(col_lse)
         at_home = (COLS, (y,), (d_y,))
-        for first, begin, home, shard, _ in _shards(ring, at_home, ROWS, (x, a0_2)):
-            _backward_sweep_b_running(home, shard, first, b1_2, logit_scale, d_row_total, begin)
+        for first, begin, home, shard, _ in _shards(ring, at_home, ROWS, (x, minus_row_lse)):
+            _backward_sweep_b_running(
+                home, shard, first, minus_col_lse, logit_scale, d_row_total, begin
+            )
         del home, shard
 
     of_shards, of_scalars = grad_output * ring.shard_scale, grad_output * ring.scalar_scale

@@ -30,6 +30,8 @@ logits: logit_scale * x @ y.T, one tile at a time
 logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits
 col_lse: [N] logsumexp over rows of logits
+minus_...: its negative
+col_weight, row_weight: factors of its exponentials in gradients
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 ..._log2: the same times log2(e), for exponentials in base 2
@@ -467,7 +469,7 @@ def _forward_sweep_bounded_kernel(
     x_rows,
     y_peer_cols,
     logit_scale_log2,
-    s0_log2,
+    minus_row_lse_shift_log2,
     row_lse_sum_tiles,
     col_lse_sum_strips,
     row_start,
@@ -503,7 +505,7 @@ def _forward_sweep_bounded_kernel(
             x_tile = x_rows.load([i, k])
             y_peer_tile = y_peer_cols.load([j, k])
             products = tl.dot(x_tile, y_peer_tile.T, products)
-        t1 = _exp2(_fma(products, logit_scale_log2, s0_log2))
+        t1 = _exp2(_fma(products, logit_scale_log2, minus_row_lse_shift_log2))
         if RAGGED and at_edge:
             t1 = tl.where(inside, t1, 0.0)
         row_lse_sum_part = tl.sum(t1, 1)
@@ -526,7 +528,7 @@ FORWARD_SWEEP_BOUNDED_TILE = {
 }
 
 
-def _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, s0):
+def _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, minus_row_lse_shift):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
@@ -563,7 +565,7 @@ def _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, s0):
                 x_rows,
                 y_peer_cols,
                 float(logit_scale * LOG2_E),
-                s0 * LOG2_E,
+                minus_row_lse_shift * LOG2_E,
                 row_lse_sum_tiles,
                 col_lse_sum_strips,
                 i,
@@ -715,11 +717,11 @@ def _forward_sweep_running(x, shard, parts, row_lse_max, row_lse_sum, logit_scal
 def _backward_sweep_bounded_kernel(
     x_rows,
     y_peer_cols,
-    b0_peer,
-    a1,
+    col_weight_peer,
+    row_weight,
     logit_scale_log2,
-    s2_log2,
-    s3,
+    minus_row_lse_shift_log2,
+    s0,
     g_logits,
     residual_logits,
     row_start,
@@ -739,20 +741,21 @@ def _backward_sweep_bounded_kernel(
     column = tl.program_id(0)
     j = col_start + column * BLOCK_N
     offs_n = j + tl.arange(0, BLOCK_N)
-    b0_peer_j = tl.load(b0_peer + offs_n, mask=offs_n < col_stop, other=0)
+    col_weight_peer_j = tl.load(col_weight_peer + offs_n, mask=offs_n < col_stop, other=0)
     tile = tl.program_id(1)
     i = row_start + tile * BLOCK_M
     offs_m = i + tl.arange(0, BLOCK_M)
-    a1_i = tl.load(a1 + offs_m, mask=offs_m < row_stop, other=0)
+    row_weight_i = tl.load(row_weight + offs_m, mask=offs_m < row_stop, other=0)
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, 512, BLOCK_D):
         x_tile = x_rows.load([i, k])
         y_peer_tile = y_peer_cols.load([j, k])
         products = tl.dot(x_tile, y_peer_tile.T, products)
-    g = (b0_peer_j[None, :] + a1_i[:, None]) * _exp2(_fma(products, logit_scale_log2, s2_log2))
+    t2 = _exp2(_fma(products, logit_scale_log2, minus_row_lse_shift_log2))
+    g = (col_weight_peer_j[None, :] + row_weight_i[:, None]) * t2
     if _crosses(i, j, ahead, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None] + ahead
-        g = tl.where(on_positive, g + s3, g)
+        g = tl.where(on_positive, g + s0, g)
         partner = offs_m + ahead
         lost = tl.sum(tl.where(on_positive, g, 0.0), 1)
         lost -= lost.to(tl.bfloat16).to(tl.float32)
@@ -772,22 +775,24 @@ BACKWARD_SWEEP_BOUNDED_TILE = {
 }
 
 
-def _backward_sweep_bounded(x, shard, parts, d_x, first, a1, logit_scale, s2, s3):
+def _backward_sweep_bounded(
+    x, shard, parts, d_x, first, row_weight, logit_scale, minus_row_lse_shift, s0
+):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
 
     d_x, d_y: plus the products with the gradient tile of logits
     """
-    y_peer, b0_peer = shard
+    y_peer, col_weight_peer = shard
     (d_y_peer,) = parts
     rows, cols = x.shape[0], y_peer.shape[0]
     ahead = -first
     residual_logits = torch.empty(rows, dtype=torch.float32, device=x.device)
     if not rows or not cols:
         return
-    b0_peer = b0_peer.contiguous().float()
-    a1 = a1.contiguous().float()
+    col_weight_peer = col_weight_peer.contiguous().float()
+    row_weight = row_weight.contiguous().float()
     block_m = BACKWARD_SWEEP_BOUNDED_TILE["BLOCK_M"]
     block_n = BACKWARD_SWEEP_BOUNDED_TILE["BLOCK_N"]
     tiles = triton.cdiv(min(TILE_N, cols), block_n)
@@ -809,11 +814,11 @@ def _backward_sweep_bounded(x, shard, parts, d_x, first, a1, logit_scale, s2, s3
             _backward_sweep_bounded_kernel[grid](
                 x_rows,
                 y_peer_cols,
-                b0_peer,
-                a1,
+                col_weight_peer,
+                row_weight,
                 float(logit_scale * LOG2_E),
-                s2 * LOG2_E,
-                s3,
+                minus_row_lse_shift * LOG2_E,
+                s0,
                 g_logits_tiles,
                 residual_logits,
                 i,
@@ -840,8 +845,8 @@ def _backward_sweep_bounded(x, shard, parts, d_x, first, a1, logit_scale, s2, s3
 def _backward_sweep_running_kernel(
     x_rows,
     y_peer_cols,
-    a0_log2,
-    b1_peer_log2,
+    minus_row_lse_log2,
+    minus_col_lse_peer_log2,
     logit_scale_log2,
     d_row_total,
     g_logits,
@@ -863,19 +868,21 @@ def _backward_sweep_running_kernel(
     column = tl.program_id(0)
     j = col_start + column * BLOCK_N
     offs_n = j + tl.arange(0, BLOCK_N)
-    b1_peer_log2_j = tl.load(b1_peer_log2 + offs_n, mask=offs_n < col_stop, other=0)
+    minus_col_lse_peer_log2_j = tl.load(
+        minus_col_lse_peer_log2 + offs_n, mask=offs_n < col_stop, other=0
+    )
     tile = tl.program_id(1)
     i = row_start + tile * BLOCK_M
     offs_m = i + tl.arange(0, BLOCK_M)
-    a0_log2_i = tl.load(a0_log2 + offs_m, mask=offs_m < row_stop, other=0)
+    minus_row_lse_log2_i = tl.load(minus_row_lse_log2 + offs_m, mask=offs_m < row_stop, other=0)
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, 512, BLOCK_D):
         x_tile = x_rows.load([i, k])
         y_peer_tile = y_peer_cols.load([j, k])
         products = tl.dot(x_tile, y_peer_tile.T, products)
-    g = _exp2(_fma(products, logit_scale_log2, a0_log2_i[:, None])) + _exp2(
-        _fma(products, logit_scale_log2, b1_peer_log2_j[None, :])
-    )
+    t2 = _exp2(_fma(products, logit_scale_log2, minus_row_lse_log2_i[:, None]))
+    t4 = _exp2(_fma(products, logit_scale_log2, minus_col_lse_peer_log2_j[None, :]))
+    g = t2 + t4
     if _crosses(i, j, ahead, BLOCK_M, BLOCK_N):
         on_positive = offs_n[None, :] == offs_m[:, None] + ahead
         g = tl.where(on_positive, g + -2.0, g)
@@ -901,22 +908,22 @@ BACKWARD_SWEEP_RUNNING_TILE = {
 }
 
 
-def _backward_sweep_running(x, shard, parts, d_x, first, a0, logit_scale, d_row_total):
+def _backward_sweep_running(x, shard, parts, d_x, first, minus_row_lse, logit_scale, d_row_total):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     Running maxima, safe for any logits.
 
     d_x, d_y: plus the products with the gradient tile of logits
     """
-    y_peer, b1_peer = shard
+    y_peer, minus_col_lse_peer = shard
     (d_y_peer,) = parts
     rows, cols = x.shape[0], y_peer.shape[0]
     ahead = -first
     residual_logits = torch.empty(rows, dtype=torch.float32, device=x.device)
     if not rows or not cols:
         return
-    a0_log2 = (a0 * LOG2_E).contiguous().float()
-    b1_peer_log2 = (b1_peer * LOG2_E).contiguous().float()
+    minus_row_lse_log2 = (minus_row_lse * LOG2_E).contiguous().float()
+    minus_col_lse_peer_log2 = (minus_col_lse_peer * LOG2_E).contiguous().float()
     block_m = BACKWARD_SWEEP_RUNNING_TILE["BLOCK_M"]
     block_n = BACKWARD_SWEEP_RUNNING_TILE["BLOCK_N"]
     tiles = triton.cdiv(min(TILE_N, cols), block_n)
@@ -938,8 +945,8 @@ def _backward_sweep_running(x, shard, parts, d_x, first, a0, logit_scale, d_row_
             _backward_sweep_running_kernel[grid](
                 x_rows,
                 y_peer_cols,
-                a0_log2,
-                b1_peer_log2,
+                minus_row_lse_log2,
+                minus_col_lse_peer_log2,
                 float(logit_scale * LOG2_E),
                 d_row_total,
                 g_logits_tiles,
@@ -987,12 +994,12 @@ def forward(ring, x, y, logit_scale):
         max(all_rows, all_cols),
     )
     if row_lse_shift is not None:
-        s0 = -row_lse_shift
+        minus_row_lse_shift = -row_lse_shift
         row_lse_sum = torch.full((rows,), 0.0, dtype=DTYPE)
         col_lse_sum = torch.full((cols,), 0.0, dtype=DTYPE)
         folds = [(SUM, col_lse_sum)]
         for _, shard, parts in _shards(ring, COLS, (y,), folds):
-            _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, s0)
+            _forward_sweep_bounded(x, shard, parts, row_lse_sum, logit_scale, minus_row_lse_shift)
         del shard, parts
         if not (
             row_lse_shift == 0
@@ -1053,20 +1060,24 @@ def backward(ring, grad_output, saved, x, y, logit_scale):
     d_col_positive = -d_col_total
     d_row_total = 1 / (2 * all_rows)
     if row_lse_shift is not None:
-        b0 = d_col_total * col_lse_inverse
-        a1 = d_row_total * row_lse_inverse
-        s2 = -row_lse_shift
-        s3 = d_col_positive - d_row_total
+        col_weight = d_col_total * col_lse_inverse
+        row_weight = d_row_total * row_lse_inverse
+        minus_row_lse_shift = -row_lse_shift
+        s0 = d_col_positive - d_row_total
         folds = [(SUM, d_y)]
-        for first, shard, parts in _shards(ring, COLS, (y, b0), folds):
-            _backward_sweep_bounded(x, shard, parts, d_x, first, a1, logit_scale, s2, s3)
+        for first, shard, parts in _shards(ring, COLS, (y, col_weight), folds):
+            _backward_sweep_bounded(
+                x, shard, parts, d_x, first, row_weight, logit_scale, minus_row_lse_shift, s0
+            )
         del shard, parts
     else:
-        a0 = -_present(row_lse)
-        b1 = -_present(col_lse)
+        minus_row_lse = -_present(row_lse)
+        minus_col_lse = -_present(col_lse)
         folds = [(SUM, d_y)]
-        for first, shard, parts in _shards(ring, COLS, (y, b1), folds):
-            _backward_sweep_running(x, shard, parts, d_x, first, a0, logit_scale, d_row_total)
+        for first, shard, parts in _shards(ring, COLS, (y, minus_col_lse), folds):
+            _backward_sweep_running(
+                x, shard, parts, d_x, first, minus_row_lse, logit_scale, d_row_total
+            )
         del shard, parts
 
     of_shards, of_scalars = grad_output * ring.shard_scale, grad_output * ring.scalar_scale

@@ -28,8 +28,9 @@ If a rank fails, others wait until the group's timeout, of init_process_group or
 logits: logit_scale * x @ y.T, one tile at a time
 logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits
+minus_...: its negative
+row_weight: factors of its exponentials in gradients
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
-a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
 
 import contextlib
@@ -303,7 +304,7 @@ def _inner(operand, gradient):
     return sums.sum(dtype=torch.float64)
 
 
-def _forward_sweep_bounded(x, shard, row_lse_sum, logit_scale, s0):
+def _forward_sweep_bounded(x, shard, row_lse_sum, logit_scale, minus_row_lse_shift):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
@@ -323,7 +324,7 @@ def _forward_sweep_bounded(x, shard, row_lse_sum, logit_scale, s0):
             n = j1 - j
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
-            _product(x_i, y_j, logit_scale.item(), s0, out=t0)
+            _product(x_i, y_j, logit_scale.item(), minus_row_lse_shift, out=t0)
             t0.exp_()
             row_lse_sum[i:i1].add_(t0.sum(1))
 
@@ -352,7 +353,9 @@ def _forward_sweep_running(x, shard, row_lse_max, row_lse_sum, logit_scale):
             _add_logsumexp(t0, 1, row_lse_max[i:i1], row_lse_sum[i:i1], t0)
 
 
-def _backward_sweep_bounded(x, shard, parts, d_x, first, logit_scale, s1, a0, s2):
+def _backward_sweep_bounded(
+    x, shard, parts, d_x, first, logit_scale, minus_row_lse_shift, row_weight, minus_d_row_total
+):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
@@ -373,16 +376,16 @@ def _backward_sweep_bounded(x, shard, parts, d_x, first, logit_scale, s1, a0, s2
             n = j1 - j
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
-            _product(x_i, y_j, logit_scale.item(), s1, out=t0)
+            _product(x_i, y_j, logit_scale.item(), minus_row_lse_shift, out=t0)
             t0.exp_()
-            t0.mul_(a0[i:i1, None])
+            t0.mul_(row_weight[i:i1, None])
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
-                t0.diagonal(k).add_(s2)
+                t0.diagonal(k).add_(minus_d_row_total)
             d_x[i:i1].addmm_(t0, y_j)
             d_y_peer[j:j1].addmm_(t0.T, x_i)
 
 
-def _backward_sweep_running(x, shard, parts, d_x, first, logit_scale, a0_2, d_row_total):
+def _backward_sweep_running(x, shard, parts, d_x, first, logit_scale, minus_row_lse, d_row_total):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     Running maxima, safe for any logits.
@@ -404,7 +407,7 @@ def _backward_sweep_running(x, shard, parts, d_x, first, logit_scale, a0_2, d_ro
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
-            t0.add_(a0_2[i:i1, None])
+            t0.add_(minus_row_lse[i:i1, None])
             t0.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t0.diagonal(k).add_(-1.0)
@@ -433,10 +436,10 @@ def forward(ring, x, y, logit_scale):
         all_cols,
     )
     if row_lse_shift is not None:
-        s0 = -row_lse_shift
+        minus_row_lse_shift = -row_lse_shift
         row_lse_sum = torch.full((rows,), 0.0, dtype=DTYPE)
         for _, shard, _ in _shards(ring, COLS, (y,)):
-            _forward_sweep_bounded(x, shard, row_lse_sum, logit_scale, s0)
+            _forward_sweep_bounded(x, shard, row_lse_sum, logit_scale, minus_row_lse_shift)
         del shard
         if not (row_lse_shift == 0 or ring.agrees(_in_range(row_lse_shift, row_lse_sum, all_cols))):
             row_lse_shift = None
@@ -472,18 +475,30 @@ def backward(ring, grad_output, saved, x, y, logit_scale):
     d_y = torch.zeros(y.shape, dtype=DTYPE, device=y.device)
     d_row_total = 1 / all_rows
     if row_lse_shift is not None:
-        a0 = d_row_total * row_lse_inverse
-        s1 = -row_lse_shift
-        s2 = -d_row_total
+        row_weight = d_row_total * row_lse_inverse
+        minus_row_lse_shift = -row_lse_shift
+        minus_d_row_total = -d_row_total
         folds = [(SUM, d_y)]
         for first, shard, parts in _shards(ring, COLS, (y,), folds):
-            _backward_sweep_bounded(x, shard, parts, d_x, first, logit_scale, s1, a0, s2)
+            _backward_sweep_bounded(
+                x,
+                shard,
+                parts,
+                d_x,
+                first,
+                logit_scale,
+                minus_row_lse_shift,
+                row_weight,
+                minus_d_row_total,
+            )
         del shard, parts
     else:
-        a0_2 = -_present(row_lse)
+        minus_row_lse = -_present(row_lse)
         folds = [(SUM, d_y)]
         for first, shard, parts in _shards(ring, COLS, (y,), folds):
-            _backward_sweep_running(x, shard, parts, d_x, first, logit_scale, a0_2, d_row_total)
+            _backward_sweep_running(
+                x, shard, parts, d_x, first, logit_scale, minus_row_lse, d_row_total
+            )
         del shard, parts
 
     of_shards, of_scalars = grad_output * ring.shard_scale, grad_output * ring.scalar_scale

@@ -29,6 +29,8 @@ If a rank fails, others wait until the group's timeout, of init_process_group or
 logits: logit_scale * z @ z.T, one tile at a time
 logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits where ~is_self
+minus_...: its negative
+row_weight: factors of its exponentials in gradients
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
@@ -389,7 +391,9 @@ def _inner(operand, gradient):
     return sums.sum(dtype=torch.float64)
 
 
-def _forward_sweep_bounded(z, shard, parts, row_lse_sum, first, past, logit_scale, s0):
+def _forward_sweep_bounded(
+    z, shard, parts, row_lse_sum, first, past, logit_scale, minus_row_lse_shift
+):
     """Sweep this rank's rows and the columns of a shard that is here; two shards meet once.
 
     One exponential, shifted by a bound of the logits.
@@ -409,7 +413,7 @@ def _forward_sweep_bounded(z, shard, parts, row_lse_sum, first, past, logit_scal
             n = j1 - j
             z_j = z_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
-            _product(z_i, z_j, logit_scale.item(), s0, out=t0)
+            _product(z_i, z_j, logit_scale.item(), minus_row_lse_shift, out=t0)
             t0.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t0.diagonal(k).fill_(0.0)
@@ -448,14 +452,16 @@ def _forward_sweep_running(z, shard, parts, row_lse_max, row_lse_sum, first, pas
                 _add_logsumexp(t0, 0, row_lse_max_peer[j:j1], row_lse_sum_peer[j:j1], t0)
 
 
-def _backward_sweep_bounded(z, shard, parts, d_z, first, past, half, a0, logit_scale, s1, s2):
+def _backward_sweep_bounded(
+    z, shard, parts, d_z, first, past, half, row_weight, logit_scale, minus_row_lse_shift, s0
+):
     """Sweep this rank's rows and the columns of a shard that is here; two shards meet once.
 
     One exponential, shifted by a bound of the logits.
 
     d_z: plus the products with the gradient tile of logits
     """
-    z_peer, a0_peer = shard
+    z_peer, row_weight_peer = shard
     (d_z_peer,) = parts
     rows, cols = z.shape[0], z_peer.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
@@ -470,21 +476,21 @@ def _backward_sweep_bounded(z, shard, parts, d_z, first, past, half, a0, logit_s
             z_j = z_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            torch.add(a0_peer[j:j1], a0[i:i1, None], out=t0)
-            _product(z_i, z_j, logit_scale.item(), s1, out=t1)
+            torch.add(row_weight_peer[j:j1], row_weight[i:i1, None], out=t0)
+            _product(z_i, z_j, logit_scale.item(), minus_row_lse_shift, out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
             t0.mul_(t1)
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (half, -half)):
-                t0.diagonal(k).add_(s2)
+                t0.diagonal(k).add_(s0)
             d_z[i:i1].addmm_(t0, z_j)
             if twice:
                 d_z_peer[j:j1].addmm_(t0.T, z_i)
 
 
 def _backward_sweep_running(
-    z, shard, parts, d_z, first, past, half, logit_scale, a0_2, d_row_total
+    z, shard, parts, d_z, first, past, half, logit_scale, minus_row_lse, d_row_total
 ):
     """Sweep this rank's rows and the columns of a shard that is here; two shards meet once.
 
@@ -492,7 +498,7 @@ def _backward_sweep_running(
 
     d_z: plus the products with the gradient tile of logits
     """
-    z_peer, a0_2_peer = shard
+    z_peer, minus_row_lse_peer = shard
     (d_z_peer,) = parts
     rows, cols = z.shape[0], z_peer.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
@@ -508,11 +514,11 @@ def _backward_sweep_running(
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t0.addmm_(z_i, z_j.T, beta=0, alpha=logit_scale.item())
-            torch.add(t0, a0_2_peer[j:j1], out=t1)
+            torch.add(t0, minus_row_lse_peer[j:j1], out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
-            t0.add_(a0_2[i:i1, None])
+            t0.add_(minus_row_lse[i:i1, None])
             t0.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t0.diagonal(k).fill_(0.0)
@@ -541,11 +547,13 @@ def forward(ring, z, logit_scale):
         all_cols,
     )
     if row_lse_shift is not None:
-        s0 = -row_lse_shift
+        minus_row_lse_shift = -row_lse_shift
         row_lse_sum = torch.full((rows,), 0.0, dtype=DTYPE)
         folds = [(SUM, row_lse_sum)]
         for first, past, shard, parts in _shards(ring, COLS, (z,), folds):
-            _forward_sweep_bounded(z, shard, parts, row_lse_sum, first, past, logit_scale, s0)
+            _forward_sweep_bounded(
+                z, shard, parts, row_lse_sum, first, past, logit_scale, minus_row_lse_shift
+            )
         del shard, parts
         if not (row_lse_shift == 0 or ring.agrees(_in_range(row_lse_shift, row_lse_sum, all_cols))):
             row_lse_shift = None
@@ -585,21 +593,31 @@ def backward(ring, grad_output, saved, z, logit_scale):
     d_z = torch.zeros(z.shape, dtype=DTYPE, device=z.device)
     d_row_total = 1 / all_rows
     if row_lse_shift is not None:
-        a0 = d_row_total * row_lse_inverse
-        s1 = -row_lse_shift
-        s2 = -2 * d_row_total
+        row_weight = d_row_total * row_lse_inverse
+        minus_row_lse_shift = -row_lse_shift
+        s0 = -2 * d_row_total
         folds = [(SUM, d_z)]
-        for first, past, shard, parts in _shards(ring, COLS, (z, a0), folds):
+        for first, past, shard, parts in _shards(ring, COLS, (z, row_weight), folds):
             _backward_sweep_bounded(
-                z, shard, parts, d_z, first, past, half, a0, logit_scale, s1, s2
+                z,
+                shard,
+                parts,
+                d_z,
+                first,
+                past,
+                half,
+                row_weight,
+                logit_scale,
+                minus_row_lse_shift,
+                s0,
             )
         del shard, parts
     else:
-        a0_2 = -_present(row_lse)
+        minus_row_lse = -_present(row_lse)
         folds = [(SUM, d_z)]
-        for first, past, shard, parts in _shards(ring, COLS, (z, a0_2), folds):
+        for first, past, shard, parts in _shards(ring, COLS, (z, minus_row_lse), folds):
             _backward_sweep_running(
-                z, shard, parts, d_z, first, past, half, logit_scale, a0_2, d_row_total
+                z, shard, parts, d_z, first, past, half, logit_scale, minus_row_lse, d_row_total
             )
         del shard, parts
 

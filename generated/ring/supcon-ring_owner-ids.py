@@ -29,8 +29,9 @@ logits: logit_scale * z @ z.T, one tile at a time
 row_lse: [M] logsumexp over cols of logits where ~is_self
 row_sum: [M] sum over cols of logits where is_positive
 row_count: [M] sum over cols of 1 where is_positive
+minus_...: its negative
+row_weight: factors of its exponentials in gradients
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
-a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
 
 import contextlib
@@ -261,7 +262,9 @@ def _inner(operand, gradient):
     return sums.sum(dtype=torch.float64)
 
 
-def _forward_sweep_bounded(z, shard, row_lse_sum, row_sum, row_count, first, logit_scale, s0, ids):
+def _forward_sweep_bounded(
+    z, shard, row_lse_sum, row_sum, row_count, first, logit_scale, minus_row_lse_shift, ids
+):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
@@ -290,7 +293,7 @@ def _forward_sweep_bounded(z, shard, row_lse_sum, row_sum, row_count, first, log
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t0.addmm_(z_i, z_j.T, beta=0, alpha=logit_scale.item())
-            torch.add(t0, s0, out=t1)
+            torch.add(t0, minus_row_lse_shift, out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
@@ -350,14 +353,16 @@ def _forward_sweep_running(
             row_count[i:i1].add_(t0.sum(1))
 
 
-def _backward_sweep_bounded(z, shard, d_z, first, a0, logit_scale, s1, ids, d_row_sum):
+def _backward_sweep_bounded(
+    z, shard, d_z, first, row_weight, logit_scale, minus_row_lse_shift, ids, d_row_sum
+):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     One exponential, shifted by a bound of the logits.
 
     d_z: plus the products with the gradient tile of logits
     """
-    z_peer, a0_peer, ids_peer, d_row_sum_peer = shard
+    z_peer, row_weight_peer, ids_peer, d_row_sum_peer = shard
     rows, cols = z.shape[0], z_peer.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
     m0_buffer = torch.empty(step * width, dtype=torch.bool)
@@ -374,8 +379,8 @@ def _backward_sweep_bounded(z, shard, d_z, first, a0, logit_scale, s1, ids, d_ro
             m0 = m0_buffer[: m * n].view(m, n)
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            torch.add(a0_peer[j:j1], a0[i:i1, None], out=t0)
-            _product(z_i, z_j, logit_scale.item(), s1, out=t1)
+            torch.add(row_weight_peer[j:j1], row_weight[i:i1, None], out=t0)
+            _product(z_i, z_j, logit_scale.item(), minus_row_lse_shift, out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
@@ -390,14 +395,16 @@ def _backward_sweep_bounded(z, shard, d_z, first, a0, logit_scale, s1, ids, d_ro
             d_z[i:i1].addmm_(t0, z_j)
 
 
-def _backward_sweep_running(z, shard, d_z, first, logit_scale, a0_2, d_row_lse, ids, d_row_sum):
+def _backward_sweep_running(
+    z, shard, d_z, first, logit_scale, minus_row_lse, d_row_lse, ids, d_row_sum
+):
     """Sweep this rank's rows and the columns of a shard that is here.
 
     Running maxima, safe for any logits.
 
     d_z: plus the products with the gradient tile of logits
     """
-    z_peer, a0_2_peer, d_row_lse_peer, ids_peer, d_row_sum_peer = shard
+    z_peer, minus_row_lse_peer, d_row_lse_peer, ids_peer, d_row_sum_peer = shard
     rows, cols = z.shape[0], z_peer.shape[0]
     step, width = min(TILE_M, rows), min(TILE_N, cols)
     m0_buffer = torch.empty(step * width, dtype=torch.bool)
@@ -417,12 +424,12 @@ def _backward_sweep_running(z, shard, d_z, first, logit_scale, a0_2, d_row_lse, 
             t1 = t1_buffer[: m * n].view(m, n)
             t2 = t2_buffer[: m * n].view(m, n)
             t0.addmm_(z_i, z_j.T, beta=0, alpha=logit_scale.item())
-            torch.add(t0, a0_2[i:i1, None], out=t1)
+            torch.add(t0, minus_row_lse[i:i1, None], out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
             t1.mul_(d_row_lse[i:i1, None])
-            t0.add_(a0_2_peer[j:j1])
+            t0.add_(minus_row_lse_peer[j:j1])
             t0.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t0.diagonal(k).fill_(0.0)
@@ -453,13 +460,21 @@ def forward(ring, z, logit_scale, ids):
         all_cols,
     )
     if row_lse_shift is not None:
-        s0 = -row_lse_shift
+        minus_row_lse_shift = -row_lse_shift
         row_lse_sum = torch.full((rows,), 0.0, dtype=DTYPE)
         row_sum = torch.full((rows,), 0.0, dtype=DTYPE)
         row_count = torch.full((rows,), 0.0, dtype=DTYPE)
         for first, shard in _shards(ring, COLS, (z, ids)):
             _forward_sweep_bounded(
-                z, shard, row_lse_sum, row_sum, row_count, first, logit_scale, s0, ids
+                z,
+                shard,
+                row_lse_sum,
+                row_sum,
+                row_count,
+                first,
+                logit_scale,
+                minus_row_lse_shift,
+                ids,
             )
         del shard
         if not (row_lse_shift == 0 or ring.agrees(_in_range(row_lse_shift, row_lse_sum, all_cols))):
@@ -518,16 +533,18 @@ def backward(ring, grad_output, saved, z, logit_scale, ids):
     )
     d_row_lse = torch.where(row_count > 0, d_row_total, 0).to(DTYPE)
     if row_lse_shift is not None:
-        a0 = d_row_lse * row_lse_inverse
-        s1 = -row_lse_shift
-        for first, shard in _shards(ring, COLS, (z, a0, ids, d_row_sum)):
-            _backward_sweep_bounded(z, shard, d_z, first, a0, logit_scale, s1, ids, d_row_sum)
+        row_weight = d_row_lse * row_lse_inverse
+        minus_row_lse_shift = -row_lse_shift
+        for first, shard in _shards(ring, COLS, (z, row_weight, ids, d_row_sum)):
+            _backward_sweep_bounded(
+                z, shard, d_z, first, row_weight, logit_scale, minus_row_lse_shift, ids, d_row_sum
+            )
         del shard
     else:
-        a0_2 = -_present(row_lse)
-        for first, shard in _shards(ring, COLS, (z, a0_2, d_row_lse, ids, d_row_sum)):
+        minus_row_lse = -_present(row_lse)
+        for first, shard in _shards(ring, COLS, (z, minus_row_lse, d_row_lse, ids, d_row_sum)):
             _backward_sweep_running(
-                z, shard, d_z, first, logit_scale, a0_2, d_row_lse, ids, d_row_sum
+                z, shard, d_z, first, logit_scale, minus_row_lse, d_row_lse, ids, d_row_sum
             )
         del shard
 

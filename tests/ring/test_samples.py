@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -96,6 +97,21 @@ def test_sample_is_what_the_templates_emit(golden: Golden, update_generated: boo
         difflib.unified_diff(committed.splitlines(), text.splitlines(), "committed", "emitted")
     )
     assert committed == text, f"run pytest --update-generated\n{difference}"
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=lambda golden: golden.name)
+def test_what_several_sweeps_read_has_one_name_that_says_what_it_is(golden: Golden):
+    """Vectors are evaluated before each sweep that reads them: under one name, from one text."""
+    text = (FOLDER / f"{golden.name}.py").read_text()
+    assert not re.findall(r"\b[absv]\d+_\d+", text)
+    assert not re.findall(r"\b[abv]\d+\b(?! ?, )", text.split('"""', 2)[2]), "vectors have names"
+    before, _, after = text.partition("\ndef backward(")
+    backward = after or before  # whose forward makes gradients
+    names = r"(minus_\w+|\w+_weight|s\d)"
+    given = dict(re.findall(rf"^ +{names} = (.+)$", backward, re.MULTILINE))
+    for name, value in re.findall(rf"^ +{names} = (.+)$", backward, re.MULTILINE):
+        assert given[name] == value
+    assert any(name.startswith("minus_") for name in given) == bool(after)
 
 
 def test_folder_has_no_other_files():

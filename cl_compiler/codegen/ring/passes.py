@@ -6,8 +6,11 @@ turn it is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import sympy as sp
 
 from cl_compiler.codegen.names import RESERVED, Names
 from cl_compiler.codegen.passes import PassPrinter, PassText
@@ -17,6 +20,7 @@ from cl_compiler.lang.ring import is_local
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Accumulate, Diagonal, Mode
 
+_AXES = {"a": "row", "b": "col"}
 _FOLDS = {"sum": "SUM", "max": "MAXIMUM", "logsumexp": "LOGSUMEXP", "softmean": "SOFTMEAN"}
 
 
@@ -32,10 +36,55 @@ class RingNames(Names):
     length = "all_{}"
 
     def __init__(self, plan: SweepPlan) -> None:
+        self.before_sweeps: dict[sp.Expr, str] = {}
+        self.nodes = [node.name for node in plan.nodes]
+        self._unnamed: Counter[str] = Counter()
         super().__init__(plan)
         for name in ("n_slots", "n_bank"):
             if name in self.table:
                 self.table[name] = name.removeprefix("n_")
+
+    def evaluated(self, expr: sp.Expr, kind: str) -> str:
+        """What is evaluated before a sweep, of rows ("a"), columns ("b"), … or a scalar ("s").
+
+        Several sweeps that read the same call it the same: each of them evaluates it again, so that
+        nobody holds it in between.
+        """
+        if expr not in self.before_sweeps:
+            proposal = self._meaning(expr, kind)
+            if not proposal:
+                proposal = f"{kind}{self._unnamed[kind]}"
+                self._unnamed[kind] += 1
+            self.before_sweeps[expr] = self.fresh(proposal)
+        return self.before_sweeps[expr]
+
+    def _meaning(self, expr: sp.Expr, kind: str) -> str:
+        """A name that says what it is, for what most sweeps read; "" for anything else."""
+        inner = (-expr).args[0] if (-expr).func.__name__ == "present" else -expr
+        if isinstance(inner, sp.Symbol) and inner.name in self.table:
+            return f"minus_{self.table[inner.name]}"
+        inverse = {f"inv_{node}" for node in self.nodes}
+        axis = _AXES.get(kind, "")
+        if axis and any(isinstance(f, sp.Symbol) and f.name in inverse for f in expr.args):
+            return f"{axis}_weight" if isinstance(expr, sp.Mul) else ""
+        return ""
+
+    @property
+    def meanings(self) -> list[str]:
+        """Lines of a glossary about them."""
+        named = list(self.before_sweeps.values())
+        weights = [name for name in named if "_weight" in name]
+        lines = []
+        if any(name.startswith("minus_") for name in named):
+            lines.append("minus_...: its negative")
+        if weights:
+            lines.append(f"{', '.join(sorted(weights))}: factors of its exponentials in gradients")
+        return lines
+
+    @property
+    def numbers_some(self) -> bool:
+        """Whether a sweep reads something that has a letter and a number for a name."""
+        return bool(self._unnamed)
 
     def add(self, symbol: str, proposal: str) -> str:
         """As ``Names.add``; what ends in ``_peer`` is reserved for shards that travel."""
@@ -115,6 +164,10 @@ class RingPassPrinter(PassPrinter):
         super().__init__(program, pass_, mode, names, name, cast)
 
     # -- names -----------------------------------------------------------------------------------
+
+    def hoisted_name(self, expr: sp.Expr, kind: str, number: int) -> str:
+        assert isinstance(self.names, RingNames)
+        return self.names.evaluated(expr, kind)
 
     def vector(self, name: str, dim: int) -> str:
         text = self.hoisted_names.get(name)

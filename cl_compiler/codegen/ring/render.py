@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from cl_compiler.codegen.context import build_context, is_cast
-from cl_compiler.codegen.layout import drop_unused, fit
+from cl_compiler.codegen.layout import drop_unused, fit, wrap
 from cl_compiler.codegen.library import library_products
 from cl_compiler.codegen.render import environment, tidy_text
 from cl_compiler.codegen.ring.host import HostStagePrinter, LocalBlocks, find_continued
@@ -84,6 +84,8 @@ def render_ring(
     header.insert(3, ("schedule", how))
     context |= _gradients(context) | {
         "variant": variant,
+        "glossary": [*context["glossary"], *map(wrap, names.meanings)],
+        "hoists": names.numbers_some,
         "usage": _usage(context["arguments"]),
         "device": device,
         "products": library_products(device, plan.precision),
