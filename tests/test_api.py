@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cl_compiler import Problem, compile_loss
-from cl_compiler.api import fetch_variant
 from cl_compiler.errors import ArgumentError, ScheduleError
 from cl_compiler.losses.cross_entropy import clip
+from cl_compiler.variants import fetch_variant
 from tests.losses_zoo import hard_negatives
 from tests.plan.requests import request
 

@@ -76,7 +76,7 @@ def compile_question(question: Question) -> Entry:
     """
     with working("compiling", ("the machine and the loss", "plan, program and text")) as step:
         step()
-        from cl_compiler.api import fetch_variant
+        from cl_compiler.variants import fetch_variant
 
         request = on_its_ranks(request_of(question))
         step()

@@ -101,8 +101,8 @@ def _show(question: Question, json: bool) -> dict[str, Any]:
 def _generate(question: Question) -> tuple[Plan, str, str]:
     """(plan, name, source): rendered here, and neither executed nor kept."""
     with working("generating", ("the machine and the loss", "plan, program and text")) as step:
-        from cl_compiler.api import build_variant, key_of
         from cl_compiler.plan.record import plan_from_json
+        from cl_compiler.variants import build_variant, key_of
 
         step()
         request = on_its_ranks(request_of(question))

@@ -46,9 +46,9 @@ def tune(
     )  # fmt: skip
     with working("tuning", ("the machine and the loss", "candidates")) as step:
         step()
-        from cl_compiler.api import fetch_variant
         from cl_compiler.plan.record import plan_from_json
         from cl_compiler.plan.report import explain
+        from cl_compiler.variants import fetch_variant
 
         request = request_of(question)
         step()

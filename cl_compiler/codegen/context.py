@@ -18,7 +18,7 @@ from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.text import describe
-from cl_compiler.lang.whole import taken_at_positives
+from cl_compiler.lang.whole import nll_of, taken_at_positives
 from cl_compiler.plan.types import Plan
 from cl_compiler.units import format_bytes
 
@@ -113,7 +113,8 @@ def build_context(
     saved = _saved(program, printer)
     taken = taken_at_positives(sweep_plan) if program.is_whole else {}
     values = [text(e) for e in (ir.value, *(e for _, e in ir.outputs))]
-    helpers = _helpers([*forward, *backward], printer, values, grads)
+    statements = _statements([*forward, *backward], printer, [*values, *grads.values()])
+    helpers = _helpers(statements)
     return {
         "plan": plan,
         "loss_name": plan.loss_name,
@@ -140,7 +141,7 @@ def build_context(
         ),
         "doc": ir.doc.splitlines(),
         "header": _header(plan, program),
-        "glossary": [wrap(f"{n}: {meaning}") for n, meaning in _glossary(printer, names)],
+        "glossary": [wrap(f"{n}: {meaning}") for n, meaning in _glossary(printer, statements)],
         "hoists": any(
             m.hoisted for s in [*forward, *backward] for c in s.calls for m in c.modes.values()
         ),
@@ -339,9 +340,10 @@ def _sweep_texts(stages: list[StageText]) -> list[object]:
     return [m.text for s in stages for c in s.calls for m in c.modes.values()]
 
 
-def _glossary(printer: StagePrinter, names: Names) -> list[tuple[str, str]]:
+def _glossary(printer: StagePrinter, statements: str) -> list[tuple[str, str]]:
     """(identifier, meaning) of the names that a reader meets."""
-    plan = printer.plan
+    plan, names = printer.plan, printer.names
+    met = set(re.findall(r"\w+", statements))
     length = {"rows": "M", "cols": "N", "rows2": "M", "cols2": "N", "slots": "K", "bank": "Q"}
     result = []
     for name, leaf in plan.leaves.items():
@@ -349,14 +351,18 @@ def _glossary(printer: StagePrinter, names: Names) -> list[tuple[str, str]]:
             left, right = _view(leaf.left), _view(leaf.right)
             scale = f"{leaf.scale} * " if leaf.scale else ""
             result.append((name, f"{scale}{left} @ {right}.T, one tile at a time"))
-        if leaf.kind == "similarity_at_positive":
+        if leaf.kind == "similarity_at_positive" and names(name) in met:
             result.append((names(name), "[M] the same at each row's positive"))
     for node in plan.nodes:
         if plan.is_full(node.name):
             red = plan.by_name[node.name]
             (axis,) = plan.leaves[node.name].axes
-            text = describe(red).partition(" = ")[2]
-            result.append((names(node.name), f"[{length[axis]}] {_rename(text, names)}"))
+            text = f"[{length[axis]}] {_rename(describe(red).partition(' = ')[2], names)}"
+            nll = names.table.get(nll_of(node.name).name)
+            if nll:
+                result.append((nll, f"{text}, less the logit of the positive"))
+            if names(node.name) in met or not nll:
+                result.append((names(node.name), text))
     return result
 
 
@@ -394,11 +400,9 @@ def _header(plan: Plan, program: Program) -> list[tuple[str, str]]:
     ]
 
 
-def _helpers(
-    stages: list[StageText], printer: StagePrinter, values: list[str], grads: dict[str, str]
-) -> set[str]:
-    """Which helper functions the file calls."""
-    lines = [*values, *grads.values()]
+def _statements(stages: list[StageText], printer: StagePrinter, values: list[str]) -> str:
+    """Everything that is printed of a loss, ``values`` of expressions included."""
+    lines = [*values]
     for stage in stages:
         lines += stage.vectors
         for call in stage.calls:
@@ -408,7 +412,11 @@ def _helpers(
     lines += [text.coefficient for text in _late(printer)]
     for op in printer.plan.ir.operands:
         lines += [c for c, _, _ in _operand(printer, op.name, False).norms]
-    everything = "\n".join(lines)
+    return "\n".join(lines)
+
+
+def _helpers(statements: str) -> set[str]:
+    """Which helper functions the file calls."""
     known = (
         "_product",
         "_crossings",
@@ -424,8 +432,8 @@ def _helpers(
         "_logsubexp",
         "_one_minus_exp",
     )
-    found = {k for k in known if f"{k}(" in everything}
-    found |= {"TIE_TOLERANCE"} if "TIE_TOLERANCE" in everything else set()
+    found = {k for k in known if f"{k}(" in statements}
+    found |= {"TIE_TOLERANCE"} if "TIE_TOLERANCE" in statements else set()
     if "_logsubexp" in found:
         found.add("_one_minus_exp")
     return found

@@ -60,9 +60,11 @@ class VectorPrinter(StrPrinter):
         self.is_wide = is_wide
         self.names, self.is_vector, self.is_python = names, is_vector, is_python
         self.positives, self.block = positives, block
+        self.instead: Mapping[sp.Symbol, sp.Expr] = {}
+        """What to print in place of some symbols."""
 
     def text(self, expr: sp.Expr) -> str:
-        return spaced(str(self.doprint(expr)))
+        return spaced(str(self.doprint(expr.xreplace(dict(self.instead)))))
 
     def _as_ordered_terms(self, expr: sp.Expr, order: str | None = None) -> list[sp.Expr]:
         """Subtract rather than negate: one operator less."""
@@ -298,8 +300,8 @@ class TilePrinter:
                 if args[0] == out:
                     return f"{out}.{c.op}_({args[1]})"
                 return f"torch.{c.op}({args[0]}, {args[1]}, out={out})"
-            case "softmax":
-                return f"torch.softmax({args[0]}, {int(float(args[1]))}, out={out})"
+            case "softmax" | "log_softmax":
+                return f"torch.{c.op}({args[0]}, {int(float(args[1]))}, out={out})"
             case "div":
                 if args[0] == out:
                     return f"{out}.div_({args[1]})"

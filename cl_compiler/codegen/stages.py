@@ -114,7 +114,7 @@ class StagePrinter:
                 if red.operand == 1 and mask:
                     return f"{mask}.sum(dtype=torch.float64)"
                 masked = f"torch.where({bare(mask)}, {value}, 0.0)" if mask else f"({value})"
-                if isinstance(red.operand, sp.Symbol) and not mask:
+                if value.isidentifier() and not mask:
                     masked = value
                 return f"{masked}.sum(dtype=torch.float64)"
             case "max":

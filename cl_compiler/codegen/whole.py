@@ -9,11 +9,11 @@ import sympy as sp
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.passes import PassPrinter, PassText
-from cl_compiler.codegen.printers import TilePrinter
+from cl_compiler.codegen.printers import TilePrinter, VectorPrinter
 from cl_compiler.codegen.products import ProductPrinter
 from cl_compiler.codegen.stages import StagePrinter
 from cl_compiler.codegen.symbols import LENGTH, prefixed
-from cl_compiler.lang.ir import View
+from cl_compiler.lang.ir import Leaf, View
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import (
     Accumulate,
@@ -24,8 +24,9 @@ from cl_compiler.lang.tile_ir import (
     GradientTile,
     Mode,
     TileProgram,
+    VectorRef,
 )
-from cl_compiler.lang.whole import inner_of, scale_gradients
+from cl_compiler.lang.whole import inner_of, likelihoods, nll_of, scale_gradients
 
 
 class WholeStagePrinter(StagePrinter):
@@ -34,11 +35,23 @@ class WholeStagePrinter(StagePrinter):
     def __init__(self, program: Program, names: Names, cast: bool) -> None:
         super().__init__(program, names, cast)
         self.overwritten = _made_by_products(program)
-        made: set[str] = set()
-
+        self.sums = likelihoods(program.plan)
+        for lse in self.sums:
+            nll = nll_of(lse.name).name
+            names.add(nll, names(lse.name).replace("lse", "nll"))
+            self.leaves[nll] = Leaf(nll, "adjoint", self.leaves[lse.name].axes)
+        read = _read_by_tiles(program)
         self.pass_printer = partial(  # type: ignore[assignment]
-            WholePrinter, made=made, overwritten=self.overwritten
+            WholePrinter,
+            made=set(),
+            overwritten=self.overwritten,
+            sums={s.name: self.vectors().text(s) for s in self.sums if s.name in read},
         )
+
+    def vectors(self, lookup: Callable[[str], str] | None = None) -> VectorPrinter:
+        printer = super().vectors(lookup)
+        printer.instead = self.sums
+        return printer
 
     def scale_gradient(self, scale: str) -> list[str]:
         tiles = {
@@ -50,10 +63,22 @@ class WholeStagePrinter(StagePrinter):
         terms = []
         for similarity, tile in tiles.items():
             if scales.get(similarity) == scale:
-                inner = f"{self.names(inner_of(similarity))}.sum(dtype=torch.float64)"
+                inner = self.names(inner_of(similarity))
                 factor = self.vectors().text(tile.scale)
                 terms.append(inner if tile.scale == 1 else f"{factor} * {inner}")
         return terms
+
+
+def _read_by_tiles(program: Program) -> frozenset[str]:
+    """Vectors that tiles are computed with."""
+    return frozenset(
+        arg.name
+        for pass_ in program.passes
+        for i in pass_.programs["whole"].instructions
+        if isinstance(i, (Compute, Diagonal))
+        for arg in (i.args if isinstance(i, Compute) else [ref for _, ref in i.reads])
+        if isinstance(arg, VectorRef)
+    )
 
 
 def _made_by_products(program: Program) -> frozenset[str]:
@@ -72,7 +97,8 @@ class WholePrinter(PassPrinter):
     """Prints one pass.
 
     ``made``: tiles and gradients that statements so far have made; ``overwritten``: operands whose
-    gradient is made by its first product.
+    gradient is made by its first product; ``sums``: logsumexps that tiles are computed with, of
+    those that are made from a positive's negative log-likelihood: → their text.
     """
 
     def __init__(
@@ -85,8 +111,10 @@ class WholePrinter(PassPrinter):
         cast: bool,
         made: set[str],
         overwritten: frozenset[str],
+        sums: Mapping[str, str],
     ) -> None:
         super().__init__(program, pass_, mode, names, name, cast)
+        self.sums = sums
         self.products = _WholeProducts(self, made, overwritten)
         self.made = made
 
@@ -133,16 +161,20 @@ class WholePrinter(PassPrinter):
                 case Diagonal():
                     lines += self._diagonal(printer, instruction)
                 case Accumulate():
-                    (target,) = instruction.targets
-                    lines.append(
-                        printer.fold(instruction, self.names(target), target in self.program.wide)
-                    )
+                    lines += self._fold(printer, instruction)
                 case AtPositives(target=target, value=value):
                     taken = self._taken(printer.tile(value), target in self.program.wide)
                     lines.append(f"{self.names(target)} = {taken}")
                 case GradientTile():
                     lines += self.products.lines(instruction)
         return lines
+
+    def _fold(self, printer: _WholeTilePrinter, fold: Accumulate) -> list[str]:
+        (name,) = fold.targets
+        if fold.kind != "log_softmax":
+            return [printer.fold(fold, self.names(name), name in self.program.wide)]
+        line = f"{self.names(nll_of(name).name)} = {printer.tile(fold.args[0])}.diagonal().neg()"
+        return [line, f"{self.names(name)} = {self.sums[name]}"] if name in self.sums else [line]
 
     def _taken(self, tile: str, wide: bool) -> str:
         """The values at the positives; a copy where the tile will be written over."""
@@ -216,6 +248,8 @@ class _WholeTilePrinter(TilePrinter):
             logits, weights = (self.tile(value) for value in a.args)
             dtype = ", torch.float64" if wide else ""
             return f"{target} = _lse_of_softmax({logits}, {weights}, {a.dim}{dtype})"
+        if a.kind == "total":
+            return f"{target} = {self.tile(a.args[0])}.sum()"
         return super().fold(a, target)
 
     def _making(self, out: str, text: str) -> str:

@@ -100,7 +100,7 @@ def assign_buffers(
             if isinstance(instruction, Accumulate):  # its exponentials replace the logits only
                 logits, *values = instruction.args
                 reusable = [v for v in reusable if v == logits and v not in values]
-            if isinstance(instruction, Compute) and instruction.op == "softmax":
+            if isinstance(instruction, Compute) and instruction.op in ("softmax", "log_softmax"):
                 reusable = []  # it reads a row after it has written some of it
             if isinstance(instruction, Compute) and instruction.op == "fill_where":
                 first = instruction.args[0]

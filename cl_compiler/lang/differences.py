@@ -27,8 +27,7 @@ def wide_vectors(plan: SweepPlan, programs: Iterable[TileProgram]) -> frozenset[
         programs: of all its passes; what one of them reads as it stands is as wide as a tile.
     """
     read = {name for code in programs for name in _read(code)}
-    known = _statistics(plan)
-    wide = _subtracted(plan, known) - read
+    wide = subtracted(plan) - read
     for node in plan.nodes:
         if plan.is_full(node.name) or node.name in read or not plan.leaves[node.name].axes:
             continue
@@ -50,8 +49,9 @@ def _statistics(plan: SweepPlan) -> set[str]:
     return known
 
 
-def _subtracted(plan: SweepPlan, known: set[str]) -> set[str]:
+def subtracted(plan: SweepPlan) -> set[str]:
     """Statistics of which some derivative of a vector's definition depends on statistics."""
+    known = _statistics(plan)
     found: set[str] = set()
     for node in reversed(plan.ir.reductions):
         moved = node.monoid in ("to_rows", "to_cols") and node.name in found
@@ -84,4 +84,4 @@ def _read(code: TileProgram) -> set[str]:
     return names | {g.row_scale for g in code.gradients if g.row_scale}
 
 
-__all__ = ["wide_vectors"]
+__all__ = ["subtracted", "wide_vectors"]

@@ -29,7 +29,7 @@ def reduce_tile(
     red: Reduction,
     operand: sp.Expr,
     names: tuple[str, ...],
-    kind: Literal["sum", "max", "logsumexp", "softmean", "softmax"],
+    kind: Literal["sum", "max", "logsumexp", "softmean", "softmax", "log_softmax"],
     extra: tuple[sp.Expr, ...] = (),
     symmetric: bool = False,
 ) -> None:

@@ -85,14 +85,16 @@ class Diagonal:
 class Accumulate:
     """Fold a tile along ``dim`` into vectors.
 
-    kind: "sum" (target += sum), "max", "logsumexp" (running maximum and sum of exponentials),
-    "softmean" (those and a weighted sum) or, of the only tile there is, "softmax" (the logsumexp
-    of its first argument, whose softmax is the second).  ``mirrored``: on a symmetric grid, also
-    stands for the transposed tile, and is skipped on tiles of the diagonal.
+    kind: "sum" (target += sum), "max", "logsumexp" (running maximum and sum of exponentials) or
+    "softmean" (those and a weighted sum); of the only tile there is, also "softmax" (the logsumexp
+    of its first argument, whose softmax is the second), "log_softmax" (the logsumexp of what that
+    tile is the log-softmax of) and "total" (the sum along both dimensions).
+    ``mirrored``: on a symmetric grid, also stands for the transposed tile, and is skipped on tiles
+    of the diagonal.
     ``scratch``: a tile value for the exponentials of "logsumexp" and "softmean".
     """
 
-    kind: Literal["sum", "max", "logsumexp", "softmean", "softmax"]
+    kind: Literal["sum", "max", "logsumexp", "softmean", "softmax", "log_softmax", "total"]
     targets: tuple[str, ...]
     args: tuple[int, ...]
     dim: int
@@ -179,5 +181,16 @@ class TileProgram:
 
 
 SLOW_OPS = frozenset(
-    {"exp", "log", "sigmoid", "softplus", "logaddexp", "pow", "expm1", "sqrt", "softmax"}
+    {
+        "exp",
+        "log",
+        "sigmoid",
+        "softplus",
+        "logaddexp",
+        "pow",
+        "expm1",
+        "sqrt",
+        "softmax",
+        "log_softmax",
+    }
 )

@@ -1,7 +1,9 @@
 """All pairs in one tile: every level of a grid lowered together, into one straight line.
 
 A tile that is made for one level is there for the next, and every logsumexp comes with the softmax
-that the gradient needs: no tile is made twice, nothing is guarded, no logits are too large.
+that the gradient needs: no tile is made twice, nothing is guarded, no logits are too large.  Where
+a sum has its row's positive in it, its log-softmax gives that positive's negative log-likelihood
+(nll), which is what most losses want, and with it the logsumexp: positive logit + nll.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import sympy as sp
 
 from cl_compiler.lang import functions as fn
 from cl_compiler.lang.buffers import Hoisted, assign_buffers
+from cl_compiler.lang.differences import subtracted
 from cl_compiler.lang.ir import COLS, ROWS, Leaf, Reduction
 from cl_compiler.lang.lower import Lowering
 from cl_compiler.lang.lower_pass import reduce_tile, with_ties
@@ -35,7 +38,7 @@ from cl_compiler.lang.tile_ir import (
     VectorRef,
 )
 
-Kind = Literal["sum", "max", "softmax"]
+Kind = Literal["sum", "max", "softmax", "log_softmax"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,40 @@ def scale_gradients(plan: SweepPlan) -> dict[str, str]:
 
 
 def inner_of(similarity: str) -> str:
-    """Of each row: <dL/dlogits, sim> without the scale."""
+    """<dL/dlogits, sim>, without the scale."""
     return f"inner_{similarity}"
+
+
+def nll_of(lse: str) -> sp.Symbol:
+    """The negative log-likelihood of each positive in a logsumexp's sums."""
+    return sp.Symbol(f"nll_{lse}", real=True)
+
+
+def likelihoods(plan: SweepPlan) -> dict[sp.Symbol, sp.Expr]:
+    """Logsumexps of which each sum has one positive: → that one's logit + its nll.
+
+    Not those that gradients subtract from others: the rounding of an nll would be theirs.
+    """
+    exact = subtracted(plan)
+    logits = {plan.leaves[s].symbol: target for target, s in taken_at_positives(plan).items()}
+    moved = {
+        n.operand: plan.leaves[n.name].symbol
+        for n in plan.nodes
+        if isinstance(n, Reduction) and n.monoid == "to_cols"
+    }
+    found: dict[sp.Symbol, sp.Expr] = {}
+    for node in plan.nodes:
+        if not isinstance(node, Reduction) or node.monoid != "logsumexp" or node.name in exact:
+            continue
+        one_each = plan.positives == "paired" or (
+            plan.positives == "diagonal" and node.over == COLS
+        )
+        if one_each and node.where == 1 and plan.is_full(node.name) and node.operand in logits:
+            at_rows = plan.leaves[logits[node.operand]].symbol
+            at_cols = moved.get(at_rows, fn.to_cols(at_rows))
+            positive = at_rows if node.over == COLS else at_cols
+            found[plan.leaves[node.name].symbol] = positive + nll_of(node.name)
+    return found
 
 
 class _WholeLowering(Lowering):
@@ -99,22 +134,34 @@ class _WholeLowering(Lowering):
         self.bare: dict[str, TileRef] = {}
         self.softmaxes: dict[sp.Symbol, tuple[sp.Expr, int]] = {}
         """Symbol → (logits, the dimension that is summed)."""
+        self.logarithms: dict[sp.Symbol, tuple[sp.Expr, int]] = {}
+        """The same of log-softmaxes."""
 
     def softmax(self, logits: sp.Expr, dim: int) -> sp.Symbol:
         """The symbol of a tile's softmax along a dimension."""
-        for symbol, known in self.softmaxes.items():
-            if known == (logits, dim):
+        return self._normalised(self.softmaxes, "softmax", logits, dim)
+
+    def log_softmax(self, logits: sp.Expr, dim: int) -> sp.Symbol:
+        """The symbol of a tile's log-softmax along a dimension."""
+        return self._normalised(self.logarithms, "log_softmax", logits, dim)
+
+    def _normalised(
+        self, known: dict[sp.Symbol, tuple[sp.Expr, int]], op: str, logits: sp.Expr, dim: int
+    ) -> sp.Symbol:
+        for symbol, what in known.items():
+            if what == (logits, dim):
                 return symbol
-        name = f"softmax{len(self.softmaxes)}"
+        name = f"{op}{len(known)}"
         self.leaves[name] = Leaf(name, "adjoint", self.grid)
-        self.softmaxes[self.leaves[name].symbol] = logits, dim
+        known[self.leaves[name].symbol] = logits, dim
         return self.leaves[name].symbol
 
     def emit(self, expr: sp.Expr) -> Ref:
-        if expr not in self.softmaxes:
-            return super().emit(expr)
-        logits, dim = self.softmaxes[expr]
-        return self.compute("softmax", TileRef(self.tile(logits)), ScalarRef(sp.Integer(dim)))
+        for op, known in (("softmax", self.softmaxes), ("log_softmax", self.logarithms)):
+            if expr in known:
+                logits, dim = known[expr]
+                return self.compute(op, TileRef(self.tile(logits)), ScalarRef(sp.Integer(dim)))
+        return super().emit(expr)
 
     def similarity(self, name: str, alpha: sp.Expr, beta: sp.Expr) -> Ref:
         if name not in self.scales:
@@ -137,6 +184,7 @@ class _GridLowering:
         self.plan, self.grid = plan, grid
         self.sweeps = [sweep for sweep in plan.sweeps if sweep.grid == grid]
         self.low = _WholeLowering(plan, grid)
+        self.likelihoods = likelihoods(plan)
         self.low.declare_shared()
 
     def levels(self, taken: Collection[str]) -> list[Level]:
@@ -158,7 +206,7 @@ class _GridLowering:
         low.scan([plan.leaves[s].symbol for s in values.values()])
         low.scan([e for sweep in self.sweeps for r in sweep.reductions for e in self.folds(r)[1]])
         low.scan([part.pair for part in parts.values()])
-        low.scan([logits for logits, _ in low.softmaxes.values()])
+        low.scan([logits for logits, _ in (*low.softmaxes.values(), *low.logarithms.values())])
         for target, similarity in values.items():
             low.code.append(AtPositives(target, low.tile(plan.leaves[similarity].symbol)))
         for sweep in self.sweeps:
@@ -175,7 +223,7 @@ class _GridLowering:
                 low.code.append(GradientTile(s, value, part.scale, part.row_scale))
                 if s in low.scales:
                     product = low.compute("mul", low.bare[s], TileRef(value))
-                    low.code.append(Accumulate("sum", (inner_of(s),), (product.value,), 1))
+                    low.code.append(Accumulate("total", (inner_of(s),), (product.value,), 1))
         whole = assign_buffers("whole", low.code, low.hoisted, (), None, "", taken)
         heads = [(0, None), *((sweep.level, sweep) for sweep in self.sweeps)]
         pieces = zip(heads, _pieces(whole.instructions), strict=True)
@@ -209,10 +257,20 @@ class _GridLowering:
 
         return tidy(with_ties(expr.replace(fn.softmax_weight, weight)), self.low.axes)
 
-    def softmax(self, logits: sp.Expr, red: Reduction) -> sp.Symbol:
+    def softmax(self, logits: sp.Expr, red: Reduction) -> sp.Expr:
         """Along a reduction's axis, where its mask holds; NaN where it never does."""
+        if self.is_likelihood(red):
+            return sp.exp(self.log_softmax(red))
         masked = self.prepare(fn.select(red.where, logits, sp.S.NegativeInfinity))
         return self.low.softmax(masked, self.grid.index(red.over))
+
+    def is_likelihood(self, red: Reduction) -> bool:
+        """Each of its sums has one positive."""
+        return self.plan.leaves[red.name].symbol in self.likelihoods
+
+    def log_softmax(self, red: Reduction) -> sp.Symbol:
+        """Of a logsumexp's logits, along its axis."""
+        return self.low.log_softmax(red.operand, self.grid.index(red.over))
 
     def folds(self, red: Reduction) -> tuple[Kind, tuple[sp.Expr, ...]]:
         """How a reduction folds which tiles."""
@@ -222,6 +280,8 @@ class _GridLowering:
             case "max":
                 lowest = sp.S.NegativeInfinity
                 return "max", (self.prepare(fn.select(red.where, red.operand, lowest)),)
+            case "logsumexp" if self.is_likelihood(red):
+                return "log_softmax", (self.log_softmax(red),)
             case "logsumexp":
                 weights = self.softmax(red.operand, red)
                 return "softmax", (self.low.softmaxes[weights][0], weights)
@@ -276,4 +336,12 @@ def _names(refs: Iterable[Ref]) -> set[str]:
     return found
 
 
-__all__ = ["Level", "inner_of", "lower_whole", "scale_gradients", "taken_at_positives"]
+__all__ = [
+    "Level",
+    "inner_of",
+    "likelihoods",
+    "lower_whole",
+    "nll_of",
+    "scale_gradients",
+    "taken_at_positives",
+]

@@ -278,11 +278,13 @@ def _similarities(
 
 # (exps, passes, floats moved, operators) of folding a tile: a running logsumexp takes a maximum,
 # subtracts it, exponentiates and sums; softmean also multiplies and sums a second time.  Beside a
-# softmax, which is an operator of its own, there are two maxima.
+# softmax, which is an operator of its own, there are two maxima; beside a log-softmax, a diagonal.
 _FOLDS = {
     "sum": (0, 1, 1, 2),
     "max": (0, 1, 1, 2),
     "softmax": (0, 2, 2, 5),
+    "log_softmax": (0, 0, 0, 2),
+    "total": (0, 1, 1, 1),
     "logsumexp": (1, 3, 6, 8),
     "softmean": (1, 5, 10, 11),
 }
@@ -342,7 +344,7 @@ def _vectors(
                 for tile in p.programs.values():
                     here.update({n: sizes.vector(axes) for n, (_, axes) in tile.hoisted.items()})
                     for i in tile.instructions:
-                        if isinstance(i, Accumulate) and not i.mirrored:
+                        if isinstance(i, Accumulate) and not i.mirrored and i.kind != "total":
                             length = sizes.length(p.grid[1 - i.dim])
                             here.update(dict.fromkeys(i.targets, length))
         found.append(tuple((n, v) for n, v in sorted(here.items()) if v is not None))

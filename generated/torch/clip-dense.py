@@ -12,8 +12,8 @@ Symmetric InfoNCE (Radford et al. 2021): the mean of both directions' cross-entr
 
 logits: logit_scale * x @ y.T, one tile at a time
 logits_pos: [M] the same at each row's positive
-row_lse: [M] logsumexp over cols of logits
-col_lse: [N] logsumexp over rows of logits
+row_nll: [M] logsumexp over cols of logits, less the logit of the positive
+col_nll: [N] logsumexp over rows of logits, less the logit of the positive
 """
 
 import torch
@@ -27,24 +27,19 @@ class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
     def __enter__(self):
-        self.before = torch.backends.mkldnn.matmul.fp32_precision
+        found = torch.backends.mkldnn.matmul.fp32_precision
+        self.before = None if found in ("ieee", "none") else found
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
-        torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
+        if self.before is not None:
+            torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
         if self.autocast:
             torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
         if self.autocast:
             torch.set_autocast_enabled("cpu", True)
-        torch.backends.mkldnn.matmul.fp32_precision = self.before
-
-
-def _lse_of_softmax(logits, weights, dim):
-    """Of logits whose softmax is known: the largest weight is that of the largest logit.
-
-    Weights are NaN where nothing, or an infinity, is summed: the sum is then the largest logit.
-    """
-    return logits.amax(dim) - weights.amax(dim).nan_to_num_(1.0).log_()
+        if self.before is not None:
+            torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
 def forward(x, y, logit_scale):
@@ -58,26 +53,26 @@ def forward(x, y, logit_scale):
     rows, cols = x.shape[0], y.shape[0]
     t0 = torch.mm(x, y.T)
     t1 = torch.mul(t0, logit_scale)
-    logits_pos = t1.diagonal()
-    col_positive = logits_pos
     d_row_total = 1 / (2 * rows)
-    t2 = torch.softmax(t1, 1)
-    row_lse = _lse_of_softmax(t1, t2, 1)
-    t3 = torch.softmax(t1, 0)
-    col_lse = _lse_of_softmax(t1, t3, 0)
-    row_total = (row_lse - logits_pos).sum(dtype=torch.float64)
-    col_total = (col_lse - col_positive).sum(dtype=torch.float64)
+    t2 = torch.log_softmax(t1, 1)
+    row_nll = t2.diagonal().neg()
+    t3 = torch.log_softmax(t1, 0)
+    col_nll = t3.diagonal().neg()
+    row_total = row_nll.sum(dtype=torch.float64)
+    col_total = col_nll.sum(dtype=torch.float64)
+    t2.exp_()
+    t3.exp_()
     t2.add_(t3)
     t2.diagonal().add_(-2.0)
     d_x = torch.addmm(x, t2, y, beta=0, alpha=d_row_total * logit_scale.item())
     d_y = torch.addmm(y, t2.T, x, beta=0, alpha=d_row_total * logit_scale.item())
     t0.mul_(t2)
-    logits_inner = t0.sum(1)
+    logits_inner = t0.sum()
     value = torch.scalar_tensor(
         row_total.item() / (2 * rows) + col_total.item() / (2 * cols), dtype=DTYPE
     )
     outputs = ()
-    d_logit_scale = d_row_total * logits_inner.sum(dtype=torch.float64)
+    d_logit_scale = d_row_total * logits_inner
 
     saved = {
         "x": d_x,

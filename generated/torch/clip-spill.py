@@ -35,16 +35,19 @@ class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
     def __enter__(self):
-        self.before = torch.backends.mkldnn.matmul.fp32_precision
+        found = torch.backends.mkldnn.matmul.fp32_precision
+        self.before = None if found in ("ieee", "none") else found
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
-        torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
+        if self.before is not None:
+            torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
         if self.autocast:
             torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
         if self.autocast:
             torch.set_autocast_enabled("cpu", True)
-        torch.backends.mkldnn.matmul.fp32_precision = self.before
+        if self.before is not None:
+            torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
 def _shift(bound, terms):

@@ -99,16 +99,19 @@ class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
     def __enter__(self):
-        self.before = torch.backends.cuda.matmul.fp32_precision
+        found = torch.backends.cuda.matmul.fp32_precision
+        self.before = None if found == MATMUL_PRECISION else found
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
-        torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
+        if self.before is not None:
+            torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
         if self.autocast:
             torch.set_autocast_enabled("cuda", False)
 
     def __exit__(self, *_):
         if self.autocast:
             torch.set_autocast_enabled("cuda", True)
-        torch.backends.cuda.matmul.fp32_precision = self.before
+        if self.before is not None:
+            torch.backends.cuda.matmul.fp32_precision = self.before
 
 
 def _on_its_device(function):

@@ -13,6 +13,7 @@ from cl_compiler.cli.ranks import on_its_ranks
 from cl_compiler.cli.requests import Question, request_of
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.plan.types import MemoryBudget
+from cl_compiler.variants import key_of
 from tests.cli.conftest import SMALL
 
 CLUSTER = ["--hardware", "h100x8", "--budget", "1GiB", "--problem", "8192x512"]
@@ -58,9 +59,9 @@ def test_a_group_finds_what_was_compiled_ahead(monkeypatch):
     call = on_rank.share_of(Problem.parse("8192x8192x512"))
     question = Question(hardware="h100x8", budget="1GiB", problem="8192x512")
     ahead = on_its_ranks(request_of(question))
-    assert api.key_of(on_rank.request(call))[1] == api.key_of(ahead)[1]
+    assert key_of(on_rank.request(call))[1] == key_of(ahead)[1]
     other = on_rank.request(on_rank.share_of(Problem.parse("8192x8192x256")))
-    assert api.key_of(other)[1] != api.key_of(ahead)[1]
+    assert key_of(other)[1] != key_of(ahead)[1]
 
 
 @pytest.mark.parametrize("schedule", ["ring_owner", "all_gather"])

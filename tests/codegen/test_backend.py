@@ -8,7 +8,6 @@ import torch
 
 from cl_compiler import compile_loss
 from cl_compiler import lang as cl
-from cl_compiler.api import build_variant, request_to_json
 from cl_compiler.codegen.render import render
 from cl_compiler.errors import ArgumentError
 from cl_compiler.hardware import load_hardware
@@ -17,7 +16,9 @@ from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan import MemoryBudget, Problem, Request
 from cl_compiler.plan.report import plan_from_json
+from cl_compiler.plan.requests import request_to_json
 from cl_compiler.plan.search import choose_plan
+from cl_compiler.variants import build_variant
 from tests import losses_zoo as zoo
 from tests.tiles import errors, run
 from tests.zoo_case import sample

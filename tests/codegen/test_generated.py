@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from cl_compiler import lang as cl
-from cl_compiler.api import build_variant, request_to_json
 from cl_compiler.hardware import load_hardware
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.resolve import Positives
 from cl_compiler.losses import find
+from cl_compiler.plan.requests import request_to_json
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
 from cl_compiler.runtime.loader import load_source
+from cl_compiler.variants import build_variant
 from tests import losses_zoo as zoo
 from tests.tiles import emit, schedules_of
 from tests.zoo_case import Case, sample

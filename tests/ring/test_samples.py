@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from cl_compiler.api import build_variant, request_to_json
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.resolve import Positives
 from cl_compiler.losses import find
+from cl_compiler.plan.requests import request_to_json
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
+from cl_compiler.variants import build_variant
 from tests import losses_zoo as zoo
 from tests.ring import usage
 from tests.ring.processes import launch

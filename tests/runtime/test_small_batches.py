@@ -57,7 +57,7 @@ class _Operators(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def test_clip_in_one_tile_launches_about_as_many_operators_as_dense() -> None:
+def test_clip_in_one_tile_launches_no_more_operators_than_dense() -> None:
     """Their number is what a small batch takes; three of them are products."""
     given = operands_of("clip", 64, seed=2)
     scale = torch.tensor(14.3, requires_grad=True)
@@ -72,7 +72,9 @@ def test_clip_in_one_tile_launches_about_as_many_operators_as_dense() -> None:
     assert loss.plan.schedule == "dense"
     products = sum(n for op, n in compiled.items() if "mm" in op)
     assert products == 3
-    assert compiled.total() <= 1.35 * dense.total()
+    assert compiled.total() <= dense.total()
+    assert "logsumexp over cols of logits, less the logit of the positive" in loss.source
+    assert "_lse" not in loss.source
 
 
 def test_a_call_like_an_earlier_one_sees_its_own_arguments() -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from cl_compiler.api import build_variant, request_to_json
 from cl_compiler.hardware import load_hardware
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.losses import find
 from cl_compiler.plan import MemoryBudget, Problem, Request
+from cl_compiler.plan.requests import request_to_json
+from cl_compiler.variants import build_variant
 from tests.codegen.test_generated import weighted_margin
 
 FOLDER = Path(__file__).parents[3] / "generated" / "triton"
