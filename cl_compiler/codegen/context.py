@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy as sp
 
+from cl_compiler.codegen.heading import glossary, header
 from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.stages import StagePrinter, StageText
-from cl_compiler.codegen.symbols import narrowed, scaled_in_products
+from cl_compiler.codegen.symbols import narrowed, scaled_in_products, view_text
 from cl_compiler.codegen.whole import WholeStagePrinter
 from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.lang.text import describe
-from cl_compiler.lang.whole import nll_of, taken_at_positives
+from cl_compiler.lang.whole import taken_at_positives
 from cl_compiler.plan.types import Plan
-from cl_compiler.units import format_bytes
 
 
 @dataclass
@@ -140,8 +138,8 @@ def build_context(
             + [f"d_{name} * grad_output" for name in grads]
         ),
         "doc": ir.doc.splitlines(),
-        "header": _header(plan, program),
-        "glossary": [wrap(f"{n}: {meaning}") for n, meaning in _glossary(printer, statements)],
+        "header": header(plan, program),
+        "glossary": [wrap(f"{n}: {meaning}") for n, meaning in glossary(printer, statements)],
         "hoists": any(
             m.hoisted for s in [*forward, *backward] for c in s.calls for m in c.modes.values()
         ),
@@ -264,18 +262,13 @@ def _operand(printer: StagePrinter, name: str, is_slots: bool) -> OperandText:
 
 
 def _norm(names: Names, name: str, view: View) -> tuple[str, str]:
-    part = view.operand if view.prefix is None else f"{view.operand}[:, :{view.prefix}]"
-    return names(name), part
-
-
-def _view(view: View | None) -> str:
-    assert view is not None
-    return view.operand if view.prefix is None else f"{view.operand}[:, :{view.prefix}]"
+    return names(name), view_text(view)
 
 
 def _positive(names: Names, name: str, leaf: object, wide: bool) -> PositiveText:
     left, right, scale = leaf.left, leaf.right, leaf.scale  # type: ignore[attr-defined]
-    return PositiveText(names(name), _view(left), _view(right), names(scale) if scale else "", wide)
+    owner = names(scale) if scale else ""
+    return PositiveText(names(name), view_text(left), view_text(right), owner, wide)
 
 
 def _late(printer: StagePrinter) -> list[LateText]:
@@ -290,12 +283,12 @@ def _late(printer: StagePrinter) -> list[LateText]:
                 continue
             own = leaf.scale and scaled_in_products(printer.program, view.operand)
             scaled = f"({text}) * {printer.names(leaf.scale or '')}" if own else text
-            target = f"d_{_view(view)}"
+            target = f"d_{view_text(view)}"
             result.append(
                 LateText(
                     scaled,
-                    _view(leaf.left),
-                    _view(leaf.right),
+                    view_text(leaf.left),
+                    view_text(leaf.right),
                     target if side == "left" else "",
                     target if side == "right" else "",
                 )
@@ -338,66 +331,6 @@ def _saved(program: Program, printer: StagePrinter) -> list[str]:
 
 def _sweep_texts(stages: list[StageText]) -> list[object]:
     return [m.text for s in stages for c in s.calls for m in c.modes.values()]
-
-
-def _glossary(printer: StagePrinter, statements: str) -> list[tuple[str, str]]:
-    """(identifier, meaning) of the names that a reader meets."""
-    plan, names = printer.plan, printer.names
-    met = set(re.findall(r"\w+", statements))
-    length = {"rows": "M", "cols": "N", "rows2": "M", "cols2": "N", "slots": "K", "bank": "Q"}
-    result = []
-    for name, leaf in plan.leaves.items():
-        if leaf.kind == "similarity":
-            left, right = _view(leaf.left), _view(leaf.right)
-            scale = f"{leaf.scale} * " if leaf.scale else ""
-            result.append((name, f"{scale}{left} @ {right}.T, one tile at a time"))
-        if leaf.kind == "similarity_at_positive" and names(name) in met:
-            result.append((names(name), "[M] the same at each row's positive"))
-    for node in plan.nodes:
-        if plan.is_full(node.name):
-            red = plan.by_name[node.name]
-            (axis,) = plan.leaves[node.name].axes
-            text = f"[{length[axis]}] {_rename(describe(red).partition(' = ')[2], names)}"
-            nll = names.table.get(nll_of(node.name).name)
-            if nll:
-                result.append((nll, f"{text}, less the logit of the positive"))
-            if names(node.name) in met or not nll:
-                result.append((names(node.name), text))
-    return result
-
-
-def _rename(text: str, names: Names) -> str:
-    text = re.sub(r"\bis_self_\w+", "is_self", text)
-    return re.sub(r"\b[A-Za-z_]\w*\b", lambda m: names.table.get(m.group(), m.group()), text)
-
-
-def _header(plan: Plan, program: Program) -> list[tuple[str, str]]:
-    p = plan.problem
-    kept = f"; {plan.kept_tiles} tiles kept" if program.keeps_tiles else ""
-    accumulate = "fp64" if p.dtype == "float64" else "fp32"
-    arguments = ", ".join(program.plan.ir.parameters)
-    return [
-        ("loss", f"{plan.loss_name}({arguments}); positives: {plan.positives}"),
-        (
-            "hardware",
-            f"{plan.hardware_name}   {p.dtype} in, {plan.precision} products, "
-            f"{accumulate} accumulate",
-        ),
-        (
-            "problem",
-            f"up to M={p.M} N={p.N} D={p.D}; gradients: {', '.join(sorted(plan.needs)) or 'none'}",
-        ),
-        ("schedule", f"{plan.schedule}{kept}"),
-        (
-            "tiles",
-            "   ".join(f"{level.level} {level.tile}" for level in plan.levels) or f"{plan.tile}",
-        ),
-        (
-            "memory",
-            f"predicted peak {format_bytes(plan.peak_bytes)} of "
-            f"{format_bytes(plan.budget.device_bytes)}",
-        ),
-    ]
 
 
 def _statements(stages: list[StageText], printer: StagePrinter, values: list[str]) -> str:

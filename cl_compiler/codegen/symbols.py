@@ -36,6 +36,12 @@ def symbol_table(plan: SweepPlan) -> dict[str, Leaf]:
     return table
 
 
+def view_text(view: View | None) -> str:
+    """An operand, or the first columns of one."""
+    assert view is not None
+    return view.operand if view.prefix is None else f"{view.operand}[:, :{view.prefix}]"
+
+
 class PythonNumbers:
     """Which scalars emitted code holds as Python numbers rather than as tensors.
 
