@@ -12,8 +12,9 @@ from tests.ring.processes import launch
 from tests.ring.shards import emit_ring, run_group, schedules_of, together
 from tests.tiles import Result, errors
 
-LOSSES = ("clip", "siglip", "infonce_ids", "nt_xent", "supcon", "dual_softmax")
-"""One of each kind: two statistics, none, ids, views, ids of one set, a statistic in another."""
+LOSSES = ("clip", "siglip", "infonce_ids", "nt_xent", "supcon", "dual_softmax", "debiased")
+"""One of each kind: two statistics, none, ids, views, ids of one set, a statistic in another, the
+difference of two."""
 SHARES = {1: (1,), 2: (3, 2), 3: (2, 0, 1), 4: (1, 2, 3, 1), 8: (1, 2, 0, 1, 3, 1, 1, 2)}
 
 
