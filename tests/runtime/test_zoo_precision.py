@@ -17,9 +17,25 @@ CASES = {case.name: case for case in zoo.cases()}
 SUBTRACTING = ("debiased", "debiased_rows", "hard_negatives", "mnrl_joint")
 """Gradients are functions of differences of statistics."""
 
+ROUNDED_AGAIN = ("mnrl_hard", "sinkhorn", "dual_softmax")
+"""Their tiles subtract a logsumexp from a logit, both rounded to fp32, where the dense formula
+subtracts the largest logit, which is exact.  Either is off by up to 2^-24 of the largest logit."""
+
+
+def largest_logit(whole: Sample) -> float:
+    """The largest that lengths of rows allow."""
+    x, y = (float(whole.tensors[n].detach().norm(dim=-1).max()) for n in ("x", "y"))
+    return float(whole.parameters["logit_scale"].detach()) * x * y
+
 
 def check(case: Case, samples: list[Sample]) -> None:
     allowed = [limits(whole) for whole in samples]
+    if case.name.removesuffix("_paired") in ROUNDED_AGAIN:
+        twice = [2.0**-23 * largest_logit(whole) for whole in samples]
+        allowed = [
+            {name: max(limit, least) for name, limit in of.items()}
+            for of, least in zip(allowed, twice, strict=True)
+        ]
     for schedule in schedules_of(case):
         source = emit(case, schedule, dtype="float32", tile=Tile(12, 17), width=WIDTH)
         for number, whole in enumerate(samples):
@@ -61,9 +77,10 @@ def test_a_row_near_the_floor_is_as_exact_as_dense_fp32(above: float) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_every_loss_is_as_exact_as_dense_fp32(name: str) -> None:
-    """Its own parameters, and logit scales of 1 and 14.3; rows of length 1."""
+    """Its own parameters, with rows of length 1 and of any, and logit scales of 1, 14.3 and 100."""
     case = CASES[name]
-    check(case, [features(case, scale, False, 3) for scale in (None, 1.0, 14.3)])
+    regimes = [(None, False), (None, True), (1.0, False), (14.3, False), (100.0, False)]
+    check(case, [features(case, scale, norms, 3) for scale, norms in regimes])
 
 
 def wide(case: Case) -> frozenset[str]:
