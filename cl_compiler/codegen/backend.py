@@ -17,9 +17,11 @@ from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.program import SCHEDULES, Schedule, build_program, valid_schedules
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan import limits
+from cl_compiler.plan.cluster import group_least_bytes
 from cl_compiler.plan.precision import FP8, SPLIT
 from cl_compiler.plan.search import choose_plan, nearby_plans
 from cl_compiler.plan.shards import largest_shard
+from cl_compiler.plan.space import check_one_device
 from cl_compiler.plan.types import Candidate, Plan, Request, Tile
 from cl_compiler.units import format_bytes
 
@@ -44,7 +46,7 @@ def print_plan(plan: Plan, request: Request, sweeps: SweepPlan, variant: str) ->
     program = build_program(sweeps, plan.schedule)
     if plan.template == "triton":
         return render_triton(plan, program, variant, request.hardware.arch)
-    return render(plan, program, variant, device="cuda" if _is_one_gpu(request) else "cpu")
+    return render(plan, program, variant, device="cuda" if _is_gpu(request) else "cpu")
 
 
 def candidates_of(request: Request, sweeps: SweepPlan, most: int) -> tuple[Plan, ...]:
@@ -54,7 +56,7 @@ def candidates_of(request: Request, sweeps: SweepPlan, most: int) -> tuple[Plan,
     Raises:
         as ``plan_of``.
     """
-    if not _is_one_gpu(request):
+    if not _is_gpu(request):
         return nearby_plans(_widened(request), most, sweeps)
     workloads = _workloads(request, sweeps)[0].values()
     plans = [plan for w in workloads for plan in nearby_panels(w)]
@@ -76,8 +78,8 @@ def plan_of(request: Request, sweeps: SweepPlan) -> Plan:
     """
     if request.group_size:
         return plan_group(request, sweeps)[0]
-    if not _is_one_gpu(request):
-        _refuse_eight_bits(request, "only one GPU's kernels have such products")
+    if not _is_gpu(request):
+        _refuse_eight_bits(request, "only a GPU's kernels have such products")
         return choose_plan(_widened(request), sweeps)
     found, reasons = _kernel_plans(request, sweeps)
     if found:
@@ -103,7 +105,7 @@ def max_batch(request: Request, sweeps: SweepPlan) -> int:
     if request.group_size:
         return request.group_size * largest_shard(request, sweeps, fits_group)
     batch = 0 if request.precision == FP8 else limits.max_batch(_widened(request), sweeps)
-    if not _is_one_gpu(request):
+    if not _is_gpu(request):
         return batch
 
     def fits(rows: int) -> bool:
@@ -116,14 +118,18 @@ def max_batch(request: Request, sweeps: SweepPlan) -> int:
 def least_bytes(request: Request, sweeps: SweepPlan) -> Callable[[int], int]:
     """Of rows (columns in proportion): the bytes of the smallest plan of PyTorch's tiles.
 
+    Of a group: of rows on every rank.
+
     Raises:
         ScheduleError: the requested schedule is unknown, or the loss cannot use it.
     """
+    if request.group_size:
+        return group_least_bytes(_widened(request), sweeps)
     return limits.least_bytes(_widened(request), sweeps)
 
 
-def _is_one_gpu(request: Request) -> bool:
-    return request.hardware.kind != "cpu" and request.hardware.world_size == 1
+def _is_gpu(request: Request) -> bool:
+    return request.hardware.kind != "cpu"
 
 
 def _kernel_plans(
@@ -152,6 +158,7 @@ def _workloads(
     request: Request, sweeps: SweepPlan
 ) -> tuple[dict[Schedule, Workload], dict[Schedule, str]]:
     """The schedules that Triton serves, and why it does not serve the others."""
+    check_one_device(request, request.hardware.world_size)
     found: dict[Schedule, Workload] = {}
     reasons = {s: r for s, r in valid_schedules(sweeps).items() if r}
     open_ = [s for s in SCHEDULES if s not in reasons] if request.schedule == "auto" else []

@@ -33,7 +33,7 @@ from cl_compiler.plan.limits import scaled
 from cl_compiler.plan.link_bytes import bytes_per_link
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.overlap import overlap_of, phases_of
-from cl_compiler.plan.share import Share, SharePlanner, plan_of_tiles, tiles_fit
+from cl_compiler.plan.share import Share, SharePlanner, least_bytes, plan_of_tiles, tiles_fit
 from cl_compiler.plan.thrift import Cost, thrifty, told
 from cl_compiler.plan.travel import posted_bytes
 from cl_compiler.plan.types import ClusterPlan, MemoryBudget, Plan, Problem, Request
@@ -68,15 +68,32 @@ def group_fits(
     Raises:
         ScheduleError: as ``choose_cluster_plan``.
     """
+    least = _least_shares(request, sweeps)
+    return lambda rows: any(share_fits(s) and not host_obstacle(s) for s in least(rows))
+
+
+def group_least_bytes(request: Request, sweeps: SweepPlan) -> Callable[[int], int]:
+    """Of rows on every rank, columns in proportion: the bytes of the smallest plan in PyTorch's
+    tiles, whatever the budget.
+
+    Raises:
+        ScheduleError: as ``choose_cluster_plan``.
+    """
+    least = _least_shares(request, sweeps)
+    return lambda rows: min(least_bytes(share) for share in least(rows))
+
+
+def _least_shares(request: Request, sweeps: SweepPlan) -> Callable[[int], list[Share]]:
+    """Of rows on every rank: of each schedule, a rank's part in the least chunks."""
     machine = machine_of(hardware_graph(request.hardware))
     usable, _ = _usable(request, sweeps, machine)
     nodes = {name: _node(machine, name, request.group_size) for name in usable}
     programs = {name: _program(sweeps, name) for name in usable}
 
-    def fits(rows: int) -> bool:
+    def shares(rows: int) -> list[Share]:
         asked = replace(request, problem=scaled(request.problem, rows))
         *_, least = chunks_of(asked.problem, machine)
-        shares = [
+        return [
             Share(
                 asked,
                 sweeps,
@@ -88,9 +105,8 @@ def group_fits(
             )
             for name in usable
         ]
-        return any(share_fits(s) and not host_obstacle(s) for s in shares)
 
-    return fits
+    return shares
 
 
 def choose_cluster_plan(
@@ -247,7 +263,6 @@ def _of_all_shards(plan: Plan, ranks: int, cluster: ClusterPlan) -> dict[str, An
     levels = [
         replace(a, traffic_bytes=a.traffic_bytes * ranks, seconds=a.seconds * ranks)
         for a in plan.levels
-        if a.kind != "cluster"
     ]
     return {
         "seconds_by_part": tuple(parts),
@@ -324,5 +339,6 @@ __all__ = [
     "choose_cluster_plan",
     "chunks_of",
     "group_fits",
+    "group_least_bytes",
     "nearest",
 ]

@@ -46,7 +46,6 @@ extra_seconds_per_byte = sp.Function("extra_seconds_per_byte")
 """The same beyond what elementwise rates already include."""
 
 EXP_RATE, PASS_RATE, LAUNCH = sp.symbols("exp_per_s pass_per_s op_overhead_s", positive=True)
-EXCHANGE, HOPS = sp.symbols("exchange_s_per_byte exchange_latency_s", nonnegative=True)
 """Of one byte of each other rank's shard over every link, and of the messages that carry them."""
 DEVICE_RATE = sp.Symbol("B_0", positive=True)
 """Bytes/s of the device's memory; B_1, B_2, … are those of the levels inside it."""
@@ -59,7 +58,6 @@ PARTS = (
     "operand copies and casts",
     "operator launches",
     "vectors and gradients",
-    "exchange between ranks",
 )
 """What time is spent on, in the order of ``Cost.parts``."""
 
@@ -111,7 +109,6 @@ def cost_of(facts: ProgramFacts, inner_levels: int, *, casts: bool) -> Cost:
             kept = KEPT * p.m * p.n * COMPUTE_BYTES
             parts[3] += kept * seconds_per_byte(kept)
             traffic[0] += kept
-    parts[7] += _exchange(facts)
     rest = beside_sweeps(facts)
     parts[5] += rest[0]
     parts[6] += rest[1]
@@ -227,16 +224,6 @@ def _around_passes(facts: ProgramFacts) -> int:
         made += len({t for i in code.instructions if isinstance(i, Accumulate) for t in i.targets})
     bounds = 2 * 3 * len(bounded_logits(program.plan)) if "bounded" in program.modes else 0
     return made + bounds + 3 * len(program.logsumexps)
-
-
-def _exchange(facts: ProgramFacts) -> sp.Expr:
-    """Seconds of receiving the other ranks' shards, and of returning their gradients."""
-    if not facts.gathered:
-        return sp.Integer(0)
-    received = sp.Add(*(rows * width for _, rows, width in facts.gathered)) * INPUT_BYTES
-    partial = [o for o in facts.outputs if o.own != o.length]
-    returned = sp.Add(*((o.length - o.own) * o.width for o in partial)) * COMPUTE_BYTES
-    return EXCHANGE * (received + returned) + HOPS * (len(facts.gathered) + len(partial))
 
 
 @dataclass(frozen=True)

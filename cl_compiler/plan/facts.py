@@ -13,7 +13,7 @@ from typing import Literal
 
 import sympy as sp
 
-from cl_compiler.lang.ir import COLS, COLS2, ROWS2, SLOTS, Leaf, View
+from cl_compiler.lang.ir import SLOTS, Leaf, View
 from cl_compiler.lang.lower import inverse_of
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import (
@@ -112,11 +112,10 @@ class PassFacts:
 
 @dataclass(frozen=True)
 class Output:
-    """An operand's gradient: ``length`` rows are accumulated, ``own`` of them returned."""
+    """An operand's gradient: ``length`` rows."""
 
     operand: str
     length: sp.Expr
-    own: sp.Expr
     width: sp.Expr
 
 
@@ -125,8 +124,7 @@ class ProgramFacts:
     """A program as the planner sees it.
 
     ``forward_vectors`` and ``backward_vectors``: (name, length) of what lives in either phase,
-    saved vectors in both.  ``operand_elements``: of each operand, every rank's.
-    ``gathered``: (operand, rows that other ranks own, width).
+    saved vectors in both.  ``operand_elements``: of each operand.
     """
 
     program: Program
@@ -137,7 +135,6 @@ class ProgramFacts:
     positive_widths: tuple[sp.Expr, ...]
     norm_casts: tuple[sp.Expr, ...]
     operand_elements: tuple[sp.Expr, ...]
-    gathered: tuple[tuple[str, sp.Expr, sp.Expr], ...]
 
     @property
     def mode(self) -> Mode:
@@ -162,16 +159,15 @@ def facts_of(
     program: Program,
     extra_operands: Iterable[str] = (),
     *,
-    one_rank: bool = True,
     diagonals: sp.Expr = ONE,
 ) -> ProgramFacts:
     """Count a program.
 
     ``extra_operands``: operands whose width is not D; theirs is the symbol ``D_<name>``.
-    ``one_rank``: rows and columns all belong to this process.  ``diagonals``: of the grids that
-    half is made of, the share in which tiles of the diagonal are made whole.
+    ``diagonals``: of the grids that half is made of, the share in which tiles of the diagonal are
+    made whole.
     """
-    sizes = Sizes(frozenset(extra_operands), one_rank)
+    sizes = Sizes(frozenset(extra_operands))
     backward = {id(p) for s in program.backward for p in s.passes}
     passes = tuple(
         _pass(program, p, "backward" if id(p) in backward else "forward", sizes, diagonals)
@@ -186,11 +182,7 @@ def facts_of(
         late,
         _positive_widths(program, sizes),
         _norm_casts(program, sizes),
-        tuple(
-            sizes.own_and_all(op)[1] * sizes.operand_width(op.name)
-            for op in program.plan.ir.operands
-        ),
-        _gathered(program, sizes),
+        tuple(sizes.rows_of(op) * sizes.operand_width(op.name) for op in program.plan.ir.operands),
     )
 
 
@@ -205,7 +197,7 @@ def _pass(
     diagonals: sp.Expr,
 ) -> PassFacts:
     leaves, tile = program.plan.leaves, p.programs[program.modes[0]]
-    rows, cols = sizes.outer(p.grid[0]), sizes.length(p.grid[1])
+    rows, cols = sizes.length(p.grid[0]), sizes.length(p.grid[1])
     m = least(TILE_ROWS, rows)
     n = cols if p.whole_rows or p.is_slots else least(TILE_COLS, cols)
     down, across = count_of(rows, m), count_of(cols, n)
@@ -351,35 +343,12 @@ def _vectors(
     return found[0], found[1]
 
 
-def _axes_spread(program: Program) -> set[str]:
-    """Operands that are read along a grid's inner axis, whole on every rank."""
-    leaves = program.plan.leaves
-    return {
-        view.operand
-        for p in program.passes
-        for s in p.similarities
-        if (view := leaves[s].right) is not None and p.grid[1] in (COLS, ROWS2, COLS2)
-    }
-
-
 def _outputs(program: Program, sizes: Sizes) -> tuple[Output, ...]:
-    spread, result = _axes_spread(program), []
-    for op in program.plan.ir.operands:
-        if op.name not in program.plan.needs or op.stop:
-            continue
-        own, whole = sizes.own_and_all(op)
-        length = whole if op.name in spread else own
-        result.append(Output(op.name, length, own, sizes.operand_width(op.name)))
-    return tuple(result)
-
-
-def _gathered(program: Program, sizes: Sizes) -> tuple[tuple[str, sp.Expr, sp.Expr], ...]:
-    spread, result = _axes_spread(program), []
-    for op in program.plan.ir.operands:
-        own, whole = sizes.own_and_all(op)
-        if op.name in spread and own != whole:
-            result.append((op.name, whole - own, sizes.operand_width(op.name)))
-    return tuple(result)
+    return tuple(
+        Output(op.name, sizes.rows_of(op), sizes.operand_width(op.name))
+        for op in program.plan.ir.operands
+        if op.name in program.plan.needs and not op.stop
+    )
 
 
 def _norm_casts(program: Program, sizes: Sizes) -> tuple[sp.Expr, ...]:
@@ -389,8 +358,8 @@ def _norm_casts(program: Program, sizes: Sizes) -> tuple[sp.Expr, ...]:
     for name in gradient.vectors if gradient is not None else ():
         leaf = program.plan.leaves[name]
         if leaf.kind == "norm" and leaf.left is not None:
-            own, _ = sizes.own_and_all(operands[leaf.left.operand])
-            result.append(own * sizes.width(leaf.left))
+            rows = sizes.rows_of(operands[leaf.left.operand])
+            result.append(rows * sizes.width(leaf.left))
     return tuple(result)
 
 

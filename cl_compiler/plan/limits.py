@@ -24,7 +24,7 @@ def max_batch(
     sweep_plan: SweepPlan | None = None,
     hardware_graph: nx.DiGraph | None = None,
 ) -> int:
-    """The largest M (over all ranks) whose plan fits the budget; D and M : N stay as they are.
+    """The largest M whose plan fits the budget; D and M : N stay as they are.
 
     Returns:
         rows, 0 where not even one fits.
@@ -100,8 +100,6 @@ def budget_error(space: Space) -> BudgetError:
     points = [smallest(space, s) for s in space.schedules()]
     least = min(p.peak_bytes for p in points)
     size = f"M=N={problem.M}" if problem.M == problem.N else f"M={problem.M}, N={problem.N}"
-    ranks = space.machine.ranks
-    where = "" if ranks == 1 else f" on each of {ranks} devices"
     limit = space.limit_bytes
     obstacle, remedy = f"budget {format_bytes(limit)}", f"Give at least memory_budget={least}"
     if limit < request.budget.device_bytes:
@@ -113,7 +111,7 @@ def budget_error(space: Space) -> BudgetError:
     fitting = smaller if batch else "; no batch fits, however small"
     return BudgetError(
         f"{request.loss.name} at {size}, D={problem.D}, {problem.dtype}{schedule} needs at least "
-        f"{format_bytes(least)} ({least} bytes){where}; {obstacle}. {remedy}{fitting}."
+        f"{format_bytes(least)} ({least} bytes); {obstacle}. {remedy}{fitting}."
     )
 
 

@@ -77,10 +77,6 @@ class Outer:
         """
         return self.full_duplex and (self.point_to_point or self.ranks_inside > 1)
 
-    def share(self, ranks: int) -> float:
-        """Of the shards that a rank gathers, those that cross this level's links."""
-        return (self.instances - 1) * self.ranks_inside / (ranks - 1)
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -105,14 +101,6 @@ class Machine:
         """FLOP/s of products with ``inner`` contracted columns."""
         name, cost = gemm_type(dtype, precision, self.spec)
         return self.spec.gemm_rate(name, max(1, round(inner))) / cost
-
-    def exchange_seconds_per_byte(self) -> float:
-        """Of every byte that is gathered from the other ranks, over the links that it crosses."""
-        return sum(o.share(self.ranks) / o.link_bytes_per_s for o in self.outer if o.is_linked)
-
-    def exchange_latency_s(self) -> float:
-        """Of the messages in which one operand's shards arrive."""
-        return sum((o.instances - 1) * o.link_latency_s for o in self.outer if o.is_linked)
 
     def seconds_per_byte(self, held_bytes: float) -> float:
         """Of streaming data that lives in the innermost memory with room for it."""

@@ -36,7 +36,6 @@ WIDE_BYTES = 8
 AT_POSITIVES = "products at positives"
 WIDENED = 3
 """Blocks of rows at positives where operands are 16-bit: both in fp32, and their products."""
-GATHERED = "other ranks' shards"
 COPIED = "contiguous copies of inputs"
 WHOLE_IN_FP32 = "an operand in fp32"
 IN_HOST = frozenset({COPIED, GRADIENTS, RETURNED, AT_POSITIVES, WHOLE_IN_FP32})
@@ -69,7 +68,7 @@ def phases_of(
     fused = facts.program.fused
     early = [o for o in facts.outputs if o.operand in leaving]
     facts = replace(facts, outputs=tuple(o for o in facts.outputs if o not in early))
-    always = [(COPIED, COPIES), *_shards(facts)]
+    always = [(COPIED, COPIES)]
     wide = facts.program.wide
     forward = [*always, _vectors(facts.forward_vectors, wide)]
     backward = [*always, _vectors(facts.backward_vectors, wide)]
@@ -78,7 +77,7 @@ def phases_of(
     else:
         backward += _accumulators(facts)
     if early:
-        backward.append((RETURNED, INPUT_BYTES * sp.Add(*(o.own * o.width for o in early))))
+        backward.append((RETURNED, INPUT_BYTES * sp.Add(*(o.length * o.width for o in early))))
     blocks = _row_gradients(early)
     if facts.kept_tile is not None:
         backward.append(_store(facts.kept_tile))
@@ -114,11 +113,6 @@ def _vectors(vectors: Sequence[Item], wide: Collection[str]) -> Item:
 def _accumulators(facts: ProgramFacts) -> list[Item]:
     elements = sp.Add(*(o.length * o.width for o in facts.outputs))
     return [(GRADIENTS, COMPUTE_BYTES * elements)] if facts.outputs else []
-
-
-def _shards(facts: ProgramFacts) -> list[Item]:
-    elements = sp.Add(*(rows * width for _, rows, width in facts.gathered))
-    return [(GATHERED, INPUT_BYTES * elements)] if facts.gathered else []
 
 
 def _store(p: PassFacts) -> Item:
@@ -188,14 +182,9 @@ def _returns(facts: ProgramFacts, rest: Sequence[Item], casts: bool) -> list[Pha
     for index, _ in enumerate(facts.outputs):
         waiting, made = facts.outputs[index:], facts.outputs[: index + 1]
         held = sp.Add(*(o.length * o.width for o in waiting)) * COMPUTE_BYTES
-        new = sp.Add(*(o.own * o.width for o in made if casts or o.own != o.length)) * INPUT_BYTES
-        same = (
-            sp.Add(
-                *(o.own * o.width for o in facts.outputs[:index] if not casts and o.own == o.length)
-            )
-            * INPUT_BYTES
-        )
-        items = [*rest, (GRADIENTS, held), (RETURNED, new + same)]
+        done = made if casts else facts.outputs[:index]
+        returned = sp.Add(*(o.length * o.width for o in done)) * INPUT_BYTES
+        items = [*rest, (GRADIENTS, held), (RETURNED, returned)]
         phases.append(_phase(f"return of the gradient of {facts.outputs[index].operand}", items))
     if casts and facts.norm_casts:
         whole = largest(facts.norm_casts) * COMPUTE_BYTES
@@ -250,7 +239,6 @@ def compile_memory(
 
 
 __all__ = [
-    "GATHERED",
     "GRADIENTS",
     "IN_HOST",
     "RETURNED",

@@ -109,7 +109,7 @@ def plan_of_tiles(share: Share) -> Plan:
     shards = share.most_on_its_way
     rest = request.budget.device_bytes - shards
     if rest < 1:
-        raise share.too_little(_least_bytes(share))
+        raise share.too_little(least_bytes(share))
     of_host = None if share.schedule == HOST else request.budget.host_bytes  # it is kept
     alone = replace(share.alone, budget=MemoryBudget(rest, of_host))
     if share.schedule == CANONICAL:  # sums are cut the same way whatever fits
@@ -118,7 +118,7 @@ def plan_of_tiles(share: Share) -> Plan:
         try:
             plan = choose_plan(alone, share.sweeps, ring=share.ring)
         except BudgetError:
-            raise share.too_little(_least_bytes(share)) from None
+            raise share.too_little(least_bytes(share)) from None
     phase, memory = memory_of(share, plan.tile)
     peak = sum(count for _, count in memory)
     if peak > request.budget.device_bytes:
@@ -126,7 +126,7 @@ def plan_of_tiles(share: Share) -> Plan:
     return replace(plan, memory=memory, peak_bytes=peak, peak_phase=phase)
 
 
-def _least_bytes(share: Share) -> int:
+def least_bytes(share: Share) -> int:
     """A budget that the smallest tile fits, with what is on its way."""
     if share.schedule == CANONICAL:
         _, memory = memory_of(share, Tile(share.chunk, share.chunk))
@@ -185,4 +185,12 @@ def on_their_way(shards: int, gradients: int, blocks: int) -> tuple[tuple[str, i
     return tuple(item for item in found if item[1])
 
 
-__all__ = ["Share", "SharePlanner", "memory_of", "on_their_way", "plan_of_tiles", "tiles_fit"]
+__all__ = [
+    "Share",
+    "SharePlanner",
+    "least_bytes",
+    "memory_of",
+    "on_their_way",
+    "plan_of_tiles",
+    "tiles_fit",
+]

@@ -14,9 +14,8 @@ def _size(name: str) -> sp.Symbol:
     return sp.Symbol(name, positive=True)
 
 
-# M, N: rows and columns that this rank works on (N is all of them); M_all: rows of all ranks;
-# N_own: columns whose gradients this rank returns; K: slots per row; Q: length of the bank.
-M, N, M_ALL, N_OWN, K, Q = map(_size, ("M", "N", "M_all", "N_own", "K", "Q"))
+# M, N: rows and columns of one device; K: slots per row; Q: length of the bank.
+M, N, K, Q = map(_size, ("M", "N", "K", "Q"))
 D = _size("D")
 TILE_ROWS, TILE_COLS = _size("m"), _size("n")
 INPUT_BYTES, COMPUTE_BYTES = _size("e_in"), _size("e_c")
@@ -33,40 +32,21 @@ class Sizes:
     """Which symbol is how long; ``extra``: operands whose width is not D."""
 
     extra: frozenset[str]
-    one_rank: bool
-
-    @property
-    def m_all(self) -> sp.Symbol:
-        return M if self.one_rank else M_ALL
-
-    @property
-    def n_own(self) -> sp.Symbol:
-        return N if self.one_rank else N_OWN
 
     def length(self, axis: str) -> sp.Symbol:
         """Of one axis."""
-        return {ROWS: M, COLS: N, ROWS2: self.m_all, COLS2: N, SLOTS: K, BANK: Q}[axis]
+        return {ROWS: M, COLS: N, ROWS2: M, COLS2: N, SLOTS: K, BANK: Q}[axis]
 
     def vector(self, axes: Iterable[str]) -> sp.Expr | None:
         """Elements of a vector; None for scalars, which nobody counts."""
         names = tuple(axes)
         return sp.Mul(*(self.length(a) for a in names)) if names else None
 
-    def outer(self, axis: str) -> sp.Symbol:
-        """Of a grid's outer axis, which is split over the ranks; the inner one is whole on each."""
-        return self.n_own if axis == COLS else self.length(axis)
-
-    def own_and_all(self, op: Operand) -> tuple[sp.Expr, sp.Expr]:
-        """(rows of an operand that belong to this rank, rows on all ranks)."""
-        match op.axes:
-            case ("rows",):
-                return M, self.m_all
-            case ("cols",) | ("rows", "cols"):
-                return self.n_own, N
-            case axes:
-                length = self.vector(axes)
-                assert length is not None
-                return length, length
+    def rows_of(self, op: Operand) -> sp.Expr:
+        """Of an operand; rows and columns of one set are the same."""
+        length = N if op.axes == (ROWS, COLS) else self.vector(op.axes)
+        assert length is not None
+        return length
 
     def operand_width(self, operand: str) -> sp.Expr:
         return _size(f"D_{operand}") if operand in self.extra else D
@@ -96,8 +76,6 @@ __all__ = [
     "COMPUTE_BYTES",
     "INPUT_BYTES",
     "KEPT",
-    "M_ALL",
-    "N_OWN",
     "ONE",
     "SCRATCH",
     "TILE_COLS",

@@ -211,10 +211,9 @@ class Space:
         """
         if schedule not in self.options:
             problem = self.request.problem
-            one_rank = self.machine.ranks == 1
             if self.ring is None:
                 program = build_program(self.sweep_plan, schedule)
-                facts = facts_of(program, problem.operands, one_rank=one_rank)
+                facts = facts_of(program, problem.operands)
             else:
                 facts = self.ring.facts(problem.operands)
             casts = problem.input_bytes < problem.compute_bytes
@@ -272,11 +271,30 @@ def space_of(
     graph: nx.DiGraph | None,
     ring: RingProgram | None = None,
 ) -> Space:
-    """Prepare a request."""
+    """Prepare a request of one device; ``ring``: of one rank of a group.
+
+    Raises:
+        ArgumentError: the machine has several devices, which are a group of ranks.
+    """
     if sweep_plan is None:
         sweep_plan = plan_sweeps(request.loss, request.positives, request.needs)
     graph = graph_of(request.hardware) if graph is None else graph
-    return Space(request, sweep_plan, machine_of(graph), {}, {}, ring)
+    machine = machine_of(graph)
+    check_one_device(request, machine.ranks)
+    return Space(request, sweep_plan, machine, {}, {}, ring)
+
+
+def check_one_device(request: Request, devices: int) -> None:
+    """Refuse to plan for several devices as if they were one.
+
+    Raises:
+        ArgumentError: there are several; the message says how they are planned for.
+    """
+    if devices > 1:
+        raise ArgumentError(
+            f"{request.hardware.name} has {devices} devices, and this is a plan of one: plan for "
+            f"their group, with Request(group_size={devices}), or for a device alone."
+        )
 
 
 def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, float]:
@@ -291,12 +309,9 @@ def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, 
             raise ArgumentError(
                 f"{request.loss.name} reads {axis}: give their number as Problem({axis}=…)."
             )
-    ranks = machine.ranks
     return {
-        "M": -(-problem.M // ranks),
-        "M_all": problem.M,
+        "M": problem.M,
         "N": problem.N,
-        "N_own": -(-problem.N // ranks),
         "D": problem.D,
         **{f"D_{name}": width for name, width in problem.operands.items()},
         "K": problem.slots,
@@ -308,8 +323,6 @@ def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, 
         "pass_per_s": machine.pass_per_s,
         "op_overhead_s": machine.op_overhead_s,
         "B_0": machine.device_bytes_per_s,
-        "exchange_s_per_byte": machine.exchange_seconds_per_byte(),
-        "exchange_latency_s": machine.exchange_latency_s(),
         **{f"B_{i}": level.bytes_per_s for i, level in enumerate(machine.inner, 1)},
     }
 
@@ -322,6 +335,7 @@ __all__ = [
     "Space",
     "at",
     "axis_steps",
+    "check_one_device",
     "sizes_of",
     "space_of",
 ]

@@ -8,9 +8,11 @@ import torch
 
 from cl_compiler import compile_loss
 from cl_compiler import lang as cl
+from cl_compiler.codegen.backend import least_bytes, plan_of
 from cl_compiler.codegen.render import render
-from cl_compiler.errors import ArgumentError
+from cl_compiler.errors import ArgumentError, BudgetError
 from cl_compiler.hardware import load_hardware
+from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.program import build_program
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
@@ -91,10 +93,22 @@ def test_the_note_speaks_of_the_schedule_that_was_asked_for():
     assert any("schedule 'dense' has no Triton template" in note for note in plan.notes)
 
 
-def test_several_gpus_say_whose_share_is_printed():
-    plan, source = built(request(find("clip"), hardware=load_hardware("h100x8")))
-    assert plan.template == "torch" and "@triton.jit" not in source
-    assert any("one rank's share of 8" in note for note in plan.notes)
+def test_several_gpus_are_a_group():
+    with pytest.raises(ArgumentError, match=r"h100x8 has 8 devices.*group_size=8"):
+        built(request(find("clip"), hardware=load_hardware("h100x8")))
+
+
+def test_the_least_bytes_of_a_group_are_those_of_a_budget_that_does():
+    """Of rows on every rank: with as much there is a plan, with less there is none."""
+    spec = with_ranks(load_hardware("xeon-amx-2c"), 4, 4)
+    asked = replace(request(find("clip"), hardware=spec), precision="ieee", group_size=4)
+    sweeps = plan_sweeps(asked.loss, asked.positives, asked.needs)
+    least, rows = least_bytes(asked, sweeps), 3000
+    asked = replace(asked, problem=replace(asked.problem, M=rows, N=rows))
+    plan = plan_of(replace(asked, budget=MemoryBudget(least(rows))), sweeps)
+    assert plan.peak_bytes <= least(rows)
+    with pytest.raises(BudgetError):
+        plan_of(replace(asked, budget=MemoryBudget(least(rows) - 1)), sweeps)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "hard_negatives", "supcon"])

@@ -27,19 +27,6 @@ def test_all_levels_of_a_preset_are_found_and_its_devices_add_up(name: str) -> N
     assert all(i.total_bytes % i.memory_bytes == 0 for i in machine.inner)
 
 
-def test_gathered_shards_cross_each_link_of_a_cluster_once() -> None:
-    machine = machine_of(hardware_graph(load_hardware("h100-128x8")))
-    shares = [o.share(machine.ranks) for o in machine.outer]
-    # Of 1023 shards, 127 x 8 come from other nodes and 7 from this one.
-    assert shares == pytest.approx([1016 / 1023, 7 / 1023])
-    spec = load_hardware("h100-128x8")
-    by_hand = sum(
-        s / spec.link(level).bandwidth_bytes_per_s  # type: ignore[union-attr]
-        for s, level in zip(shares, ("node", "device"), strict=True)
-    )
-    assert machine.exchange_seconds_per_byte() == pytest.approx(by_hand)
-
-
 @pytest.mark.parametrize("name", ["xeon-amx-2c", "h100x1", "mi300x1"])
 @pytest.mark.parametrize(
     "tile", [Tile(512, 1024), Tile(64, 64), Tile(4096, 4096), Tile(128, 16384)]

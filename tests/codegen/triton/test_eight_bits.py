@@ -168,7 +168,7 @@ def test_the_plan_counts_copies_and_faster_products():
 def test_what_has_no_such_kernels_is_refused():
     with pytest.raises(ScheduleError, match=r"'recompute' multiplies what it loaded.*'auto'"):
         planned("fp8", schedule="recompute")
-    with pytest.raises(ScheduleError, match=r"only one GPU's.*precision='auto'"):
+    with pytest.raises(ArgumentError, match=r"h100x8 has 8 devices.*group_size=8"):
         planned("fp8", hardware="h100x8")
     with pytest.raises(ArgumentError, match="only 16-bit inputs are multiplied in fp8"):
         compile_loss("h100x1", "1GiB", problem=Problem(64, 64, 16, "float32"), precision="fp8")
