@@ -94,9 +94,9 @@ def format_bytes(count: int | float) -> str:
 
 def exact_bytes(count: int) -> str:
     """Print bytes with a unit where that loses none of them, else as they are: ``"64.0 MiB"``,
-    ``"67108865 bytes"``."""
+    ``"67108865 B"``."""
     text = format_bytes(count)
-    return text if parse_bytes(text) == count else f"{count} bytes"
+    return text if parse_bytes(text) == count else f"{count} B"
 
 
 def format_rate(bytes_per_s: float) -> str:

@@ -115,7 +115,7 @@ def test_rates_are_printed_in_decimal_units() -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(64 << 20, "64.0 MiB"), ((64 << 20) + 1, "67108865 bytes"), (700, "700 B"), (0, "0 B")],
+    [(64 << 20, "64.0 MiB"), ((64 << 20) + 1, "67108865 B"), (700, "700 B"), (0, "0 B")],
 )
 def test_bytes_that_lose_nothing(count, text):
     assert exact_bytes(count) == text

@@ -44,7 +44,7 @@ Budget = Annotated[
         "-b",
         help="Memory that the loss may use: 512MiB, 2GiB, or device=2GiB,host=64GiB (the host's "
         "bounds schedule host). "
-        "[default: a quarter of the free memory, of a preset's memory]",
+        "[default: a quarter of what is free here, or of what a preset's device has]",
         show_default=False,
     ),
 ]
@@ -88,7 +88,7 @@ Schedule = Annotated[
     typer.Option(
         "--schedule",
         "-s",
-        help="auto, or one of recompute, spill, panel, retain, dense; of several devices, of "
+        help="auto, or one of recompute, spill, panel, retain, dense; on several devices, one of "
         "ring_owner, ring_travel, all_gather, two_level, half_ring, both_ways, host.",
     ),
 ]

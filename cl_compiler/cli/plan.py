@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -19,7 +20,7 @@ from cl_compiler.cli.ranks import (
     table_of,
 )
 from cl_compiler.cli.requests import ask, request_of
-from cl_compiler.units import format_bytes
+from cl_compiler.units import exact_bytes
 
 __all__ = ["plan"]
 
@@ -92,10 +93,15 @@ def plan(
             step_s = simulated_s(shares, asked, differing.speeds)
             left_out = if_left_out(asked, sweeps, total, differing, step_s)
         chosen = plan_of(request, sweeps) if shares is None else shares.plan
-        largest = None
+        largest, on_devices = None, ""
         if max_batch:
             step()
             largest = find_largest(request, sweeps)
+            cluster = chosen.cluster
+            if cluster is not None and not cluster.inputs_in_host and schedule == "auto":
+                rows = find_largest(replace(request, schedule=cluster.schedule), sweeps)
+                if rows < largest:  # as a whole it is that of inputs in host memory
+                    on_devices = f"with this plan's schedule, {cluster.schedule}: M = {rows:,}"
     if json:
         if shares is not None:
             of_ranks = {
@@ -116,10 +122,12 @@ def plan(
         cluster = shares.plan.cluster
         assert cluster is not None
         write(
-            f"memory_budget for all of them: {format_bytes(shares.plan.peak_bytes)}, "
+            f"memory_budget for all of them: {exact_bytes(shares.plan.peak_bytes)}, "
             f"with schedule {cluster.schedule!r}"
         )
         if left_out:
             write(left_out)
     if largest is not None:
         write(f"\nlargest batch that fits this budget: M = {largest:,}")
+        if on_devices:
+            write(on_devices)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cl_compiler.cli import options as opt
-from cl_compiler.cli.output import Table, working, write, write_json, write_table
+from cl_compiler.cli.output import Table, in_options, working, write, write_json, write_table
 from cl_compiler.cli.ranks import (
     Budgets,
     Ranks,
@@ -23,7 +23,7 @@ from cl_compiler.cli.ranks import (
 )
 from cl_compiler.cli.requests import ask, check_path, request_of
 from cl_compiler.cli.simulate_report import GANTT_SUFFIXES, draw, write_page
-from cl_compiler.units import format_bytes, format_seconds
+from cl_compiler.units import exact_bytes, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,12 @@ def simulate(
     bank: opt.Bank = 0,
     operand: opt.Widths = None,
     ranks: Annotated[
-        int, typer.Option("--ranks", help="Of one machine of the named kind, in place of a preset.")
+        int,
+        typer.Option(
+            "--ranks",
+            help="So many of the named device, on one machine. [default: as the hardware says]",
+            show_default=False,
+        ),
     ] = 0,
     gantt: Annotated[
         Path | None,
@@ -65,10 +70,11 @@ def simulate(
     speeds: Speeds = None,
     budgets: Budgets = None,
     max_batch: Annotated[
-        bool, typer.Option("--max-batch", help="Also the largest batch within the budget.")
+        bool, typer.Option("--max-batch", help="Also the largest batch of each within the budget.")
     ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Also why the fastest's plan: memory, links, tiles.")
+        bool,
+        typer.Option("--explain", help="Also the plan of the fastest: memory, links, tiles, why."),
     ] = False,
     json: opt.Json = False,
 ) -> None:
@@ -110,7 +116,7 @@ def simulate(
         raise _nothing(asked, refused)
     best = fastest({name: of.run.seconds for name, of in found.items()})
     short = dict(found[best].cluster.rejected)
-    reasons = {name: short.get(name, str(why)) for name, why in refused.items()}
+    reasons = {name: short.get(name, _in_short(why)) for name, why in refused.items()}
     title = f"{loss} on {asked.hardware.name}"
     if gantt is not None:
         draw(found[best].run, f"{title}: {best}", gantt)
@@ -125,7 +131,7 @@ def simulate(
             of = found[best]
             write(f"\n{in_tables(of.plan, step_of(of.run.seconds, of.plan, differing))}")
     if page is not None:
-        notes = [f"not {name}: {why}" for name, why in reasons.items()]
+        notes = _not_taken(reasons)
         notes += [f"fastest: {best}, {_fastest(found[best])}", *_thrifty(found, best)]
         notes += [_in_rows(best, found[best])] if differing is not None else []
         runs = [(name, of.run) for name, of in found.items()]
@@ -199,8 +205,8 @@ def _write_text(
 
     schedules, others = _tables(asked, found)
     write_table(schedules)
-    for name, why in refused.items():
-        write(f"not {name}: {why}")
+    for line in _not_taken(refused):
+        write(line)
     of = found[best]
     write(f"\nfastest: {best}, {_fastest(of)}")
     for line in _thrifty(found, best):
@@ -208,7 +214,7 @@ def _write_text(
     if ranks is not None and of.shares is not None:
         write(_in_rows(best, of))
         if ranks.budgets:
-            asks = format_bytes(of.plan.peak_bytes)
+            asks = exact_bytes(of.plan.peak_bytes)
             write(f"memory_budget of all of them, so that each keeps within its own: {asks}\n")
             columns = ("ranks", "speed", "rows", "memory", "budget")
             rows = tuple(table_of(ranks, of.shares))
@@ -217,6 +223,24 @@ def _write_text(
             sweeps = plan_sweeps(asked.loss, asked.positives, asked.needs)
             write(if_left_out(request, sweeps, total, ranks, of.run.seconds))
     write_table(others)
+
+
+def _in_short(why: CompilerError) -> str:
+    """Of schedules that do not fit, what each of them needs; its own words otherwise."""
+    from cl_compiler.errors import BudgetError
+
+    if isinstance(why, BudgetError) and why.least_bytes:
+        needed = format_bytes(why.least_bytes)
+        return f"needs at least {needed} on each rank: --budget {why.least_bytes}"
+    return in_options(str(why))
+
+
+def _not_taken(reasons: dict[str, str]) -> list[str]:
+    """A line for each reason, with all schedules that it is one for."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return [f"not {', '.join(of)}: {why}" for why, of in names.items()]
 
 
 def _nothing(asked: Request, refused: dict[str, CompilerError]) -> CompilerError:

@@ -19,7 +19,7 @@ from cl_compiler.plan.clock import GRADIENT, STATISTICS, Event
 from cl_compiler.plan.cluster import choose_cluster_plan
 from cl_compiler.plan.simulate import simulate
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
-from cl_compiler.units import format_seconds
+from cl_compiler.units import format_seconds, parse_bytes
 
 DRAWN = ("compute", "send", GRADIENT, STATISTICS, "wait")
 
@@ -169,8 +169,35 @@ def test_ranks_of_little_memory_get_fewer_rows(cli, cli_json):
         assert peaks[2] <= 8 << 20 and of["even_shards_s"] is None
         # gradients alone fill 8 MiB at 4096 rows, so even shards stop below 16384
         assert of["max_batch"] > 5 * 16384
-    text = cli("plan", *machine, "--budgets", "64MiB,16MiB,64MiB", "--speeds", "2,2,1").stdout
-    assert "64.0 MiB" in text and "memory_budget for all of them" in text
+    asked = [*machine, "--budgets", "64MiB,16MiB,64MiB", "--speeds", "2,2,1"]
+    text = cli("plan", *asked).stdout
+    # what is printed is asked for by all ranks, so nothing is rounded off it
+    told = re.search(r"^memory_budget for all of them: (.+), with schedule", text, re.MULTILINE)[1]
+    assert parse_bytes(told) == cli_json("plan", *asked)["memory_budget_bytes"]
+
+
+def test_why_schedules_are_not_taken_is_said_once_for_all_of_them(cli):
+    text = cli("simulate", *CLUSTER, "--dtype", "bfloat16", "--budget", "2MiB").stdout
+    reasons = [line.partition(": ")[2] for line in text.splitlines() if line.startswith("not ")]
+    assert len(reasons) == len(set(reasons)) and "memory_budget" not in text
+    (line,) = [x for x in text.splitlines() if x.startswith("not two_level, both_ways: ")]
+    least = re.search(r"needs at least .+ on each rank: --budget (\d+)$", line)[1]
+    enough = cli("simulate", *CLUSTER, "--dtype", "bfloat16", "--budget", least).stdout
+    assert re.search(r"^two_level +\d+", enough, re.MULTILINE)
+
+
+def test_the_largest_batch_says_where_its_inputs_are(cli, cli_json):
+    """Where it is that of shards in host memory, the plan's own schedule has one of its own."""
+    asked = ["plan", "--hardware", "h100x8", "--problem", "32768x512", "--budget", "1GiB"]
+    text = cli(*asked, "--max-batch").stdout
+    whole = int(
+        re.search(r"largest batch that fits.*M = ([\d,]+)$", text, re.M)[1].replace(",", "")
+    )
+    name, own = re.search(r"^with this plan's schedule, (\w+): M = ([\d,]+)$", text, re.M).groups()
+    rows = int(own.replace(",", ""))
+    assert 32768 < rows < whole
+    found = cli_json(*asked, "--max-batch", "--schedule", name)
+    assert found["max_batch"] == rows and found["cluster"]["schedule"] == name
 
 
 @pytest.mark.parametrize(
