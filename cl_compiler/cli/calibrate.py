@@ -79,7 +79,8 @@ def calibrate(
         spec, result = measure(quick=not thorough)
         seconds = time.perf_counter() - start
         foreign = foreign_cores(before, CpuTimes.now(), seconds)
-    others = in_the_way(foreign, result.threads) if spec.kind == "cpu" else ""
+    counted = spec.kind == "cpu" and seconds > 0.5  # ticks of 10 ms say nothing of less
+    others = in_the_way(foreign, result.threads) if counted else ""
     if others and not result.disturbed:  # which has been said
         warnings.warn(others, stacklevel=2)
     path = calibration_path(result.fingerprint)

@@ -10,17 +10,21 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from cl_compiler.units import format_bytes
 
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
 __all__ = [
     "Table",
     "bytes_or_dash",
     "counted",
+    "drawn_table",
     "in_options",
     "working",
     "write",
@@ -80,17 +84,50 @@ def write_table(table: Table) -> None:
     if not sys.stdout.isatty():
         typer.echo("\n".join(_plain(table)))
         return
-    from rich import box
     from rich.console import Console
+
+    console = Console()
+    if table.title:
+        console.print(table.title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    drawn = drawn_table(table, console.width)
+    if drawn is None:
+        typer.echo("\n".join(_plain(replace(table, title=""))))
+    else:
+        console.print(drawn)
+
+
+def drawn_table(table: Table, width: int) -> RichTable | None:
+    """The table for a terminal: words fold, numbers and what a row begins with do not.
+
+    None where the window is too narrow for that.
+    """
+    from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    whole = {0, *table.numbers}
+    cells = [max([0, *map(len, column)]) for column in zip(*table.rows, strict=True)]
+    cells = cells or [0] * len(table.columns)
+    least = [
+        max(cell, *map(len, name.split())) if index in whole else 8
+        for index, (name, cell) in enumerate(zip(table.columns, cells, strict=True))
+    ]
+    lines = 2 * len(table.columns) + 1
+    if sum(least) + lines > width:
+        return None
+    natural = sum(max(cell, len(n)) for n, cell in zip(table.columns, cells, strict=True))
+    narrow = natural + lines > width
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, name in enumerate(table.columns):
-        drawn.add_column(name, justify="right" if index in table.numbers else "left")
+        justify: Literal["left", "right"] = "right" if index in table.numbers else "left"
+        fixed = index in whole
+        head = name.replace(" ", "\n") if narrow and fixed else name
+        drawn.add_column(
+            head, justify=justify, no_wrap=fixed, min_width=least[index], overflow="fold"
+        )
     for row in table.rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    Console().print(drawn)
+    return drawn
 
 
 def _plain(table: Table) -> Iterator[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from cl_compiler.cli.cache import parse_age
-from cl_compiler.cli.output import Table, _plain
+from cl_compiler.cli.output import Table, _plain, drawn_table
 from cl_compiler.hardware.calibration import Calibration, fingerprint
 from tests.cli.conftest import SMALL
 
@@ -152,3 +155,24 @@ def test_doctor_mentions_a_cache_that_is_off(cli, monkeypatch):
     assert "h100x8" in result.stdout  # presets are listed
     monkeypatch.setenv("CL_COMPILER_NO_CACHE", "false")  # which the cache reads as on
     assert "CL_COMPILER_NO_CACHE" not in cli("doctor").stdout
+
+
+@pytest.mark.parametrize("width", [79, 80, 120])
+def test_tables_in_a_terminal_cut_no_number_and_no_name(width):
+    """Words fold; where the window is too narrow for numbers there is no drawing."""
+    columns = ("schedule", "chunk", "memory", "forward", "step, even shards", "what is said of it")
+    rows = (
+        ("ring_owner", "512", "180.7 MiB", "9.7 ms", "does not fit", "a few words that fold"),
+        ("ring_travel", "16384", "1.0 GiB", "400.4 µs", "40.6 ms", "more of them, " * 3),
+    )
+    table = Table("", columns, rows, frozenset({1, 2, 3, 4}))
+    drawn = drawn_table(table, width)
+    assert drawn is not None
+    shown = Console(width=width, file=StringIO())
+    shown.print(drawn)
+    lines = shown.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    for row in rows:
+        (line,) = [line for line in lines if line.strip().startswith(row[0])]
+        assert all(re.search(rf"(^| ){re.escape(cell)}( |$)", line) for cell in row[:5]), line
+    assert drawn_table(table, 50) is None
