@@ -32,8 +32,8 @@ row_lse: [M] logsumexp over cols of logits
 col_lse: [N] logsumexp over rows of logits
 minus_...: its negative
 col_weight, row_weight: factors of its exponentials in gradients
+s0, ...: scalars that a sweep reads
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
-a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
 
 import contextlib

@@ -31,8 +31,8 @@ logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits where ~is_self
 minus_...: its negative
 row_weight: factors of its exponentials in gradients
+s0, ...: scalars that a sweep reads
 ..._peer: of the shard that is here for now; all_rows, all_cols: lengths over all ranks
-a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 """
 
 import contextlib

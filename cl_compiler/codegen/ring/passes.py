@@ -21,6 +21,7 @@ from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Accumulate, Diagonal, Mode
 
 _AXES = {"a": "row", "b": "col"}
+_NUMBERED = {"a": "vectors of rows", "b": "vectors of columns", "s": "scalars", "v": "vectors"}
 _FOLDS = {"sum": "SUM", "max": "MAXIMUM", "logsumexp": "LOGSUMEXP", "softmean": "SOFTMEAN"}
 
 
@@ -79,12 +80,11 @@ class RingNames(Names):
             lines.append("minus_...: its negative")
         if weights:
             lines.append(f"{', '.join(sorted(weights))}: factors of its exponentials in gradients")
+        numbered = {_NUMBERED[kind]: f"{kind}0" for kind in sorted(self._unnamed)}
+        if numbered:
+            what = ", ".join(numbered)
+            lines.append(f"{', '.join(numbered.values())}, ...: {what} that a sweep reads")
         return lines
-
-    @property
-    def numbers_some(self) -> bool:
-        """Whether a sweep reads something that has a letter and a number for a name."""
-        return bool(self._unnamed)
 
     def add(self, symbol: str, proposal: str) -> str:
         """As ``Names.add``; what ends in ``_peer`` is reserved for shards that travel."""

@@ -85,7 +85,6 @@ def render_ring(
     context |= _gradients(context) | {
         "variant": variant,
         "glossary": [*context["glossary"], *map(wrap, names.meanings)],
-        "hoists": names.numbers_some,
         "usage": _usage(context["arguments"]),
         "device": device,
         "products": library_products(device, plan.precision),
