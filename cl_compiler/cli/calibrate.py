@@ -52,8 +52,9 @@ def calibrate(
 ) -> None:
     """Measure this machine's rates, in a few seconds, and keep them for `auto`.
 
-    Under `torchrun --no-python`, on every rank: also the links between them, for groups of as many
-    ranks on as many nodes. Best done while nothing else runs; a machine that was busy is reported.
+    Started on every rank, as `torchrun --nproc-per-node 8 --no-python cl-compiler calibrate`, it
+    also measures the links between them, for groups of as many ranks on as many nodes. Best done
+    while nothing else runs; a machine that was busy is reported.
     """
     if results is not None:
         if thorough:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from cl_compiler.cli.output import Table
-from cl_compiler.plan.types import Plan
+from cl_compiler.plan.types import ClusterPlan, Plan
 from cl_compiler.units import format_bytes, format_seconds
 
 __all__ = ["difference_table", "source_diff"]
@@ -35,7 +35,8 @@ def _facts(plan: Plan) -> dict[str, str]:
         "positives": plan.positives,
         "gradients": ", ".join(sorted(plan.needs)) or "none",
         "precision": plan.precision,
-        "schedule": plan.schedule,
+        **_of_ranks(plan.cluster),
+        "schedule" if plan.cluster is None else "on a rank": plan.schedule,
         "tile": str(plan.tile),
         "kept tiles": str(plan.kept_tiles),
         "budget": format_bytes(plan.budget.device_bytes),
@@ -50,6 +51,20 @@ def _facts(plan: Plan) -> dict[str, str]:
         facts[f"{level.level}: tile"] = str(level.tile)
         facts[f"{level.level}: bound by"] = level.bound_by
     return facts
+
+
+def _of_ranks(cluster: ClusterPlan | None) -> dict[str, str]:
+    """How shards travel, on a group."""
+    if cluster is None:
+        return {}
+    return {
+        "schedule": cluster.schedule,
+        "ranks": str(cluster.group_size),
+        "chunk": f"{cluster.chunk} rows",
+        "sent forward": format_bytes(cluster.forward_bytes),
+        "sent backward": format_bytes(cluster.backward_bytes),
+        "exchange not hidden": format_seconds(cluster.exposed_s),
+    }
 
 
 def source_diff(before: tuple[str, str], after: tuple[str, str]) -> str:

@@ -81,7 +81,7 @@ def simulate(
     """Run every cluster schedule of a loss on a described cluster, event by event.
 
     The problem is that of all ranks together, spread evenly, or as --speeds and --budgets advise.
-    Seconds rest on the rates of the preset, or of `cl-compiler calibrate`.
+    Seconds rest on the preset's rates, or on those that a calibration measured.
     """
     from cl_compiler.plan.shards import fastest
 

@@ -89,6 +89,14 @@ def test_diff_of_two_plans(cli, cli_json):
     assert both["source_diff"] in text
 
 
+def test_diff_of_two_plans_of_a_group_names_their_cluster_schedules(cli):
+    asked = ["inspect", "--hardware", "h100x8", "--problem", "16384x128", "-s", "ring_owner"]
+    text = cli(*asked, "--diff", "schedule=ring_travel").stdout
+    rows = {line.split("  ")[0]: line.split() for line in text.splitlines()}
+    assert rows["schedule"] == ["schedule", "ring_owner", "ring_travel"]
+    assert rows["on a rank"][3:] == ["recompute", "spill"] and "ranks" not in rows
+
+
 def test_equal_plans_have_no_difference(cli):
     assert "the plans are the same" in cli("inspect", *SMALL, "--diff", "budget=64MiB").stdout
     chosen = choose_plan(request_of(QUESTION))
