@@ -14,7 +14,7 @@ from cl_compiler.hardware.graph import HOST, path
 from cl_compiler.units import format_bytes, format_flops, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from cl_compiler.plan.types import Plan
+    from cl_compiler.plan.types import ClusterPlan, Plan
 
 __all__ = ["draw_hardware_graph"]
 
@@ -39,7 +39,12 @@ def draw_hardware_graph(graph: nx.DiGraph, plan: Plan, path_out: Path) -> None:
     names = list(path(graph))
     tiles = {level.level: level for level in plan.levels}
     labels = {name: _label(name, graph.nodes[name]) for name in graph}
-    placed = {name: _planned(tiles[name]) for name in names if name in tiles}
+    sent = _sent(plan.cluster)
+    placed = {
+        name: [*_planned(tiles.get(name)), *sent.get(name, ())]
+        for name in names
+        if name in tiles or name in sent
+    }
     width = max(_width(lines) for lines in labels.values())
     beside = max([_width(lines) for lines in placed.values()], default=0.0)
     heights = {name: len(labels[name]) * _LINE + 2 * _PAD for name in labels}
@@ -51,7 +56,7 @@ def draw_hardware_graph(graph: nx.DiGraph, plan: Plan, path_out: Path) -> None:
               va="center")  # fmt: skip
     axes.text(
         _MARGIN, _MARGIN + 0.22, f"devices: {graph.graph['world_size']:,}; in orange what each "
-        f"level does for {plan.loss_name}, schedule {plan.schedule}",
+        f"level does for {plan.loss_name}, schedule {_schedule(plan)}",
         size=FONT_SIZE, color=_GREY, va="center",
     )  # fmt: skip
     y = 1.0
@@ -100,7 +105,22 @@ def _label(name: str, node: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _schedule(plan: Plan) -> str:
+    """Of a rank, and how shards travel to it."""
+    return plan.schedule if plan.cluster is None else f"{plan.cluster.schedule}, {plan.schedule}"
+
+
+def _sent(cluster: ClusterPlan | None) -> dict[str, list[str]]:
+    """Of each level between whose instances shards travel, bytes over the busiest link."""
+    return {
+        link.level: [f"sends {format_bytes(link.forward_bytes + link.backward_bytes)}"]
+        for link in (() if cluster is None else cluster.links)
+    }
+
+
 def _planned(level: Any) -> list[str]:
+    if level is None:
+        return []
     lines = [f"tile {level.tile}", f"holds {format_bytes(level.resident_bytes)}"]
     if level.traffic_bytes:
         lines.append(f"moves {format_bytes(level.traffic_bytes)}")

@@ -13,6 +13,7 @@ from cl_compiler.lang.graph import loss_graph
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.types import Problem
+from cl_compiler.units import format_bytes
 from tests.cli.conftest import SMALL
 
 CASES = [("clip", "diagonal"), ("clip", "ids"), ("siglip", "diagonal"), ("supcon", "ids")]
@@ -124,3 +125,8 @@ def test_png_of_a_cluster_names_links_and_the_plans_tiles(cli, cli_json, tmp_pat
         assert label in text
     for level in cli_json("plan", *machine)["levels"]:
         assert f"tile {level['tile'][0]}x{level['tile'][1]}" in text
+    cluster = cli_json("plan", *machine)["cluster"]
+    assert f"schedule {cluster['schedule']}, " in text
+    assert len(cluster["links"]) == 2
+    for link in cluster["links"]:
+        assert f"sends {format_bytes(link['forward_bytes'] + link['backward_bytes'])}<" in text
