@@ -149,15 +149,15 @@ def packed(parts: Mapping[str, str]) -> str:
     return json.dumps(dict(parts), sort_keys=True)
 
 
-def differing(texts: Sequence[str]) -> list[str]:
-    """Of every rank's ``packed`` values, "name=value" of those that are not the same on all."""
+def differing(texts: Sequence[str]) -> str:
+    """Of every rank's ``packed`` values those that are not the same on all: who has which."""
     try:
         parts = [json.loads(text) for text in texts]
         names = list(dict.fromkeys(name for of in parts for name in of))
     except (ValueError, TypeError):  # a rank did not say
-        return list(texts)
-    odd = [name for name in names if len({of.get(name) for of in parts}) > 1]
-    return [", ".join(f"{name}={of.get(name, 'none')}" for name in odd) for of in parts]
+        return listed(texts)
+    found = {name: [f"{name}={of.get(name, 'none')}" for of in parts] for name in names}
+    return "; ".join(listed(values) for values in found.values() if len(set(values)) > 1)
 
 
 def check_compiled(
@@ -195,13 +195,13 @@ def _compare(
         if len(set(found)) == 1:
             continue
         if field not in (*_DIGESTS, "needs"):
-            texts = [str(value) for value in found]
+            shown = listed([str(value) for value in found])
         else:
-            texts = list(describe(field))
-            texts = texts if field in ("loss", "needs") else differing(texts)
+            texts = describe(field)
+            shown = listed(texts) if field in ("loss", "needs") else differing(texts)
         what, fix = _NAMES[field]
         raise ArgumentError(
-            f"{name}: {what} must be the same on every rank: {listed(texts)}. {fix}".rstrip()
+            f"{name}: {what} must be the same on every rank: {shown}. {fix}".rstrip()
         )
 
 
