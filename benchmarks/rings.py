@@ -35,6 +35,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.links import Place, shaped
+from benchmarks.ring_calibration import (
+    come_first,
+    fitted_links,
+    memory_seconds,
+    oversleeping_seconds,
+    post_seconds,
+    together,
+)
 from benchmarks.ring_configurations import (
     CALIBRATED_ROWS,
     CONFIGURATIONS,
@@ -62,9 +70,7 @@ from cl_compiler.runtime.loader import load_source
 
 LISTS = {"rings": CONFIGURATIONS, "lines": LINES, "overlap": OVERLAP}
 REPEATS = 5
-ATTEMPTS = 10
-LEAST_R2 = 0.98
-LIMIT_S = 240.0
+LIMIT_S = 420.0
 """Of one group of processes: calibration and its configurations."""
 
 
@@ -87,116 +93,41 @@ def shards_of(chunk: int, schedule: str = "ring_travel") -> Any:
 # ---- one rank -----------------------------------------------------------------------------------
 
 
-def together(ring: Any, act: Callable[[], object]) -> float:
-    """Seconds of this rank's ``act``, which all ranks begin at the same time."""
-    begin = float(ring.largest(torch.tensor([time.perf_counter()], dtype=torch.float64))) + 5e-3
-    time.sleep(max(0.0, begin - time.perf_counter()))
-    act()
-    return time.perf_counter() - begin
-
-
-def share_of(ring: Any, module: Any, c: Configuration, first: int, past: int) -> float:
-    """Of two chunks' tiles, those that this rank makes: see ``_shards`` of a half ring."""
+def share_of(ring: Any, module: Any, c: Configuration, shard: Sequence[Any]) -> float:
+    """Of two chunks' tiles, those that this rank makes of what ``_shards`` gives."""
+    rows = len(shard[1 if c.schedule != HALF_RING else 2][0])
+    if c.schedule != HALF_RING:
+        return rows / c.chunk
+    first, past = shard[:2]
     if past == module.FAR:
         return 1.0
     start = first if first != module.FAR else past + module.TILE_M * (ring.rank >= c.ranks // 2)
-    return (2 * start + c.chunk) / (2 * c.chunk * c.chunks)
+    return rows / c.chunk * (2 * start + rows) / (2 * c.chunk * c.chunks)
 
 
 def ring_seconds(
     ring: Any, module: Any, c: Configuration, work: Callable[[float], object]
-) -> float:
-    """Wall seconds of one pass over the ring, until the last rank is done.
+) -> tuple[float, float]:
+    """Wall seconds until the last rank is done: of one pass over the ring, of its products alone.
 
     ``work``: on some share of a chunk's products.
     """
     y = torch.ones(c.chunk * c.chunks, WIDTH)
     folds = [(module.SUM, torch.zeros(len(y), WIDTH))] if c.gradients else []
+    shares: list[float] = []
 
     def act() -> None:
         for shard in module._shards(ring, "rows", (y,), folds):
-            half = c.schedule == HALF_RING
-            work(share_of(ring, module, c, *shard[:2]) if half else 1.0)
+            shares.append(share_of(ring, module, c, shard))
+            work(shares[-1])
 
-    return float(ring.largest(torch.tensor([together(ring, act)], dtype=torch.float64)))
+    def products() -> None:
+        for share in shares:
+            work(share)
 
-
-def arrival_seconds(ring: Any, rows: int) -> np.ndarray:
-    """[ranks]: until what each rank sends has arrived, all of them sending.
-
-    The lower quartile of some: what else runs on the machine only ever adds to it.
-    """
-    sent, received = torch.ones(rows, WIDTH), torch.empty(rows, WIDTH)
-    ranks, rank = ring.world_size, ring.rank
-    found = []
-
-    def act() -> None:
-        posted = ring.exchange([sent], [received], (rank + 1) % ranks, (rank - 1) % ranks)
-        posted[0].wait()
-        works.extend(posted[1:])  # to wait for one twice is to wait for ever
-
-    for _ in range(9):
-        works: list[Any] = []
-        arrived = ring.numbers(together(ring, act)).flatten().numpy()
-        ring.wait(works)
-        found.append(np.roll(arrived, -1))  # the next rank received what this one sent
-    quartile: np.ndarray = np.quantile(np.array(found), 0.25, axis=0)
-    return quartile
-
-
-def fitted_links(ring: Any) -> tuple[Links, float]:
-    """Every rank's link, and the worst fit's R².
-
-    Raises:
-        RuntimeError: messages do not take latency plus bytes over bandwidth.
-    """
-    sizes = np.array(CALIBRATED_ROWS) * float(ROW_BYTES)
-    for _ in range(ATTEMPTS):
-        arrival_seconds(ring, CALIBRATED_ROWS[0])  # connections exist
-        seconds = np.array([arrival_seconds(ring, rows) for rows in CALIBRATED_ROWS])
-        s_per_byte, latency_s, r2 = [], [], []
-        for of_rank in seconds.T:
-            slope, latency = np.polyfit(sizes, of_rank, 1, w=1 / of_rank)
-            rest = of_rank - slope * sizes - latency
-            s_per_byte.append(slope)
-            latency_s.append(max(0.0, latency))
-            r2.append(1 - float((rest**2).sum() / ((of_rank - of_rank.mean()) ** 2).sum()))
-        if min(r2) >= LEAST_R2:
-            return Links(np.array(s_per_byte), np.array(latency_s)), min(r2)
-    raise RuntimeError(f"links fit with R² = {min(r2):.3f}, and {LEAST_R2} is asked for")
-
-
-def post_seconds(ring: Any) -> float:
-    """Of posting an exchange: tensors of few bytes, not waited for."""
-    ranks, rank = ring.world_size, ring.rank
-    tiny = [torch.ones(1), torch.empty(1)]
-    found = []
-    for _ in range(30):
-        began = time.perf_counter()
-        works = ring.exchange(tiny[:1], tiny[1:], (rank + 1) % ranks, (rank - 1) % ranks)
-        found.append(time.perf_counter() - began)
-        ring.wait(works)
-    return float(ring.largest(torch.tensor([statistics.median(found)])))
-
-
-def memory_seconds(ring: Any) -> tuple[float, float]:
-    """Per byte, all ranks at it: (to start an accumulator, to join another's part)."""
-    into, new = torch.zeros(CALIBRATED_ROWS[-1], WIDTH), torch.zeros(CALIBRATED_ROWS[-1], WIDTH)
-    result = []
-    for act in (lambda: into.fill_(0.0), lambda: into.add_(new)):
-        found = statistics.median(together(ring, act) for _ in range(9))
-        result.append(float(ring.largest(torch.tensor([found]))) / (into.numel() * 4))
-    return result[0], result[1]
-
-
-def oversleeping_seconds() -> float:
-    """What a wait takes beyond what was asked for."""
-    found = []
-    for _ in range(20):
-        began = time.perf_counter()
-        time.sleep(2e-3)
-        found.append(time.perf_counter() - began - 2e-3)
-    return statistics.median(found)
+    took = [together(ring, act), together(ring, products)]
+    whole, alone = ring.largest(*(torch.tensor([s], dtype=torch.float64) for s in took)).tolist()
+    return whole, alone
 
 
 def rank_main(
@@ -208,8 +139,7 @@ def rank_main(
     else:
         place.enter()
     torch.set_num_threads(1)
-    with contextlib.suppress(OSError):
-        os.nice(-15)  # what else runs on this machine is not what is measured
+    come_first(at_once=True)
     dist.init_process_group(
         "gloo", init_method=where, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
@@ -233,20 +163,17 @@ def rank_main(
         wait_s = float(ring.largest(torch.tensor([c.ratio * message * (1 + c.gradients)])))
         measured = measured_seconds(ring, module, c, partial(_wait, wait_s))
         predicted_s = predicted_seconds(clock(), c, wait_s + late_s)
-        products_s = wait_s * c.chunks * (ranks / 2 if c.schedule == HALF_RING else ranks)
-        results.append(
-            asdict(c) | measured | {"predicted_s": predicted_s, "products_s": products_s}
-        )
+        results.append(asdict(c) | measured | {"predicted_s": predicted_s})
+    come_first(at_once=False)
     real = []
     for c in REAL_PRODUCTS if (ranks, slow) == (2, False) and listed != "lines" else ():
         module = shards_of(c.chunk)
         ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks})
         message = c.chunk * ROW_BYTES * float(links.s_per_byte.max()) + float(links.latency_s.max())
         product, product_s = product_of(ring, c, c.ratio * message * (1 + c.gradients))
-        measured = measured_seconds(ring, module, c, lambda _, act=product: act())
+        measured = measured_seconds(ring, module, c, product)
         predicted_s = predicted_seconds(clock(), c, product_s)
-        products_s = product_s * c.chunks * ranks
-        real.append(asdict(c) | measured | {"predicted_s": predicted_s, "products_s": products_s})
+        real.append(asdict(c) | measured | {"predicted_s": predicted_s})
     if rank == 0:
         calibrated = {
             "ranks": ranks, "slow": slow, "bytes_per_s": [1 / s for s in links.s_per_byte],
@@ -266,10 +193,12 @@ def _wait(seconds: float, share: float) -> None:
 def measured_seconds(
     ring: Any, module: Any, c: Configuration, work: Callable[[float], object]
 ) -> dict[str, float]:
-    """Of some passes: the median, the fastest and the slowest."""
-    found = [ring_seconds(ring, module, c, work) for _ in range(REPEATS)]
+    """Of some passes: the median, the fastest and the slowest; and the median of their products,
+    made as often and as long when nothing is sent."""
+    passes, alone = zip(*(ring_seconds(ring, module, c, work) for _ in range(REPEATS)), strict=True)
     return {
-        "measured_s": statistics.median(found), "fastest_s": min(found), "slowest_s": max(found)
+        "measured_s": statistics.median(passes), "fastest_s": min(passes),
+        "slowest_s": max(passes), "products_s": statistics.median(alone),
     }  # fmt: skip
 
 
@@ -292,18 +221,25 @@ def lines_from(links: Links, schedule: str) -> tuple[Line, ...]:
     return tuple(Line(to(w), to(-w * n), w, n) for w, n in ways_of(schedule, ranks))
 
 
-def product_of(ring: Any, c: Configuration, seconds: float) -> tuple[Callable[[], object], float]:
-    """A product of a chunk with as many rows as take about so long, and how long it takes.
+def product_of(
+    ring: Any, c: Configuration, seconds: float
+) -> tuple[Callable[[float], object], float]:
+    """A product of a share of a chunk with as many rows as take about so long, and how long it
+    takes for a whole one.
 
     All ranks multiply at once, and nothing is sent.
     """
     y = torch.randn(c.chunk, WIDTH)
 
-    def timed(rows: int) -> tuple[Callable[[], object], float]:
-        x, out = torch.randn(rows, WIDTH), torch.empty(rows, c.chunk)
-        product = partial(torch.mm, x, y.T, out=out)
-        product()
-        found = statistics.median(together(ring, product) for _ in range(9))
+    def timed(rows: int) -> tuple[Callable[[float], object], float]:
+        x, out = torch.randn(rows, WIDTH), torch.empty(rows * c.chunk)
+
+        def product(share: float) -> None:
+            n = round(share * c.chunk)
+            torch.mm(x, y[:n].T, out=out[: rows * n].view(rows, n))
+
+        product(1.0)
+        found = statistics.median(together(ring, partial(product, 1.0)) for _ in range(9))
         return product, float(ring.largest(torch.tensor([found], dtype=torch.float64)))
 
     rows = 512

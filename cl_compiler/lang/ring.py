@@ -53,9 +53,10 @@ def ring_obstacle(plan: SweepPlan) -> str:
     return ""
 
 
+TRAVEL = "ring_travel"
 HALF_RING, BOTH_WAYS, HOST = "half_ring", "both_ways", "host"
 CLUSTER_SCHEDULES = (
-    *("ring_owner", "ring_travel", "all_gather", "two_level"),
+    *("ring_owner", TRAVEL, "all_gather", "two_level"),
     *(HALF_RING, BOTH_WAYS, HOST),
 )
 """ring_owner: operands travel, every gradient is made at its owner; ring_travel: an operand travels
@@ -77,8 +78,7 @@ OWNER_COMPUTES = frozenset({"ring_owner", "two_level", BOTH_WAYS, HOST, CANONICA
 def ring_schedules(plan: SweepPlan) -> dict[str, str]:
     """Each cluster schedule that a loss can use → ""; each that it cannot → the reason."""
     reasons = dict.fromkeys(CLUSTER_SCHEDULES, ring_obstacle(plan))
-    maxima = [n.name for n in plan.nodes if isinstance(n, Reduction) and n.monoid == "max"]
-    full = [n for n in maxima if plan.is_full(n)]
+    full = full_maxima(plan)
     if full and plan.gradient is not None:
         for name in OWNER_COMPUTES.intersection(CLUSTER_SCHEDULES):
             reasons[name] = reasons[name] or (
@@ -87,6 +87,12 @@ def ring_schedules(plan: SweepPlan) -> dict[str, str]:
             )
     reasons[HALF_RING] = reasons[HALF_RING] or _half_obstacle(plan)
     return reasons
+
+
+def full_maxima(plan: SweepPlan) -> list[str]:
+    """Maxima whose elements a later sweep must find again bit for bit, in tiles cut alike."""
+    maxima = [n.name for n in plan.nodes if isinstance(n, Reduction) and n.monoid == "max"]
+    return [n for n in maxima if plan.is_full(n)]
 
 
 def _half_obstacle(plan: SweepPlan) -> str:

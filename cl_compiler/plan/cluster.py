@@ -45,8 +45,8 @@ LEAST_CHUNK = 512
 """Rows of a chunk, at least: below, a message is mostly latency."""
 LEAST_MESSAGE_S, ROUND_CHUNK = 5e-3, 128
 """Over slow links fewer rows do, if they are that long on their way (a step of Gloo takes up to a
-millisecond besides), in multiples of so many: what was accumulated of a shard's last chunk comes
-home when nothing is left to multiply."""
+millisecond besides), in multiples of so many: the first message, and the last one home, have a
+chunk of the own rows to hide behind, and are waited for where that is too little."""
 
 
 @dataclass(frozen=True)

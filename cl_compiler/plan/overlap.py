@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import is_local
+from cl_compiler.lang.ring import HALF_RING, TRAVEL, is_local
 from cl_compiler.lang.tile_ir import Gemm
 from cl_compiler.plan.exchange import Hop, exchange_seconds, hiding_rows
 from cl_compiler.plan.travel import travels_of
@@ -32,7 +32,7 @@ class Phase:
 
     ``share``: of a program's products, those that are made while shards are on their way.
     ``gradient_bytes``: what is accumulated on its way, of ``shard_bytes``.  ``passes``: over the
-    ring.
+    ring.  ``held``: of a chunk of its own, what a rank computes while the last of it comes home.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Phase:
     shard_bytes: float
     gradient_bytes: float
     passes: int
+    held: float = 0.0
 
 
 def phases_of(program: Program, problem: Problem, resident: int = 0) -> tuple[Phase, ...]:
@@ -67,9 +68,9 @@ def phases_of(program: Program, problem: Problem, resident: int = 0) -> tuple[Ph
         )
         share = sum(s for s, _ in of)
         turns = sum(t.rounds(problem, resident) for _, t in of)
-        result.append(
-            Phase(name, share, rows * float(operands + gradients), rows * float(gradients), turns)
-        )
+        held = max(t.held_back(problem.input_bytes, problem.compute_bytes) for _, t in of)
+        whole, back = rows * float(operands + gradients), rows * float(gradients)
+        result.append(Phase(name, share, whole, back, turns, held))
     return tuple(result)
 
 
@@ -129,8 +130,11 @@ def overlap_of(
             # the first of P steps meets the own shard, and the last has nothing to wait for
             hiding_s = part_s * (ranks - 1) / ranks
             # what was accumulated of the last chunk comes home when nothing is left to multiply
+            # but what was held back
             last = phase.gradient_bytes * (rows - (chunks - 1) * chunk) / rows
             left_s = max(last / h.bytes_per_s + h.latency_s for h in hops) if last else 0.0
+            if schedule in (TRAVEL, HALF_RING):
+                left_s = max(0.0, left_s - part_s / ranks / chunks * phase.held)
         exchange_s += sent_s
         exposed_s += max(left_s, sent_s - hiding_s)
     return Overlap(exchange_s, exposed_s, tuple(hidden))

@@ -1,6 +1,7 @@
 """A discrete-event run of a cluster plan, on the clock of its ranks (``clock``).
 
-A rank posts the next shard, computes this one and waits, as emitted files do
+A rank posts the next shard, computes this one and waits; rows of its own, which need no message, it
+computes where it would wait for the first one and for the last, as emitted files do
 (``templates/ring/travel.py.jinja``).
 """
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING, HOST
+from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING, HOST, TRAVEL
 from cl_compiler.plan.clock import (
     GRADIENT,
     STATISTICS,
@@ -176,8 +177,9 @@ def run(
             streamed(clock, item, (per_row, back), rows, parts, shares, host_s_per_byte)
             continue
         if lines:
+            held = item.travel.held_back(input_bytes, compute_bytes)
             half = schedule == HALF_RING
-            _along(clock, lines, item, (per_row, back), rows, parts, shares, half)
+            _along(clock, lines, item, (per_row, back), rows, parts, shares, half, held)
             continue
         _around(
             clock,
@@ -185,6 +187,7 @@ def run(
             [(item.seconds * n / rows, per_row * n, back * n) for n in parts],
             np.arange(clock.links.ranks),
             shares,
+            item.travel.held_back(input_bytes, compute_bytes) if schedule == TRAVEL else 0.0,
         )
     _numbers(clock)
     slowest = int(clock.now.argmax())
@@ -203,18 +206,21 @@ def _around(
     parts: Sequence[tuple[float, float, float]],
     owner: Vector,
     shares: Vector | None,
+    held: float = 0.0,
 ) -> None:
     """Chunks, each (seconds of products, bytes sent, bytes back), go around a circle of ranks.
 
     ``owner``: of what each rank has at first; ``shares``: of a whole shard, what each rank's is.
-    What comes back of one chunk is joined while the next one is on its way.
+    What comes back of one chunk is joined while the next one is on its way, that of the last one
+    while a rank computes what it ``held`` back of its own: so much of a chunk.
     """
     links, *inner = levels
     arriving: Vector | None = None
     owed: Vector | float = 0.0
     before = np.empty_like(owner)
     before[links.next_ranks] = np.arange(links.ranks)
-    for seconds, whole_sent, whole_back in parts:
+    own_s = sum(seconds for seconds, *_ in parts) / len(parts)
+    for turn, (seconds, whole_sent, whole_back) in enumerate(parts):
         here = owner
         for step in range(links.circle):
             size: Vector | float = 1.0 if shares is None else shares[here]
@@ -225,7 +231,8 @@ def _around(
             if inner:
                 _around(clock, inner, [(seconds, whole_sent, whole_back)], here, shares)
             else:
-                clock.compute(seconds if shares is None else seconds * shares * size)
+                part_s = seconds if step or not held else own_s * (1.0 if turn else 1.0 - held)
+                clock.compute(part_s if shares is None else part_s * shares * size)
             if whole_back and step:
                 if arriving is not None:
                     clock.wait(arriving)
@@ -235,6 +242,8 @@ def _around(
                 clock.wait(posted)
             if shares is not None:
                 here = here[before]
+    if held:
+        clock.compute(held * own_s * (1.0 if shares is None else shares * shares))
     if arriving is not None:
         clock.wait(arriving)
         clock.compute(owed * clock.join_s_per_byte)
@@ -276,14 +285,17 @@ def _along(
     parts: Sequence[int],
     shares: Vector | None,
     half: bool,
+    held: float,
 ) -> None:
     """Chunks travel along lines, and what is accumulated with them goes home from there.
 
-    ``row_bytes``: sent of a row, and sent back; ``half``: two shards meet once.
+    ``row_bytes``: sent of a row, and sent back; ``half``: two shards meet once, and ``held`` of a
+    chunk of its own a rank computes last.
     """
     ranks = clock.links.ranks
     every, share = np.arange(ranks), np.ones(ranks) if shares is None else shares
     arriving: list[Vector | None] = [None] * len(lines)
+    own = (0.5 + work.diagonal / 2) / len(parts)
     start = 0
     for count in parts:
         part, (sent, back) = count / rows, (n * count for n in row_bytes)
@@ -299,6 +311,8 @@ def _along(
             ]
             if step == 0:
                 area = beside + diagonal if half else part
+                if half and not work.travel.again:
+                    area = own if start else own * (1.0 - held)
                 clock.compute(work.seconds * area * share * share)
             for (k, line), size in zip(going if step else (), sizes, strict=False):
                 met: Vector | float = part
@@ -314,6 +328,8 @@ def _along(
             for until in posted:
                 clock.wait(until)
         start += count
+    if half and held:
+        clock.compute(work.seconds * own * held * share * share)
     for waited in arriving:
         joined(clock, waited, row_bytes[1] * parts[-1] * share)
 

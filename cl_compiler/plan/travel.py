@@ -32,7 +32,7 @@ import sympy as sp
 
 from cl_compiler.lang.ir import BANK, SLOTS
 from cl_compiler.lang.program import Pass, Program
-from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST, is_local
+from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST, full_maxima, is_local
 from cl_compiler.lang.tile_ir import Accumulate, Compute, VectorRef
 from cl_compiler.plan.sizes import COMPUTE_BYTES, INPUT_BYTES, count_of, largest, least
 from cl_compiler.plan.tape import Tape, tape_of
@@ -79,7 +79,8 @@ class Travel:
     ``side``: 0 where rows travel, 1 where columns do.
     ``home_width``, ``gain_width``: of operands that stay, and of gradients that are made there;
     ``adds``: to those of an earlier pass.  Where a rank has both sides to itself nothing travels,
-    and ``whole`` are elements of operands that have no rows.
+    and ``whole`` are elements of operands that have no rows.  ``again``: tiles must be cut in one
+    pass as they were in another.
     """
 
     phase: str
@@ -92,6 +93,20 @@ class Travel:
     gain_width: int = 0
     adds: bool = False
     whole: int = 0
+    again: bool = False
+
+    def held_back(self, input_bytes: int, compute_bytes: int) -> float:
+        """Of a chunk of its own rows, what a rank computes last of all: see ``_own_pieces`` in
+        ``templates/ring/travel.py.jinja``.
+
+        The first rows of others come while it computes the rest, and the last gradients come home
+        while it computes these.
+        """
+        if self.again or not self.gradient_width:
+            return 0.0
+        there = self.operand_width * input_bytes + self.vectors * compute_bytes
+        back = self.gradient_width * compute_bytes
+        return round(8 * back / (there + back)) / 8
 
     @property
     def is_local(self) -> bool:
@@ -116,6 +131,7 @@ class Travel:
 def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
     """What each pass of a program moves; nothing where a rank has both sides to itself."""
     backward = {id(p) for stage in program.backward for p in stage.passes}
+    again = bool(full_maxima(program.plan))
     result = []
     made: set[str] = set()
     for pass_ in program.passes:
@@ -137,6 +153,7 @@ def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
                 sum(_width(problem, name) for name in stay),
                 sum(_width(problem, name) for name in gains),
                 not made.isdisjoint(gains),
+                again=again,
             )
         )
         made |= gradients | gains

@@ -89,15 +89,11 @@ class Ring:
             work.wait()
 
     def exchange(self, sent, received, after, before):
-        """Post: tensors to rank ``after``, others from rank ``before``; one group of calls."""
+        """Post: tensors to rank ``after``, others from rank ``before``."""
         # Receives first: a sender waits for word of them, which would queue behind what is sent.
-        operations = [
-            dist.P2POp(call, tensor, group=self.group, group_peer=peer)
-            for call, tensors, peer in ((dist.irecv, received, before), (dist.isend, sent, after))
-            for tensor in tensors
-            if tensor.numel()
-        ]
-        return dist.batch_isend_irecv(operations) if operations else []
+        # The group's own methods: those of torch.distributed take as long again before each step.
+        receives = [self.group.recv([t], before, 0) for t in received if t.numel()]
+        return receives + [self.group.send([t], after, 0) for t in sent if t.numel()]
 
     def gathered(self, own):
         """[ranks, ...]: every rank's small tensor, in their order, where it was sent from."""
@@ -163,9 +159,31 @@ class _Folds:
             _joined(into[begin:end], new[begin:end], start)
             begin = end
 
+    def own(self, sent, first, past):
+        """Some of this rank's own rows: what is sent of them, and their accumulators."""
+        return [t[first:past] for t in sent], [t[first:past] for t in self.home]
+
     def room(self, *shape):
         """Uninitialised accumulators for shards of ``shape[-1]`` rows."""
         return [tensor.new_empty(*shape, *tensor.shape[1:]) for tensor in self.home]
+
+
+def _own_pieces(rows, turns, sent, home):
+    """(first, last + 1) of the own rows that are computed in each turn, and of a last piece.
+
+    They need no message.  In a turn a rank waits for other rows, of what is ``sent``; after the
+    last one for gradients, which come ``home``.  So the first piece leaves to the last one their
+    share of a row's bytes, in eighths.
+    A column meets the rows before it, so those up to a cut make as many tiles as its square.
+    """
+    gradients = [t for t in home if t.dim() > 1]
+    there, back = (
+        sum(t.shape[1:].numel() * t.element_size() for t in ts) for ts in (sent, gradients)
+    )
+    late = round(8 * back / (there + back))
+    parts = [max(0, 8 * turn - late) / (8 * turns) for turn in range(turns + 1)]
+    cuts = [int(rows * math.sqrt(part)) for part in parts]
+    return list(zip(cuts, [*cuts[1:], rows], strict=True))
 
 
 class _Line:
@@ -253,6 +271,8 @@ def _shards(ring, axis, sent, folds):
     A shard travels half of the ring in chunks: post the next, compute this, wait, swap.  Its
     accumulators are started by its owner's neighbour, follow one step behind it, and the last rank
     that it meets sends them home, where they are joined while the next chunk is on its way.
+    This rank's own shard is computed in pieces: one while the first rows of each chunk come, a last
+    one while accumulators come home.
 
     first: where the chunk begins in this rank's own rows; FAR if it is another rank's.
     past: what is subtracted from a row to know in which column it begins to meet others.  Of the
@@ -264,7 +284,9 @@ def _shards(ring, axis, sent, folds):
     chunk = max(1, min(CHUNK, max(lengths)))
     folds = _Folds(folds)
     lines = [_Line(ring, 1, ranks // 2, chunk, sent, folds)]
-    for start in range(0, max(lengths), chunk):
+    starts = range(0, max(lengths), chunk)
+    *pieces, last = _own_pieces(lengths[ring.rank], len(starts), sent, folds.home)
+    for start, (begin, end) in zip(starts, pieces, strict=True):
         size = [min(max(length - start, 0), chunk) for length in lengths]
         here = [t[start : start + chunk] for t in sent]
         home = [t[start : start + chunk] for t in folds.home]
@@ -275,7 +297,7 @@ def _shards(ring, axis, sent, folds):
             for line in going:
                 line.post(step)
             if step == 0:
-                yield start, start, here, home
+                yield begin, begin, *folds.own(sent, begin, end)
             else:
                 for line in going:
                     part = line.started(step)
@@ -286,6 +308,8 @@ def _shards(ring, axis, sent, folds):
                     line.send_on(step, part)
             for line in going:
                 line.swap(step)
+    if last[0] < last[1]:
+        yield last[0], last[0], *folds.own(sent, *last)
     for line in lines:
         line.finish()
 

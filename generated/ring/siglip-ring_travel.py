@@ -81,15 +81,11 @@ class Ring:
             work.wait()
 
     def exchange(self, sent, received, after, before):
-        """Post: tensors to rank ``after``, others from rank ``before``; one group of calls."""
+        """Post: tensors to rank ``after``, others from rank ``before``."""
         # Receives first: a sender waits for word of them, which would queue behind what is sent.
-        operations = [
-            dist.P2POp(call, tensor, group=self.group, group_peer=peer)
-            for call, tensors, peer in ((dist.irecv, received, before), (dist.isend, sent, after))
-            for tensor in tensors
-            if tensor.numel()
-        ]
-        return dist.batch_isend_irecv(operations) if operations else []
+        # The group's own methods: those of torch.distributed take as long again before each step.
+        receives = [self.group.recv([t], before, 0) for t in received if t.numel()]
+        return receives + [self.group.send([t], after, 0) for t in sent if t.numel()]
 
     def gathered(self, own):
         """[ranks, ...]: every rank's small tensor, in their order, where it was sent from."""
@@ -148,9 +144,29 @@ class _Folds:
             _joined(into[begin:end], new[begin:end], start)
             begin = end
 
+    def own(self, sent, first, past):
+        """Some of this rank's own rows: what is sent of them, and their accumulators."""
+        return [t[first:past] for t in sent], [t[first:past] for t in self.home]
+
     def room(self, *shape):
         """Uninitialised accumulators for shards of ``shape[-1]`` rows."""
         return [tensor.new_empty(*shape, *tensor.shape[1:]) for tensor in self.home]
+
+
+def _own_pieces(rows, turns, sent, home):
+    """(first, last + 1) of the own rows that are computed in each turn, and of a last piece.
+
+    They need no message.  In a turn a rank waits for other rows, of what is ``sent``; after the
+    last one for gradients, which come ``home``.  So the first piece leaves to the last one their
+    share of a row's bytes, in eighths.
+    """
+    gradients = [t for t in home if t.dim() > 1]
+    there, back = (
+        sum(t.shape[1:].numel() * t.element_size() for t in ts) for ts in (sent, gradients)
+    )
+    late = round(8 * back / (there + back))
+    cuts = [rows * max(0, 8 * turn - late) // (8 * turns) for turn in range(turns + 1)]
+    return list(zip(cuts, [*cuts[1:], rows], strict=True))
 
 
 class _Circle:
@@ -175,15 +191,17 @@ class _Circle:
 
         ``lengths``: the members' rows, of which there are no more than ``rows``.
 
-        A shard goes around in chunks, this rank's own first: post the next, compute this, wait,
-        swap.
+        A shard goes around in chunks: post the next, compute this, wait, swap.  While the first
+        rows of a chunk come, a piece of the own shard is computed.
         Its accumulators are started by its owner's neighbour, follow one step behind it and end
         at the owner, where they are joined with what the owner accumulated itself, while the
-        next chunk is on its way.
+        next chunk is on its way, or the last piece is computed.
         """
         ring, mine, ranks, chunk = self.ring, self.mine, self.ranks, self.chunk
         arriving, due, turn = [], [], 0
-        for start in range(0, rows, chunk):
+        starts = range(0, rows, chunk)
+        *pieces, last = _own_pieces(lengths[mine], len(starts), sent, folds.home)
+        for start, (first, past) in zip(starts, pieces, strict=True):
             size = [min(max(length - start, 0), chunk) for length in lengths]
             here = [t[start : start + chunk] for t in sent]
             home = [t[start : start + chunk] for t in folds.home]
@@ -194,7 +212,7 @@ class _Circle:
                     coming = [t[: size[follower]] for t in self.buffers[step % 2]]
                     posted = self.exchange(here, coming)
                 if step == 0:
-                    yield start, owner, here, home
+                    yield first, mine, *folds.own(sent, first, past)
                 else:
                     turn += 1
                     part = folds.started([t[: size[owner]] for t in self.parts[turn % 2]])
@@ -208,6 +226,8 @@ class _Circle:
                     due = home  # a chunk's last message brings what the others accumulated
                 ring.wait(posted)
                 here = coming
+        if last[0] < last[1]:
+            yield last[0], mine, *folds.own(sent, *last)
         ring.wait(arriving)
         if due:
             folds.join(due, self.incoming)

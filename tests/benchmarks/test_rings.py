@@ -43,7 +43,12 @@ def named(result: dict) -> Configuration:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "listed"), [("rings-amd*.json", CONFIGURATIONS), ("rings-lines-*.json", LINES)]
+    ("pattern", "listed"),
+    [
+        ("rings-amd*.json", CONFIGURATIONS),
+        ("rings-lines-*.json", LINES),
+        ("rings-overlap-*.json", OVERLAP),
+    ],
 )
 def test_every_configuration_is_reported_and_predicted(pattern, listed):
     """Half of them to 5 %, nine of ten to 12 %, all of them to 20 %."""
@@ -51,7 +56,7 @@ def test_every_configuration_is_reported_and_predicted(pattern, listed):
     assert sorted(map(named, results), key=str) == sorted(listed, key=str)
     assert len(listed) >= 24 and not {c.chunk for c in listed} & set(CALIBRATED_ROWS)
     errors = sorted(abs(r["predicted_s"] / r["measured_s"] - 1) for r in results)
-    if pattern == "rings-amd*.json":
+    if pattern != "rings-lines-*.json":
         assert statistics.median(errors) <= 0.05 and errors[-(-9 * len(errors) // 10) - 1] <= 0.12
     assert errors[-1] <= 0.20
 
@@ -59,21 +64,20 @@ def test_every_configuration_is_reported_and_predicted(pattern, listed):
 def test_predictions_of_all_of_them_together():
     errors = sorted(
         abs(r["predicted_s"] / r["measured_s"] - 1)
-        for pattern in ("rings-amd*.json", "rings-lines-*.json")
+        for pattern in ("rings-amd*.json", "rings-lines-*.json", "rings-overlap-*.json")
         for r in latest(pattern)
     )
-    assert len(errors) == len(CONFIGURATIONS) + len(LINES)
+    assert len(errors) == len(CONFIGURATIONS) + len(LINES) + len(OVERLAP)
     assert statistics.median(errors) <= 0.05 and errors[-(-9 * len(errors) // 10) - 1] <= 0.12
 
 
-def test_products_hide_what_is_sent():
-    """1.2 times as long as it or longer: within 10 % of products alone, but for gradients of a
-    shard in one chunk, which the planner does not make where it takes time to send one."""
-    results = [r for r in latest("rings-amd*.json") if r["ratio"] >= 1.2]
+@pytest.mark.parametrize("pattern", ["rings-amd*.json", "rings-overlap-*.json"])
+def test_products_hide_what_is_sent(pattern):
+    """1.2 times as long as it or longer: within 10 % of products alone."""
+    results = [r for r in latest(pattern) if r["ratio"] >= 1.2]
     assert len(results) >= 24
     for r in results:
-        if not r["gradients"] or r["chunks"] > 1:
-            assert r["measured_s"] <= 1.1 * r["products_s"], named(r)
+        assert r["measured_s"] <= 1.1 * r["products_s"], named(r)
 
 
 def test_shards_are_cut_as_the_planner_cuts_them():
@@ -91,11 +95,8 @@ CUT = [c for c in OVERLAP if c.gradients and c.ratio == 1.2]
 
 
 @pytest.mark.parametrize("c", CUT, ids=lambda c: f"{c.ranks} ranks, {c.chunks} x {c.chunk}")
-def test_cutting_hides_gradients_on_their_way_home(c):
-    """All but the last message: within a tenth of products alone from three chunks on.
-
-    Gloo's own time for a step comes on top, and is measured.
-    """
+def test_the_last_gradients_come_home_behind_what_is_held_back(c):
+    """In chunks or in one, nothing is left over.  Gloo's own time for a step is measured."""
     links = Links(np.full(c.ranks, 8 / RATE_BITS_PER_S), np.zeros(c.ranks))
 
     def over_products(chunk: int, chunks: int) -> float:
@@ -104,7 +105,5 @@ def test_cutting_hides_gradients_on_their_way_home(c):
         clock = Clock(links, np.ones(c.ranks))
         return predicted_seconds(clock, of, step_s) / (step_s * chunks * c.ranks) - 1
 
-    found, last = over_products(c.chunk, c.chunks), 1 / (2.4 * c.ranks * c.chunks)
-    assert found == pytest.approx(last, rel=0.02)
-    assert found < 0.1 or c.chunks < 3
-    assert over_products(c.chunk * c.chunks, 1) > 1.9 * found
+    assert over_products(c.chunk, c.chunks) == pytest.approx(0.0, abs=1e-6)
+    assert over_products(c.chunk * c.chunks, 1) == pytest.approx(0.0, abs=1e-6)

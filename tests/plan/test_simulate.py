@@ -13,7 +13,7 @@ from cl_compiler.losses import find
 from cl_compiler.plan.clock import Clock, Links, links_of
 from cl_compiler.plan.cluster import choose_cluster_plan
 from cl_compiler.plan.other_losses import dense_bytes, inf_cl_bytes, local_rows_bytes
-from cl_compiler.plan.simulate import Work, run, simulate
+from cl_compiler.plan.simulate import Run, Work, run, simulate
 from cl_compiler.plan.travel import Travel
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
 
@@ -64,14 +64,33 @@ def test_a_slow_rank_holds_up_all():
     assert slow == pytest.approx(8.0, rel=1e-9)
 
 
+def travelling(ranks: int, compute_s: float, chunks: int = 1, **travel) -> Run:
+    """One pass of 1,000 rows: 10 bytes of each there, in 1 s, 5 of a gradient back, in 0.5 s."""
+    timed = clock(ranks, 1e-4, 0.0)
+    work = [Work(Travel("backward", 10, 5, **travel), compute_s)]
+    return run(timed, "ring_travel", work, 1000, 1000 // chunks, 1, 1)
+
+
 def test_gradients_follow_one_step_behind():
-    """P-1 messages back: all but the last are under the next step's products."""
-    timed = clock(4, 1e-4, 0.0)
-    work = [Work(Travel("backward", 10, 5), 2.0)]
-    found = run(timed, "ring_travel", work, 1000, 1000, 1, 1)
+    """P-1 messages back: each is under the next step's products, and the last one under those that
+    a rank holds back of its own, 3/8 of a chunk."""
     sums = 2 * 3 * 8 * 1e-4
-    assert found.seconds == pytest.approx(4 * 2.0 + 0.5 + sums, rel=1e-9)
+    found = travelling(4, 2.0)
+    assert found.seconds == pytest.approx(4 * 2.0 + sums, rel=1e-9)
     assert {e.what for e in found.events} == {"compute", "send", "gradient", "wait"}
+    in_chunks = travelling(4, 2.0, chunks=4)
+    assert in_chunks.seconds == pytest.approx(4 * 2.0 + sums, rel=1e-9)
+
+
+def test_what_is_held_back_hides_as_much_as_it_takes():
+    """Products of 1 s on two ranks: 5/8 of the own ones beside 1 s, 3/8 of them beside 0.5 s."""
+    sums = 2 * 8 * 1e-4
+    found = travelling(2, 1.0)
+    assert found.seconds == pytest.approx(1.0 + 1.0 + 0.5 + sums, rel=1e-9)
+    cut_alike = travelling(2, 1.0, again=True)  # all of the own ones first
+    assert cut_alike.seconds == pytest.approx(1.0 + 1.0 + 0.5 + sums, rel=1e-9)
+    assert travelling(2, 2.0).seconds == pytest.approx(4.0 + sums, rel=1e-9)
+    assert travelling(2, 2.0, again=True).seconds == pytest.approx(4.5 + sums, rel=1e-9)
 
 
 def test_hops_of_two_levels():

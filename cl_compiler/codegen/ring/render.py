@@ -23,7 +23,8 @@ from cl_compiler.codegen.ring.target import target_of
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.lang.ir import COLS, ROWS
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST
+from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST, TRAVEL
+from cl_compiler.plan.travel import travels_of
 from cl_compiler.plan.types import Plan
 
 _TEMPLATE = "ring/loss.py.jinja"
@@ -111,6 +112,7 @@ def render_ring(
         "chunk": chunk,
         "folds": sorted({how for s in travelling for how, _ in s.folds}),
         "travels": bool(travelling),
+        "returns": _holds_back(plan, program, cluster_schedule),
         "reads_lengths": [a for a, _ in context["sizes"] if a in (ROWS, COLS)],
     }
     vectors = "\n".join(
@@ -120,6 +122,14 @@ def render_ring(
     context["reduces_logsumexp"] = "_of_all(" in vectors
     text = environment().get_template(_TEMPLATE).render(context)
     return fit(drop_unused(tidy_text(text)))
+
+
+def _holds_back(plan: Plan, program: Program, schedule: str) -> bool:
+    """Whether gradients come home while a rank computes rows of its own."""
+    problem = plan.problem
+    sizes = problem.input_bytes, problem.compute_bytes
+    held = [t.held_back(*sizes) for t in travels_of(program, problem)]
+    return schedule in (TRAVEL, HALF_RING) and any(held)
 
 
 def _usage(arguments: Sequence[str]) -> str:
