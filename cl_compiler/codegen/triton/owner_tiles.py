@@ -9,13 +9,14 @@ from cl_compiler.codegen.triton.core import (
     SMALLEST_DOT,
     CoreTile,
     capability,
+    column_sums,
     core_tiles,
     registers,
 )
 from cl_compiler.codegen.triton.owner import adding_passes, own_dim, owned_operands
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.lang.tile_ir import Gemm, Mode
+from cl_compiler.lang.tile_ir import Diagonal, Gemm, Mode, TileProgram
 from cl_compiler.plan.types import DTYPE_BYTES, Problem
 
 MOST_REGISTERS = 250
@@ -24,6 +25,8 @@ MOST_ON_HOPPER = 275
 """There factors in bf16 come from shared memory as they lie, and fewer registers hold them."""
 REGISTERS_FOR_MORE = 20
 """For the addresses of each further matrix."""
+REGISTERS_OF_A_PLACE = 10
+"""Where positives can be: two rows' addresses, indices, bounds and sums."""
 AMPERE, HOPPER = range(1, 90), range(90, 100)
 WIDEST_PART = 256
 """Columns of a gradient that 128 rows of it leave registers for, with eight warps."""
@@ -83,9 +86,34 @@ def owner_tile(
         blocks = tile.part * (tile.rows, tile.cols)[own] // (32 * tile.warps) * len(operands)
         rounded = tile.rows * tile.cols // (64 * tile.warps)
         most = max(registers(code, tile, arch, flipped=own == 1) for code in programs)
-        if most + rounded + blocks * (1 + adds) <= limit:
+        more = blocks if adds else 0  # is read when the loop is over, and what it needs is gone
+        if tile.resident:
+            more = max(more, *(_of_residency(c, tile, sweeps, arch, own) for c in programs))
+        if most + rounded + blocks + more <= limit:
             return tile
     return tiles[-1]
+
+
+def _of_residency(code: TileProgram, tile: CoreTile, sweeps: SweepPlan, arch: str, own: int) -> int:
+    """Registers that a loop over tiles needs besides where they are as deep as their operands.
+
+    That loop is then the one that is pipelined.  Before Hopper what a program owns is in registers,
+    two elements in each, and the next block of the other operand comes through addresses, two
+    registers for 16 bytes.  The branches of owners of rows that store what rounding takes off the
+    gradients of positives run while it comes; otherwise the loop that is pipelined is another,
+    whose addresses have made room.  Where a thread holds one row of a product (tcgen05), what such
+    a branch adds up lives beside the whole.
+    """
+    total = 0
+    if capability(arch) in AMPERE:
+        block, other = (tile.rows, tile.cols)[own], (tile.cols, tile.rows)[own]
+        total = block * tile.depth // (64 * tile.warps) + other * tile.depth // (128 * tile.warps)
+    diagonals = [i for i in code.instructions if isinstance(i, Diagonal)]
+    if own == 0 and any(d.where == "positive" and d.how != "take" for d in diagonals):
+        total += REGISTERS_OF_A_PLACE * (2 if sweeps.positives == "views" else 1)
+        if column_sums(arch) == "whole":
+            total += tile.rows * tile.cols // (32 * tile.warps)
+    return total
 
 
 def _is_one_product(problem: Problem, sweeps: SweepPlan, pass_: Pass) -> bool:
@@ -133,11 +161,11 @@ def _of_16_bits(arch: str, whole: int) -> list[CoreTile]:
     elif capability(arch) not in HOPPER:  # tensor memory leaves through registers all at once
         wide = (WIDEST_SUM, WIDEST_SUM)
     result = []
-    for block, other in ((128, 64), (128, 32), (64, 64), (64, 32), (64, 16)):
+    for block, others in ((128, (64, 32)), (64, (64, 32, 16))):
         part = wide[block == 64]
-        if not arch.startswith("gfx"):
-            result.append(CoreTile(block, other, whole, 8, 2, part, True))
-        result.append(CoreTile(block, other, depth, 8, stages, part))
+        if not arch.startswith("gfx"):  # a quarter of the loads at least: rather narrow than not so
+            result += [CoreTile(block, other, whole, 8, 2, part, True) for other in others]
+        result += [CoreTile(block, other, depth, 8, stages, part) for other in others]
     return result
 
 
