@@ -27,6 +27,8 @@ REGISTERS_FOR_MORE = 20
 """For the addresses of each further matrix."""
 REGISTERS_OF_A_PLACE = 10
 """Where positives can be: two rows' addresses, indices, bounds and sums."""
+REGISTERS_OF_A_PIPELINE = 12
+"""For barriers, phases and buffers of blocks to come, where a loop also forms gradients."""
 AMPERE, HOPPER = range(1, 90), range(90, 100)
 WIDEST_PART = 256
 """Columns of a gradient that 128 rows of it leave registers for, with eight warps."""
@@ -99,12 +101,12 @@ def _of_residency(code: TileProgram, tile: CoreTile, sweeps: SweepPlan, arch: st
 
     That loop is then the one that is pipelined.  Before Hopper what a program owns is in registers,
     two elements in each, and the next block of the other operand comes through addresses, two
-    registers for 16 bytes.  The branches of owners of rows that store what rounding takes off the
-    gradients of positives run while it comes; otherwise the loop that is pipelined is another,
-    whose addresses have made room.  Where a thread holds one row of a product (tcgen05), what such
-    a branch adds up lives beside the whole.
+    registers for 16 bytes; on Hopper it is waited for.  The branches of owners of rows that store
+    what rounding takes off the gradients of positives run while it comes; otherwise the loop that
+    is pipelined is another, whose addresses have made room.  Where a thread holds one row of a
+    product (tcgen05), what such a branch adds up lives beside the whole.
     """
-    total = 0
+    total = REGISTERS_OF_A_PIPELINE if capability(arch) in HOPPER else 0
     if capability(arch) in AMPERE:
         block, other = (tile.rows, tile.cols)[own], (tile.cols, tile.rows)[own]
         total = block * tile.depth // (64 * tile.warps) + other * tile.depth // (128 * tile.warps)
