@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cl_compiler.units import format_seconds
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -41,7 +43,10 @@ _STYLE = (
 
 
 def chart(run: Run, title: str) -> Figure:
-    """A Gantt chart: two lines a rank, products and waiting above what it sends."""
+    """A Gantt chart: two lines a rank, products and waiting above what it sends.
+
+    Of a run of more events than are kept, the title says how much of it is drawn.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
@@ -66,7 +71,7 @@ def chart(run: Run, title: str) -> Figure:
         axes.add_collection(shape)
     axes.autoscale_view()
     axes.set(xlabel="ms", ylabel="rank")
-    axes.set_title(title, loc="left")
+    axes.set_title("\n".join([title, *_cut_short(run)]), loc="left")
     axes.invert_yaxis()
     axes.set_yticks(range(ranks))
     drawn = {e.what for e in bars}
@@ -76,6 +81,15 @@ def chart(run: Run, title: str) -> Figure:
         handles=legend, ncols=len(legend), fontsize=7, loc="outside lower left", frameon=False
     )
     return figure
+
+
+def _cut_short(run: Run) -> list[str]:
+    """What of the run is drawn, where that is not all of it."""
+    drawn_s = max((e.end_s for e in run.events), default=run.seconds)
+    drawn, whole = format_seconds(drawn_s), format_seconds(run.seconds)
+    if drawn_s >= run.seconds or drawn == whole:  # by less than can be told
+        return []
+    return [f"the first {drawn} of {whole}"]
 
 
 def legible(events: Iterable[Event]) -> list[Event]:

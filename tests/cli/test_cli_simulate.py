@@ -15,6 +15,7 @@ from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ring import CLUSTER_SCHEDULES
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
+from cl_compiler.plan import clock
 from cl_compiler.plan.clock import GRADIENT, STATISTICS, Event
 from cl_compiler.plan.cluster import choose_cluster_plan
 from cl_compiler.plan.simulate import simulate
@@ -77,6 +78,28 @@ def test_what_a_forward_sends_back_is_drawn_as_statistics(schedule, loss):
     figure.canvas.draw()
     (axes,) = figure.axes
     assert legend.get_window_extent().y1 < axes.xaxis.label.get_window_extent().y0
+
+
+@pytest.mark.parametrize("kept", [12, None])
+def test_a_chart_of_a_part_of_a_run_says_so(monkeypatch, kept):
+    spec = with_ranks(load_hardware("xeon-amx-2c"), 4, 4)
+    needs = frozenset({"x", "y"})
+    asked = Request(
+        find("clip"), spec, MemoryBudget(1 << 30), Problem(600, 600, 64), "diagonal", needs,
+        schedule="ring_travel", group_size=4,
+    )  # fmt: skip
+    plan, program = choose_cluster_plan(asked, plan_sweeps(asked.loss, "diagonal", needs))
+    if kept is not None:
+        monkeypatch.setattr(clock, "EVENTS", kept)
+    run = simulate(plan, program, spec, drawn_ranks=2)
+    title = chart(run, "clip").axes[0].get_title(loc="left")
+    if kept is None:
+        assert title == "clip"
+        return
+    drawn_s = max(e.end_s for e in run.events)
+    assert len(run.events) == kept and drawn_s < 0.9 * run.seconds
+    part, whole = format_seconds(drawn_s), format_seconds(run.seconds)
+    assert title == f"clip\nthe first {part} of {whole}"
 
 
 @pytest.mark.parametrize("loss", ["nt_xent", "siglip"])
