@@ -127,7 +127,7 @@ def overlap_of(
             left_s = sent_s / chunks
         else:
             sent_s = exchange_seconds(hops, whole, chunks * phase.passes)
-            # the first of P steps meets the own shard, and the last has nothing to wait for
+            # of P steps' products, those of the last one or of a last own piece hide no step
             hiding_s = part_s * (ranks - 1) / ranks
             # what was accumulated of the last chunk comes home when nothing is left to multiply
             # but what was held back

@@ -174,15 +174,19 @@ def _own_pieces(rows, turns, sent, home):
     They need no message.  In a turn a rank waits for other rows, of what is ``sent``; after the
     last one for gradients, which come ``home``.  So the first piece leaves to the last one their
     share of a row's bytes, in eighths.
-    A column meets the rows before it, so those up to a cut make as many tiles as its square.
+    A column meets the rows before it, in tiles: those of the first TILE_M columns lie in one row of
+    tiles, those of the next in two.  Cuts are where so many of all tiles are made.
     """
     gradients = [t for t in home if t.dim() > 1]
     there, back = (
         sum(t.shape[1:].numel() * t.element_size() for t in ts) for ts in (sent, gradients)
     )
     late = round(8 * back / (there + back))
-    parts = [max(0, 8 * turn - late) / (8 * turns) for turn in range(turns + 1)]
-    cuts = [int(rows * math.sqrt(part)) for part in parts]
+    above = rows // TILE_M
+    tiles = (above + 1) * (rows / TILE_M - above / 2)
+    areas = [tiles * max(0, 8 * turn - late) / (8 * turns) for turn in range(turns + 1)]
+    whole = [int((math.sqrt(1 + 8 * area) - 1) / 2) for area in areas]  # rows of tiles before a cut
+    cuts = [int(TILE_M * (a / (w + 1) + w / 2)) for a, w in zip(areas, whole, strict=True)]
     return list(zip(cuts, [*cuts[1:], rows], strict=True))
 
 
@@ -297,7 +301,8 @@ def _shards(ring, axis, sent, folds):
             for line in going:
                 line.post(step)
             if step == 0:
-                yield begin, begin, *folds.own(sent, begin, end)
+                for first in range(begin, end, chunk):  # tiles are no wider than a chunk
+                    yield first, first, *folds.own(sent, first, min(first + chunk, end))
             else:
                 for line in going:
                     part = line.started(step)

@@ -166,6 +166,30 @@ def test_ranks_send_what_the_formulas_say(ranks):
     assert run_ranks(ranks, sent) == [total] * ranks
 
 
+def test_own_pieces_are_computed_in_tiles_no_wider_than_a_chunk(monkeypatch):
+    """Pieces of as many tiles are not of as many columns, and tiles are what a rank holds."""
+    monkeypatch.setattr("cl_compiler.plan.cluster.LEAST_CHUNK", 128)
+    plan, module = load(asked_for(4, 1024, 64))
+    assert plan.cluster.chunk == 128 < plan.tile.cols
+    ring, inputs = Mirror(4, {"rows": (1024,) * 4, "cols": (1024,) * 4}), arguments(plan.problem)
+    with LiveBytes() as live:
+        module.Loss.apply(ring, *inputs)[0].backward()
+    assert abs(live.peak_bytes - plan.peak_bytes) <= 0.01 * plan.peak_bytes
+
+
+@pytest.mark.parametrize("tile", [32, 256, 1024, 4096])
+def test_own_pieces_are_of_as_many_tiles(tile, monkeypatch):
+    _, module = load(asked_for(4, 1024, 64))
+    monkeypatch.setattr(module, "TILE_M", tile)
+    operand = [torch.empty(0, 64)]
+    pieces = module._own_pieces(1024, 8, operand, operand)
+    met = [min(1024, (column // tile + 1) * tile) for column in range(1024)]
+    for index, (first, past) in enumerate(pieces):
+        eighths = {0: 0.5, 8: 0.5}.get(index, 1.0)  # half of a piece is left to the last one
+        assert abs(sum(met[first:past]) - eighths / 8 * sum(met)) <= max(met)
+    assert pieces[0][0] == 0 and pieces[-1][1] == 1024
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_a_rank_holds_what_was_predicted(ranks):
