@@ -167,7 +167,7 @@ def _workloads(
             open_.remove(schedule)
             reasons[schedule] = "on request only: its kernels were never timed"
     for schedule in open_ or [_requested(request, sweeps)]:
-        program = replace(build_program(sweeps, schedule), narrow=True)
+        program = build_program(sweeps, schedule).narrowed
         reason = obstacle(request.problem, program, request.precision)
         if reason:
             reasons[schedule] = reason

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import sympy as sp
@@ -66,7 +66,7 @@ def build_context(
     ``printer``: prints the passes and what is around them (None: for one process).
     """
     if plan.problem.dtype == "float64":  # so is everything
-        program = replace(program, narrow=True)
+        program = program.narrowed
     sweep_plan = program.plan
     ir, gradient = sweep_plan.ir, sweep_plan.gradient
     cast = is_cast(plan)
@@ -151,6 +151,7 @@ def build_context(
         "keeps": program.keeps_tiles,
         "whole": program.is_whole,
         "wide": bool(program.wide),
+        "unshifted": program.is_unshifted,
         "row_scaled": any(
             tile.row_scale
             for pass_ in program.passes
@@ -356,6 +357,7 @@ def _helpers(statements: str) -> set[str]:
         "_largest_norm",
         "_inverse",
         "_present",
+        "_remainder",
         "_ratio",
         "_finish_logsumexp",
         "_lse_of_softmax",

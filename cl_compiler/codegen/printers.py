@@ -34,6 +34,7 @@ _CALLS = {
     "logsubexp": "_logsubexp",
     "one_minus_exp": "_one_minus_exp",
     "present": "_present",
+    "remainder": "_remainder",
 }
 
 

@@ -1,11 +1,13 @@
 """Which vectors tiles of fp32 need in fp64: those that gradients subtract from each other.
 
-A logsumexp of l, rounded to fp32, is off by up to 2^-24·l.  In weights exp(logit - l) that is what
-the logit's own rounding does.  But a loss that takes log(e^l - e^p), or logaddexp(l, p), weighs its
-rows by functions of l - p, whose error is as large however close l and p are; the dense formula has
-the sums themselves, each right to 2^-24 of its own.  So what is as small as a difference of two
-statistics is made of statistics in fp64.  Sums are fp32 as in the dense formula, and so is all that
-a tile reads.
+A logsumexp of l, rounded to fp32, is off by up to 2^-24·l.  In weights exp(logit - l) that is a
+factor of a whole row, where the dense formula subtracts the largest logit, which is exact, and
+divides by the sum: so there tiles subtract l in two parts, rounded, and what rounding took, from
+logits that are bit for bit those that were summed.  And a loss that takes log(e^l - e^p), or
+logaddexp(l, p), weighs its rows by functions of l - p, whose error is as large however close l and
+p are; the dense formula has the sums themselves, each right to 2^-24 of its own.  So what is as
+small as a difference of two statistics is made of statistics in fp64.  Sums are fp32 as in the
+dense formula, and so is all that a tile reads.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Iterable
 import sympy as sp
 
 from cl_compiler.lang.ir import Let, Reduction, axes_of
+from cl_compiler.lang.rewrite import remainder
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Compute, Diagonal, TileProgram, VectorRef
 
@@ -26,8 +29,9 @@ def wide_vectors(plan: SweepPlan, programs: Iterable[TileProgram]) -> frozenset[
         plan: a loss, its gradients and sweeps.
         programs: of all its passes; what one of them reads as it stands is as wide as a tile.
     """
+    programs = tuple(programs)
     read = {name for code in programs for name in _read(code)}
-    wide = subtracted(plan) - read
+    wide = (subtracted(plan) | _split(plan, programs)) - read
     for node in plan.nodes:
         if plan.is_full(node.name) or node.name in read or not plan.leaves[node.name].axes:
             continue
@@ -67,6 +71,34 @@ def subtracted(plan: SweepPlan) -> set[str]:
     return found
 
 
+def splits_logsumexps(plan: SweepPlan, bounded: bool) -> bool:
+    """Whether tiles subtract logsumexps in two parts: rounded, and what rounding took.
+
+    They do where running maxima are all that there is (not ``bounded``), where logits are less a
+    logsumexp themselves, and where rows are weighed by differences of logsumexps.  In bounded mode
+    a weight is an exponential times an inverse sum.
+    """
+    sums = [n for n in plan.nodes if isinstance(n, Reduction) and n.monoid == "logsumexp"]
+    if not any(plan.is_full(n.name) for n in sums):
+        return False
+    return not bounded or is_nested(plan) or bool(subtracted(plan))
+
+
+def is_nested(plan: SweepPlan) -> bool:
+    """Whether logits of a logsumexp over tiles are made of another one."""
+    full = [n for n in plan.nodes if isinstance(n, Reduction) and plan.is_full(n.name)]
+    sums = [n for n in full if n.monoid == "logsumexp"]
+    names = {n.name for n in sums}
+    return any(s.name in names for n in sums for s in n.operand.free_symbols)
+
+
+def _split(plan: SweepPlan, programs: Iterable[TileProgram]) -> set[str]:
+    """Logsumexps that are added to tiles in two parts."""
+    exprs = [e for code in programs for e, _ in code.hoisted.values() if e.has(remainder)]
+    names = {s.name for e in exprs for s in e.free_symbols}
+    return {n for n in names & _statistics(plan) if plan.is_full(n)}
+
+
 def _symbols(node: Let | Reduction) -> frozenset[sp.Symbol]:
     symbols = node.expr.free_symbols if isinstance(node, Let) else node.free_symbols
     return frozenset(symbols)
@@ -84,4 +116,4 @@ def _read(code: TileProgram) -> set[str]:
     return names | {g.row_scale for g in code.gradients if g.row_scale}
 
 
-__all__ = ["subtracted", "wide_vectors"]
+__all__ = ["is_nested", "splits_logsumexps", "subtracted", "wide_vectors"]

@@ -17,7 +17,7 @@ from cl_compiler.lang import functions as fn
 from cl_compiler.lang.ir import Leaf, Let, Reduction, axes_of, ordered
 from cl_compiler.lang.lower_masks import MaskLowering
 from cl_compiler.lang.resolve import ONE_TO_ONE
-from cl_compiler.lang.rewrite import expand_function, shared_exp
+from cl_compiler.lang.rewrite import expand_function, remainder, shared_exp
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import (
     Compute,
@@ -67,10 +67,15 @@ def inverse_of(lse: str) -> sp.Symbol:
 
 
 class Lowering:
-    """One tile program in the making."""
+    """One tile program in the making.
 
-    def __init__(self, plan: SweepPlan, grid: tuple[str, str], mode: Mode) -> None:
-        self.plan, self.grid, self.mode = plan, grid, mode
+    ``exact``: a logsumexp is added to a tile in two parts, rounded, and what rounding took.
+    """
+
+    def __init__(
+        self, plan: SweepPlan, grid: tuple[str, str], mode: Mode, exact: bool = False
+    ) -> None:
+        self.plan, self.grid, self.mode, self.exact = plan, grid, mode, exact
         self.leaves: dict[str, Leaf] = dict(plan.leaves)
         self.code: list[Instruction] = []
         self.memo: dict[sp.Expr, Ref] = {}
@@ -319,6 +324,7 @@ class Lowering:
         refs = [self.lower(t) for t in tiles]
         if op == "add":
             refs += [self.lower(r) for r in rest]
+            refs += [self.outer(remainder(r)) for r in rest if self.exact and self.is_rounded(r)]
         else:
             refs += [self.outer(r) for r in rest]
         # torch adds masks with "or" and multiplies them with numbers in fp32: start from a value
@@ -329,6 +335,13 @@ class Lowering:
         for ref in refs[1:]:
             total = self.compute(op, total, ref)
         return total
+
+    def is_rounded(self, expr: sp.Expr) -> bool:
+        """Whether a vector is made of logsumexps, and of fp64 ones until a tile reads it."""
+        names = {s.name.removesuffix("~") for s in expr.free_symbols}
+        known = [self.plan.by_name[n] for n in names & set(self.plan.by_name)]
+        made = any(isinstance(n, Reduction) and n.monoid == "logsumexp" for n in known)
+        return made and not expr.is_Symbol and bool(self.axes(expr))
 
     def is_mask_tile(self, ref: Ref) -> bool:
         return isinstance(ref, TileRef) and ref.value in self.masks

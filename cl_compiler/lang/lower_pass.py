@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -10,6 +10,7 @@ import sympy as sp
 
 from cl_compiler.lang import functions as fn
 from cl_compiler.lang.buffers import assign_buffers
+from cl_compiler.lang.differences import splits_logsumexps
 from cl_compiler.lang.ir import Reduction, axes_of
 from cl_compiler.lang.lower import TIE_TOLERANCE, Lowering, inverse_of, shift_of
 from cl_compiler.lang.rewrite import present, shared_exp, split_gradient, tidy
@@ -85,6 +86,7 @@ def lower_pass(
     mirrored: bool | None = None,
     barrier: bool = False,
     keep: Literal["", "write", "read"] = "",
+    exact: bool = False,
 ) -> TileProgram:
     """Lower what one pass over a grid does to a tile.
 
@@ -92,9 +94,10 @@ def lower_pass(
     read, by ``late_reductions`` and by the gradient tiles of ``gradients``.
 
     ``symmetric``: gradient tiles stand for their transposes too; ``mirrored``: so do reductions
-    (None: as ``symmetric`` says).
+    (None: as ``symmetric`` says).  ``exact``: a logsumexp is subtracted in two parts, from logits
+    that every pass makes in the same way, bit for bit.
     """
-    low = Lowering(plan, grid, mode)
+    low = Lowering(plan, grid, mode, exact)
     mirrored = symmetric if mirrored is None else mirrored
     owners = bounded_logits(plan) if mode == "bounded" else {}
     low.declare_shared()
@@ -119,6 +122,13 @@ def lower_pass(
             symmetric=symmetric,
             pull_row_scale=barrier,
         )
+    if exact:  # what another pass reads beside the logits decides how they are made in this one
+        everywhere = [
+            job(r) for r in plan.nodes if isinstance(r, Reduction) and plan.is_full(r.name)
+        ]
+        low.scan([e for j in everywhere for e in j[2]])
+        if plan.gradient is not None:
+            low.scan([prepare(e) for e in plan.gradient.similarities.values()])
     low.scan([e for j in (*early, *late) for e in j[2]])
     low.scan([p.pair for p in parts.values()])
     if mirrored:
@@ -147,6 +157,16 @@ def lower_pass(
             value = low.diagonals.diagonal(value, "positive", "add", extra).value
         tiles.append(GradientTile(s, value, part.scale, part.row_scale))
     return assign_buffers(mode, low.code, low.hoisted, tuple(tiles), kept, keep)
+
+
+def by_width(
+    plan: SweepPlan, lower: Callable[[Mode, bool], TileProgram], modes: tuple[Mode, ...]
+) -> tuple[dict[Mode, TileProgram], dict[Mode, TileProgram]]:
+    """Tile programs by mode, and those of tiles that read what is rounded, where they differ."""
+    rounded = {mode: lower(mode, False) for mode in modes}
+    if not splits_logsumexps(plan, bool(bounded_logits(plan))):
+        return rounded, {}
+    return {mode: lower(mode, True) for mode in modes}, rounded
 
 
 def kept_expression(plan: SweepPlan, mode: Mode) -> sp.Expr | None:

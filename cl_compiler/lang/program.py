@@ -7,16 +7,16 @@ predicted bytes are those of the code that runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import sympy as sp
 
 from cl_compiler.errors import ScheduleError
-from cl_compiler.lang.differences import wide_vectors
+from cl_compiler.lang.differences import is_nested, wide_vectors
 from cl_compiler.lang.ir import SLOTS, Let, Reduction
-from cl_compiler.lang.lower_pass import bounded_logits, kept_expression, lower_pass
+from cl_compiler.lang.lower_pass import bounded_logits, by_width, kept_expression, lower_pass
 from cl_compiler.lang.sweeps import SweepPlan, level_of
 from cl_compiler.lang.tile_ir import Barrier, Gemm, Mode, TileProgram
 from cl_compiler.lang.whole import lower_whole
@@ -48,6 +48,8 @@ class Pass:
     programs: Mapping[Mode, TileProgram]
     remake: Mapping[Mode, TileProgram] = field(default_factory=dict)
     """Of a pass that reads kept tiles: how to make one that was not kept."""
+    rounded: Mapping[Mode, TileProgram] = field(default_factory=dict)
+    """The programs of tiles that read vectors as they are rounded, where those differ."""
 
     @property
     def has_barrier(self) -> bool:
@@ -68,6 +70,12 @@ class Stage:
     level: int
     passes: tuple[Pass, ...]
     vectors: tuple[str, ...]
+
+    @property
+    def rounded(self) -> Stage:
+        """The same with tiles that read vectors as they are rounded."""
+        passes = (replace(p, programs=p.rounded or p.programs, rounded={}) for p in self.passes)
+        return replace(self, passes=tuple(passes))
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,21 @@ class Program:
         if self.narrow:
             return frozenset()
         return wide_vectors(self.plan, [t for p in self.passes for t in p.programs.values()])
+
+    @property
+    def narrowed(self) -> Program:
+        """The same with vectors as wide as tiles, of which nothing is added in two parts."""
+        return replace(
+            self,
+            forward=tuple(s.rounded for s in self.forward),
+            backward=tuple(s.rounded for s in self.backward),
+            narrow=True,
+        )
+
+    @property
+    def is_unshifted(self) -> bool:
+        """Exponentials are shifted by no bound: a logsumexp in their logits would lose digits."""
+        return not self.narrow and is_nested(self.plan)
 
     @property
     def is_whole(self) -> bool:
@@ -292,8 +315,9 @@ def _make(
     barrier: bool = False,
     keep: Literal["", "write", "read"] = "",
 ) -> Pass:
-    programs = {
-        mode: lower_pass(
+    programs, rounded = by_width(
+        plan,
+        lambda mode, exact: lower_pass(
             plan,
             grid,
             mode,
@@ -303,9 +327,10 @@ def _make(
             symmetric=symmetric,
             barrier=barrier,
             keep=keep,
-        )
-        for mode in modes
-    }
+            exact=exact,
+        ),
+        modes,
+    )
     remake = {} if keep != "read" else {m: lower_pass(plan, grid, m, keep="write") for m in modes}
     exprs = [e for r in (*reductions, *late) for e in r.expressions]
     exprs += [plan.gradient.similarities[g] for g in gradients] if plan.gradient else []
@@ -325,6 +350,7 @@ def _make(
         keep,
         programs,
         remake,
+        rounded,
     )
 
 

@@ -32,6 +32,13 @@ class present(sp.Function):
     is_real = True
 
 
+class remainder(sp.Function):
+    """What rounding to a tile's dtype takes from a vector."""
+
+    nargs = 1
+    is_real = True
+
+
 def tidy(expr: sp.Expr, axes: Axes) -> sp.Expr:
     """Merge sums of masks and turn products with a 0/1 mask into selections."""
     if not expr.args or len(axes(expr)) < 2:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.ir import BANK, SLOTS, Reduction
-from cl_compiler.lang.lower_pass import lower_pass
+from cl_compiler.lang.lower_pass import by_width, lower_pass
 from cl_compiler.lang.program import (
     Pass,
     Program,
@@ -223,8 +223,9 @@ def _make(
     ``half``: a tile stands for its transpose, which no rank makes.
     """
     gradients = sweep.gradients if made else ()
-    programs = {
-        mode: lower_pass(
+    programs, rounded = by_width(
+        plan,
+        lambda mode, exact: lower_pass(
             plan,
             sweep.grid,
             mode,
@@ -232,9 +233,10 @@ def _make(
             gradients=gradients,
             symmetric=half or (sweep.symmetric and bool(sides) and made),
             mirrored=half,
-        )
-        for mode in modes
-    }
+            exact=exact,
+        ),
+        modes,
+    )
     exprs = [e for r in reductions for e in r.expressions]
     exprs += [plan.gradient.similarities[g] for g in gradients] if plan.gradient else []
     used = {s.name for e in exprs for s in e.free_symbols}
@@ -250,6 +252,7 @@ def _make(
         whole=False,
         keep="",
         programs=programs,
+        rounded=rounded,
     )
 
 

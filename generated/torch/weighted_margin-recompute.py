@@ -5,7 +5,7 @@
 # problem   up to M=16384 N=16384 D=512; gradients: logit_scale, margin, weight, x, y
 # schedule  recompute
 # tiles     device 384x768   l3 384x768   l2 384x384   core 64x64
-# memory    predicted peak 67.9 MiB of 256.0 MiB
+# memory    predicted peak 68.1 MiB of 256.0 MiB
 """weighted_margin: value and gradients in tiles; the similarity matrix never exists.
 
 A user's loss: InfoNCE with a margin on the positives and a weight for each row.
@@ -52,6 +52,11 @@ class _MatmulPrecision:
 def _present(lse):
     """The logsumexp, and +inf where it is empty: its elements then have no weight."""
     return torch.where(lse == -math.inf, math.inf, lse)
+
+
+def _remainder(vector):
+    """What rounding to DTYPE takes from a vector in fp64; nothing from an infinity."""
+    return torch.nan_to_num(vector - vector.to(DTYPE), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _add_logsumexp(logits, dim, maximum, total, scratch):
@@ -128,7 +133,7 @@ def _forward_sweep(x, y, rows, cols, margin, logit_scale):
     return row_lse_max, row_lse_sum
 
 
-def _backward_sweep_a(x, y, d_x, rows, cols, margin, logit_scale, a1, s2, a0, a3):
+def _backward_sweep_a(x, y, d_x, rows, cols, margin, logit_scale, a1, a2, s3, a0, a4):
     """Sweep the rows by cols tiles; running maxima, safe for any logits.
 
     row_partial: sum over cols
@@ -161,22 +166,23 @@ def _backward_sweep_a(x, y, d_x, rows, cols, margin, logit_scale, a1, s2, a0, a3
             t1.add_(t0)
             torch.mul(t1, logit_scale, out=t2)
             t2.add_(a1[i:i1, None])
+            t2.add_(a2[i:i1, None])
             t2.exp_()
             t1.mul_(t2)
             row_partial[i:i1].add_(t1.sum(1))
             t1.fill_(0.0)
             for k, r0, r1, _, _ in _crossings(i, i1, j, j1, (0,)):
-                t1.diagonal(k).copy_(torch.exp(a1[r0:r1] + logit_scale * (t0.diagonal(k) + s2)))
+                t1.diagonal(k).copy_(torch.exp(a1[r0:r1] + logit_scale * (t0.diagonal(k) + s3)))
             row_partial_2[i:i1].add_(t1.sum(1))
             t2.mul_(a0[i:i1, None])
             for k, r0, r1, _, _ in _crossings(i, i1, j, j1, (0,)):
-                t2.diagonal(k).add_(a3[r0:r1])
+                t2.diagonal(k).add_(a4[r0:r1])
             d_x[i:i1].addmm_(t2, y_j)
 
     return row_partial, row_partial_2
 
 
-def _backward_sweep_b(x, y, d_y, rows, cols, margin, logit_scale, a1_2, a0_2, a2):
+def _backward_sweep_b(x, y, d_y, rows, cols, margin, logit_scale, a1_2, a2_2, a0_2, a3):
     """Sweep the rows by cols tiles; running maxima, safe for any logits.
 
     d_y: plus the products with the gradient tile of sim
@@ -203,10 +209,11 @@ def _backward_sweep_b(x, y, d_y, rows, cols, margin, logit_scale, a1_2, a0_2, a2
             t0.add_(t1)
             t0.mul_(logit_scale)
             t0.add_(a1_2[i:i1, None])
+            t0.add_(a2_2[i:i1, None])
             t0.exp_()
             t0.mul_(a0_2[i:i1, None])
             for k, r0, r1, _, _ in _crossings(i, i1, j, j1, (0,)):
-                t0.diagonal(k).add_(a2[r0:r1])
+                t0.diagonal(k).add_(a3[r0:r1])
             d_y[j:j1].addmm_(t0.T, x_i)
 
 
@@ -224,7 +231,7 @@ def forward(x, y, weight, logit_scale, margin):
     sim_pos = _at_positives(x, y)
     row_total_2 = weight.sum(dtype=torch.float64)
     row_lse_max, row_lse_sum = _forward_sweep(x, y, rows, cols, margin, logit_scale)
-    row_lse = _finish_logsumexp(row_lse_max, row_lse_sum)
+    row_lse = _finish_logsumexp(row_lse_max.double(), row_lse_sum.double())
     row_total = (weight * (row_lse - logit_scale * (sim_pos - margin))).sum(dtype=torch.float64)
     value = torch.as_tensor(row_total / row_total_2, dtype=torch.float64)
     outputs = ()
@@ -249,16 +256,18 @@ def backward(grad_output, saved, x, y, weight, logit_scale, margin):
     row_total_3 = (weight * (margin - sim_pos)).sum(dtype=torch.float64)
     d_row_lse = d_row_total * weight
     a0 = d_row_lse * logit_scale
-    a1 = -_present(row_lse)
-    s2 = -margin
-    a3 = -d_row_total * logit_scale * weight
+    a1 = (-_present(row_lse)).to(DTYPE)
+    a2 = (_remainder(-_present(row_lse))).to(DTYPE)
+    s3 = -margin
+    a4 = -d_row_total * logit_scale * weight
     row_partial, row_partial_2 = _backward_sweep_a(
-        x, y, d_x, rows, cols, margin, logit_scale, a1, s2, a0, a3
+        x, y, d_x, rows, cols, margin, logit_scale, a1, a2, s3, a0, a4
     )
     a0_2 = d_row_lse * logit_scale
-    a1_2 = -_present(row_lse)
-    a2 = -d_row_total * logit_scale * weight
-    _backward_sweep_b(x, y, d_y, rows, cols, margin, logit_scale, a1_2, a0_2, a2)
+    a1_2 = (-_present(row_lse)).to(DTYPE)
+    a2_2 = (_remainder(-_present(row_lse))).to(DTYPE)
+    a3 = -d_row_total * logit_scale * weight
+    _backward_sweep_b(x, y, d_y, rows, cols, margin, logit_scale, a1_2, a2_2, a0_2, a3)
     row_total_4 = (d_row_lse * row_partial).sum(dtype=torch.float64)
     row_total_5 = (d_row_lse * row_partial_2).sum(dtype=torch.float64)
     d_weight = torch.as_tensor(

@@ -27,7 +27,7 @@ class ShareWorkload(Workload):
     @cached_property
     def facts(self) -> ProgramFacts:
         operands = self.request.problem.operands
-        program = replace(self.program, narrow=True)
+        program = self.program.narrowed
         return RingProgram(program, self.share.request.group_size).facts(operands)
 
     @cached_property

@@ -61,7 +61,7 @@ def render_ring(
         ScheduleError: kernels do not serve the program; the message says why.
     """
     if arch or plan.problem.dtype == "float64":
-        program = replace(program, narrow=True)
+        program = program.narrowed
     names = RingNames(program.plan)
     canonical = cluster_schedule == CANONICAL
     printer: RingStagePrinter

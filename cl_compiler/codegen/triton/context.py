@@ -70,7 +70,7 @@ def build_triton_context(
     plan: Plan, program: Program, arch: str, core: CoreTile | None = None
 ) -> dict[str, Any]:
     """Everything that the templates read; ``core``: a tile for all kernels, else one for each."""
-    program = replace(program, narrow=True)
+    program = program.narrowed
     if program.fused and "bounded" in program.modes and program.schedule != "panel":
         # A guard is known when the gradients are formed already: the safe kernel alone, then.
         program = replace(program, modes=("running",))

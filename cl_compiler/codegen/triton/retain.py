@@ -41,7 +41,7 @@ def obstacle_of_retain(problem: Problem, program: Program) -> str:
 
 def retained(program: Program) -> Program:
     """The same, as kernels do it: safe ones keep nothing and make their tiles again."""
-    spilled = build_program(program.plan, "spill")
+    spilled = build_program(program.plan, "spill").narrowed
     stages: dict[str, tuple[Stage, ...]] = {}
     for name in ("forward", "backward"):
         pairs = zip(getattr(program, name), getattr(spilled, name), strict=True)
