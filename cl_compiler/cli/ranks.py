@@ -134,7 +134,10 @@ def on_ranks(request: Request, count: int, ranks: Ranks | None) -> Request:
     budget = request.budget
     if ranks is not None and ranks.budgets:
         budget = MemoryBudget(min(ranks.budgets))
-    m, n = (-(-length // count) for length in (request.problem.M, request.problem.N))
+    step = request.row_step
+    m, n = (
+        step * -(-length // (step * count)) for length in (request.problem.M, request.problem.N)
+    )
     return replace(
         request,
         hardware=hardware,

@@ -105,14 +105,14 @@ def max_batch(request: Request, sweeps: SweepPlan) -> int:
     if request.group_size:
         return request.group_size * largest_shard(request, sweeps, fits_group)
     batch = 0 if request.precision == FP8 else limits.max_batch(_widened(request), sweeps)
-    if not _is_gpu(request):
-        return batch
 
     def fits(rows: int) -> bool:
         problem = limits.scaled(request.problem, rows)
         return bool(_kernel_plans(replace(request, problem=problem), sweeps)[0])
 
-    return max(batch, limits.largest(fits))
+    if _is_gpu(request):
+        batch = max(batch, limits.largest(fits))
+    return batch - batch % request.row_step
 
 
 def least_bytes(request: Request, sweeps: SweepPlan) -> Callable[[int], int]:

@@ -22,7 +22,9 @@ ROUNDS = 16
 """Of looking for shards and a plan that fit each other, at most."""
 
 
-def advised_rows(total: int, speeds: Sequence[float], most: Sequence[int] = ()) -> tuple[int, ...]:
+def advised_rows(
+    total: int, speeds: Sequence[float], most: Sequence[int] = (), *, step: int = 1
+) -> tuple[int, ...]:
     """Shards for ranks of different speed and memory, ``total`` rows in all.
 
     In a step every rank multiplies its shard by one that passes by, and the slowest sets the pace,
@@ -32,6 +34,7 @@ def advised_rows(total: int, speeds: Sequence[float], most: Sequence[int] = ()) 
         total: rows of all ranks.
         speeds: of each rank, in any unit.
         most: rows that fit on each rank; left out, any number does.
+        step: every rank has a multiple of it, as has ``total``.
 
     Raises:
         ArgumentError: a speed is no positive number, or the rows do not fit.
@@ -42,6 +45,7 @@ def advised_rows(total: int, speeds: Sequence[float], most: Sequence[int] = ()) 
         raise ArgumentError(
             f"{len(speeds)} speeds and {len(most)} limits of rows: give one of each for every rank."
         )
+    most = [step * (n // step) for n in most]
     if most and sum(most) < total:
         raise ArgumentError(
             f"{total} rows do not fit on ranks that hold {sum(most)} together; give them fewer, "
@@ -57,11 +61,11 @@ def advised_rows(total: int, speeds: Sequence[float], most: Sequence[int] = ()) 
         if not over:
             break
         full |= over
-    rows = [math.floor(share) for share in shares]
+    rows = [step * math.floor(share / step) for share in shares]
     # what rounding left over goes where most of a row is missing
     order = sorted(range(len(rows)), key=lambda r: (rows[r] - shares[r], r))
-    for r in order[: total - sum(rows)]:
-        rows[r] += 1
+    for r in order[: (total - sum(rows)) // step]:
+        rows[r] += step
     return tuple(rows)
 
 
@@ -102,9 +106,9 @@ def limited(
     none; or the rank that has no room even without rows."""
     most = [by_budget[b] for b in budgets]
     for _ in range(ROUNDS):
-        if sum(most) < total:
+        if sum(n - n % request.row_step for n in most) < total:
             break
-        rows = advised_rows(total, speeds, most)
+        rows = advised_rows(total, speeds, most, step=request.row_step)
         found = common_plan(request, sweeps, rows, budgets, plan_of)
         if isinstance(found, RankShares):
             return found

@@ -18,6 +18,13 @@ def check_problem(problem: Problem, loss: LossIR, positives: Positives) -> None:
         raise ArgumentError(
             f"{loss.name} compares one set with itself, so M = N; got M={problem.M} N={problem.N}."
         )
+    if positives == "views" and problem.M % 2:
+        raise ArgumentError(
+            f"{loss.name}: without ids rows i and i + b of 2b are two views, so their number is "
+            f"even; got M={problem.M}. Give {problem.M + 1}; or use ids, where any rows may be "
+            "views (--positives ids; in Python, call the loss with ids and compile without a "
+            "problem)."
+        )
     if loss.uses_positives and positives == "diagonal" and problem.M > problem.N:
         raise ArgumentError(
             f"{loss.name}: row i's positive is column i, so N is at least M; got M={problem.M} "

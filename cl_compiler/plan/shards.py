@@ -38,7 +38,8 @@ def largest_shard(
 ) -> int:
     """The most rows that every rank of a group can have within its budget; 0: not even one.
 
-    Columns stay in proportion, D as it is.  The largest batch is as many times the ranks.
+    Of two views they are even.  Columns stay in proportion, D as it is.  The largest batch is as
+    many times the ranks.
 
     Args:
         request: of one rank, with ``group_size``; a schedule, or "auto" for the best of them.
@@ -50,7 +51,8 @@ def largest_shard(
         ScheduleError: the loss cannot use the schedule.
     """
     fits = fits_of(request, sweeps)
-    return enough if enough and fits(enough) else largest(fits)
+    found = enough if enough and fits(enough) else largest(fits)
+    return found - found % request.row_step
 
 
 def shares_of_ranks(
@@ -85,7 +87,7 @@ def shares_of_ranks(
     budgets = budgets or [request.budget.device_bytes] * len(speeds)
     if request.schedule == "auto":
         return _of_all_schedules(request, sweeps, total, speeds, budgets, plan_of, fits_of)
-    rows = advised_rows(total, speeds)
+    rows = advised_rows(total, speeds, step=request.row_step)
     found: RankShares | Short | None = common_plan(request, sweeps, rows, budgets, plan_of)
     if isinstance(found, RankShares) and found.plan.budget.device_bytes >= max(budgets):
         return found  # as much as the richest rank makes use of, fits on all of them
@@ -207,7 +209,8 @@ def without_poorest(
     poorest = min(range(len(budgets)), key=lambda r: (budgets[r], speeds[r]))
     device = hardware.device_level
     levels = tuple(replace(x, count=left) if x is device else x for x in hardware.levels)
-    problem = scaled(request.problem, -(-total // left))
+    step = request.row_step
+    problem = scaled(request.problem, step * -(-total // (step * left)))
     asked = replace(
         request, hardware=replace(hardware, levels=levels), group_size=left, problem=problem
     )
@@ -255,7 +258,7 @@ def largest_total(
         fits = isinstance(found, RankShares)
         low, high = (total, high) if fits else (low, total - 1)
         total = (low + high + 1) // 2
-    return low
+    return low - low % request.row_step
 
 
 def _rows_by_budget(

@@ -177,6 +177,11 @@ class Request:
     """Ranks of the process group that runs the loss, 0 without one.  With a group ``problem`` is
     the largest shard of any rank, and ``schedule`` a cluster schedule."""
 
+    @property
+    def row_step(self) -> int:
+        """A rank's rows are a multiple of it: rows i and i + b of 2b are two views."""
+        return 2 if self.positives == "views" else 1
+
 
 @dataclass(frozen=True)
 class Tile:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from cl_compiler.cli.diff import difference_table, source_diff
@@ -102,3 +104,22 @@ def test_equal_plans_have_no_difference(cli):
     chosen = choose_plan(request_of(QUESTION))
     assert difference_table(chosen, chosen).rows == ()
     assert source_diff(("a", "x\n"), ("b", "x\n")) == ""
+
+
+def test_of_two_views_every_rank_has_both(cli, cli_json):
+    """A call refuses an odd number of rows, so no rank is planned with one."""
+    views = ["--loss", "nt_xent", "--hardware"]
+    for asked, rows in (("65544x256", 8194), ("6x256", 2), ("65536x256", 8192)):
+        problem = cli_json("plan", *views, "h100x8", "--problem", asked)["problem"]
+        assert (problem["M"], problem["N"]) == (rows, rows)
+    for machine, odd in (("h100x8", "7x256"), ("xeon-amx-2c", "65537x256")):
+        refused = cli("plan", *views, machine, "--problem", odd)
+        rows = int(odd.partition("x")[0])
+        assert refused.exit_code == 2
+        said = " ".join(re.sub("[│╭╮╰╯─]", " ", refused.output).split())
+        assert f"number is even; got M={rows}. Give {rows + 1}" in said
+    machine = ["xeon-amx-2c", "--problem", "1002x64"]
+    of_ranks = cli_json("plan", *views, *machine, "--speeds", "3,1,1")["rows_of_ranks"]
+    assert sum(of_ranks) == 1002 and not any(n % 2 for n in of_ranks)
+    tight = [*views, "xeon-amx-2c", "--problem", "100x64", "--max-batch", "--budget"]
+    assert not any(cli_json("plan", *tight, f"{n}KiB")["max_batch"] % 2 for n in range(900, 905))

@@ -172,7 +172,7 @@ def test_what_cannot_be():
     ],
 )
 def test_whether_a_group_fits_is_whether_it_can_be_planned(preset, loss, dtype, schedule, template):
-    """The largest shard is found without a plan; there is one of it, and none of a row more."""
+    """The largest shard is found without a plan; there is one of it, and of a step more none."""
     spec, found = load_hardware(preset), find(loss)
     needs = frozenset(op.name for op in found.operands) | {*found.parameters}
     problem, budget = Problem(300, 300, 768, dtype), MemoryBudget.parse("80MiB")
@@ -185,4 +185,4 @@ def test_whether_a_group_fits_is_whether_it_can_be_planned(preset, loss, dtype, 
     plan, _ = plan_group(replace(asked, problem=scaled(problem, rows)), sweeps)
     assert plan.peak_bytes <= budget.device_bytes and plan.template == template
     with pytest.raises(BudgetError):
-        plan_group(replace(asked, problem=scaled(problem, rows + 1)), sweeps)
+        plan_group(replace(asked, problem=scaled(problem, rows + asked.row_step)), sweeps)
