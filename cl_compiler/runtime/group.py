@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from cl_compiler.errors import ArgumentError, CompilerError, GroupError
-from cl_compiler.runtime.guard import Record, listed, ranks_in_words
+from cl_compiler.runtime.guard import AFTER_FAILURE, Record, listed, ranks_in_words
 from cl_compiler.runtime.own_group import WATCHDOG_S, OwnGroup
 from cl_compiler.runtime.streams import Posted
 from cl_compiler.runtime.watch import CLOSED, STORE_GONE, Beat, Watch, within
@@ -81,7 +81,7 @@ class RankGroup:
         self.device = torch.device("cpu")
         """From where shards travel."""
         self.rank, self.world_size = self.control.rank, self.control.world_size
-        self.calls = 0
+        self.calls, self.loss = 0, ""  # its name, for messages
         self._failed = ""
         self._alike: weakref.ref[CompilerError] | None = None
         self._store = PrefixStore("cl_compiler", self.control.group.get_group_store())
@@ -295,7 +295,9 @@ class RankGroup:
         if heard is not None:
             self._failed = _quote(*heard)
         if self._failed:
-            raise GroupError(f"{self._failed} The group is of no use any more: make another.")
+            of = f"{self.loss}: " if self.loss else ""
+            stop = "" if self._failed.endswith((".", "!", "?")) else "."
+            raise GroupError(f"{of}{self._failed}{stop} {AFTER_FAILURE}")
 
     def fail(self, error: BaseException | str) -> None:
         """Tell the other ranks that this one has failed: they raise and quote it."""

@@ -59,6 +59,7 @@ class GroupLoss(CompiledLoss):
             signature, specialise, planned=planned, nonfinite=nonfinite, device_type=device_type
         )
         self._ranks: RankGroup | None = ranks
+        ranks.loss = signature.name
         self._texts = {"loss": loss_text, "request": packed(asked)}
         self._chunk = chunk
         self._group_options = (ranks.world_size, ranks.timeout_s, ranks.convention)
@@ -99,6 +100,7 @@ class GroupLoss(CompiledLoss):
             )
         other = self.__deepcopy__({})
         other._ranks = RankGroup(group, timeout_s, convention)
+        other._ranks.loss = self.signature.name
         return other
 
     def close(self) -> None:

@@ -22,6 +22,8 @@ PHASES = ("forward", "backward")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 POSITIVES = ("paired", "diagonal", "views", "ids")
 FAILED, NOT_FINITE, IN_HOST = 1, 2, 4
+AFTER_FAILURE = "Compile the loss again, on a new group if a rank is gone."
+"""What to do where a group of ranks is of no use any more."""
 _SHOWN = 8
 """Ranks that a message lists, at most."""
 
@@ -179,7 +181,7 @@ def check_compiled(
         shown = listed([f"the {phase} of call {n}" for phase, n in places])
         raise GroupError(
             f"{name}: ranks are out of step: {shown}. Every rank calls the loss, and its backward, "
-            "equally often and in the same order. The group is of no use any more: make another."
+            f"equally often and in the same order. {AFTER_FAILURE}"
         )
     _compare(name, records, _COMPILED, describe)
 
@@ -220,7 +222,7 @@ def check_agreement(
         ArgumentError: a rank's arguments are wrong, differ between ranks, or are all empty.
     """
     if any(r.flags & FAILED for r in records):
-        shown = listed(describe("failed"), but="")
+        shown = listed([of.removeprefix(f"{name}: ") for of in describe("failed")], but="")
         raise ArgumentError(f"{name}: {shown}")
     if any(r.flags & NOT_FINITE for r in records):
         bad = [k for k, r in enumerate(records) if r.flags & NOT_FINITE]
@@ -317,6 +319,7 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
 assert _LAYOUT.size == RECORD_BYTES and len(fields(Record)) == 15
 
 __all__ = [
+    "AFTER_FAILURE",
     "FAILED",
     "IN_HOST",
     "NOT_FINITE",

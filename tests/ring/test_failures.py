@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.links import NoLinksError, obstacle, shaped
-from cl_compiler.runtime.guard import differing, packed, ranks_in_words
+from cl_compiler.errors import ArgumentError
+from cl_compiler.runtime.guard import (
+    FAILED,
+    Record,
+    check_agreement,
+    differing,
+    packed,
+    ranks_in_words,
+)
 from tests.ring import ending, ranks
 from tests.ring.processes import launch
 
@@ -81,6 +89,14 @@ def test_what_is_alike_is_not_said():
     assert differing([first, "unknown"]) == f"rank 0: {first}; rank 1: unknown"
 
 
+def test_a_loss_is_named_once():
+    records = [Record("forward", 1, rows=20, cols=20), Record("forward", 1, flags=FAILED)]
+    of_ranks = ["", "nt_xent: z has 21 rows, not nt_xent: 20."]
+    with pytest.raises(ArgumentError) as caught:
+        check_agreement("nt_xent", records, lambda _: of_ranks)
+    assert str(caught.value) == "nt_xent: rank 1: z has 21 rows, not nt_xent: 20."
+
+
 def test_wrong_arguments_of_one_rank_are_told_to_all(disagreements):
     own, *others = (disagreements[k]["arguments"][0] for k in (1, 0, 2))
     assert "20 rows and 3 columns" in own
@@ -106,7 +122,7 @@ def test_ranks_that_are_out_of_step():
     assert len(first) == 1
     (text,) = first
     assert "rank 1: the backward of call 1" in text
-    assert text.endswith("The group is of no use any more: make another.")
+    assert text.endswith("Compile the loss again, on a new group if a rank is gone.")
     for rank in (0, 2):
         assert "GroupError" in outcomes[rank][1]
         assert "rank 1: " in outcomes[rank][1] and "call 3" in outcomes[rank][1]

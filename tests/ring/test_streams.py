@@ -129,6 +129,14 @@ def test_ranks_connect_once_and_all_of_them(monkeypatch):
     assert [own.backend for own in made] == ["gloo", "nccl"]
     assert ranks.group is made[1] and ranks.control is made[0]
     assert made[1].calls == [torch.device("meta")] and made[0].calls == []
+    ranks.loss = "clip"
+    ranks.fail(ValueError("my loader broke"))
+    with pytest.raises(GroupError) as caught:
+        ranks.check_alive()
+    assert str(caught.value) == (
+        "clip: this rank failed: ValueError: my loader broke. "
+        "Compile the loss again, on a new group if a rank is gone."
+    )
     ranks.close()
     ranks.fail("after the end")  # nobody hears, and nothing breaks
     assert {own.backend for own in made} == {"gone"}
