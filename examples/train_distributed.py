@@ -84,9 +84,10 @@ def train(arguments: argparse.Namespace) -> list[float]:
         value.backward()
         optimizer.step()
         losses.append(float(value.detach()))
-        if step % 10 == 0:
+        if step % 10 == 0 and step + 1 < arguments.steps:
             say(f"step {step:4d}  loss {losses[-1]:.6f}")
-    say(f"step {arguments.steps:4d}  loss {losses[-1]:.6f}  on {ranks} ranks")
+    where = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    say(f"step {arguments.steps - 1:4d}  loss {losses[-1]:.6f}  on {where}")
     if rank == 0:
         with torch.no_grad():
             found = model.module(text.take(tests), code.take(tests))
