@@ -145,7 +145,11 @@ def _plain(table: Table) -> Iterator[str]:
 
 
 def write_report(text: str) -> None:
-    """Text in sections whose titles are not indented: set off in a terminal, else as it is."""
+    """Text in sections whose titles are not indented: set off in a terminal, else as it is.
+
+    What it says of the compiler's arguments is said of options (``in_options``).
+    """
+    text = in_options(text)
     if not sys.stdout.isatty():
         typer.echo(text, nl=not text.endswith("\n"))
         return

@@ -129,7 +129,8 @@ def simulate(
             from cl_compiler.plan.report import explain as in_tables
 
             of = found[best]
-            write(f"\n{in_tables(of.plan, step_of(of.run.seconds, of.plan, differing))}")
+            step_text = step_of(of.run.seconds, of.plan, differing)
+            write(in_options(f"\n{in_tables(of.plan, step_text)}"))
     if page is not None:
         notes = _not_taken(reasons)
         notes += [f"fastest: {best}, {_fastest(found[best])}", *_thrifty(found, best)]
@@ -415,6 +416,8 @@ def _tables(asked: Request, found: dict[str, _Found]) -> tuple[Table, Table]:
         columns.append("largest batch")
     others = tuple((name, format_bytes(count)) for name, count in _others(asked))
     title = "\nwhat other losses take on one rank in float32, by their formulas"
+    if asked.problem.dtype != "float32":
+        title += f" (ours above: {asked.problem.dtype})"
     return (
         Table("", tuple(columns), tuple(rows), frozenset(range(1, len(columns)))),
         Table(title, ("loss", "memory"), others, frozenset({1})),

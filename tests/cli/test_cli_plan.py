@@ -123,3 +123,14 @@ def test_of_two_views_every_rank_has_both(cli, cli_json):
     assert sum(of_ranks) == 1002 and not any(n % 2 for n in of_ranks)
     tight = [*views, "xeon-amx-2c", "--problem", "100x64", "--max-batch", "--budget"]
     assert not any(cli_json("plan", *tight, f"{n}KiB")["max_batch"] % 2 for n in range(900, 905))
+
+
+def test_what_a_plan_says_of_others_is_said_of_options(cli, cli_json):
+    """As errors do, so that what would have helped can be pasted."""
+    asked = ["plan", "--hardware", "a800-4x8", "--problem", "16777216x1024", "--budget", "1GiB"]
+    report = cli(*asked).stdout
+    assert "memory_budget=" not in report
+    reasons = dict(cli_json(*asked)["cluster"]["rejected"])
+    (least,) = re.findall(r"memory_budget=(\d+)", reasons["ring_owner"])
+    (line,) = [of for of in report.splitlines() if "not ring_owner" in of]
+    assert f"Give at least --budget {least}," in line

@@ -35,6 +35,9 @@ def test_json_and_table_have_every_schedule(cli, cli_json):
     assert found["fastest"] == min(seconds, key=seconds.get)
     text = cli("simulate", *CLUSTER).stdout
     assert "32 ranks with shards of 1024 x 1024" in text
+    assert "on one rank in float32, by their formulas\n" in text
+    half = cli("simulate", *CLUSTER, "--dtype", "bfloat16").stdout
+    assert "in float32, by their formulas (ours above: bfloat16)\n" in half
     assert all(name in text for name in (*seconds, "Inf-CL", "bound by"))
 
 
