@@ -221,10 +221,17 @@ def test_a_quarter_of_the_link_rate_takes_four_times_as_long_on_the_link() -> No
     spec = load_hardware("h100x8")
     shape = dict(rows=1 << 17, width=768, dtype="bfloat16", budget="4GiB")
     before, after = (of_group(request(clip, s, **shape)) for s in (spec, with_links(spec, 0.25)))  # type: ignore[arg-type]
-    assert after.seconds > before.seconds
+    assert after.seconds >= before.seconds  # products hide it
     assert before.cluster is not None and after.cluster is not None
     assert before.cluster.schedule == after.cluster.schedule
     assert 3.5 < after.cluster.exchange_s / before.cluster.exchange_s <= 4
+
+
+def test_a_quarter_of_the_link_rate_takes_longer_where_products_do_not_hide_it() -> None:
+    spec = load_hardware("a800-4x8")
+    shape = dict(rows=1 << 17, width=768, dtype="bfloat16", budget="4GiB")
+    before, after = (of_group(request(clip, s, **shape)) for s in (spec, with_links(spec, 0.25)))  # type: ignore[arg-type]
+    assert after.seconds > before.seconds
 
 
 def test_a_quarter_of_the_budget_keeps_fewer_tiles_and_takes_longer() -> None:
