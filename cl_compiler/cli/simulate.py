@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,16 +23,12 @@ from cl_compiler.cli.ranks import (
 )
 from cl_compiler.cli.requests import ask, check_path, request_of
 from cl_compiler.cli.simulate_report import GANTT_SUFFIXES, draw, write_page
+from cl_compiler.cli.simulate_runs import Found, simulated, steps
 from cl_compiler.units import exact_bytes, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from cl_compiler.errors import CompilerError
-    from cl_compiler.lang.sweeps import SweepPlan
-    from cl_compiler.plan.shards import RankShares
-    from cl_compiler.plan.simulate import Run
-    from cl_compiler.plan.types import ClusterPlan, Plan, Request
+    from cl_compiler.plan.types import Request
 
 __all__ = ["simulate"]
 
@@ -51,6 +47,16 @@ def simulate(
     slots: opt.Slots = 0,
     bank: opt.Bank = 0,
     operand: opt.Widths = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--schedule",
+            "-s",
+            help="Only this one: ring_owner, ring_travel, all_gather, two_level, half_ring, "
+            "both_ways or host. [default: each of them]",
+            show_default=False,
+        ),
+    ] = None,
     ranks: Annotated[
         int,
         typer.Option(
@@ -83,8 +89,13 @@ def simulate(
     The problem is that of all ranks together, spread evenly, or as --speeds and --budgets advise.
     Seconds rest on the preset's rates, or on those that a calibration measured.
     """
+    from cl_compiler.lang.ring import CLUSTER_SCHEDULES
     from cl_compiler.plan.shards import fastest
 
+    if schedule is not None and schedule not in CLUSTER_SCHEDULES:
+        known = ", ".join(CLUSTER_SCHEDULES)
+        raise typer.BadParameter(f"--schedule {schedule!r}: use one of {known}; or leave it out")
+    schedules = CLUSTER_SCHEDULES if schedule is None else (schedule,)
     if gantt is not None:
         check_path("--gantt", gantt, GANTT_SUFFIXES)
     if page is not None:
@@ -95,17 +106,18 @@ def simulate(
         dtype=dtype, precision=precision, schedule="auto", positives=positives,
         gradients=gradients, slots=slots, bank=bank, operands=operand,
     )  # fmt: skip
-    with working("simulating", _steps(max_batch)) as step:
+    with working("simulating", steps(schedules, max_batch)) as step:
         step()
         whole = request_of(question)
-        asked = on_ranks(whole, ranks, differing)
+        asked = replace(on_ranks(whole, ranks, differing), schedule=schedule or "auto")
         if asked.group_size == 1:
             raise typer.BadParameter(
                 f"{asked.hardware.name} is one rank: nothing is exchanged; use `cl-compiler plan`, "
                 "or give --ranks 2 or more"
             )
-        found, refused = _simulated(
+        found, refused = simulated(
             asked,
+            schedules,
             whole.problem.M,
             0 if gantt is None and page is None else _GANTT_RANKS,
             differing,
@@ -140,43 +152,9 @@ def simulate(
         write_page(page, f"{title}: {shards}", _tables(asked, found), notes, runs)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """One schedule: its plan and run; the largest batch that fits.
-
-    Where ranks differ, ``plan`` and ``run`` are of the ``shares`` that are advised, and ``even`` is
-    these ranks' run with even shards, if they fit.
-    """
-
-    plan: Plan
-    run: Run
-    shares: RankShares | None = None
-    even: Run | None = None
-    largest: int | None = None
-
-    @property
-    def cluster(self) -> ClusterPlan:
-        assert self.plan.cluster is not None
-        return self.plan.cluster
-
-    @property
-    def peak_bytes(self) -> int:
-        """Of the rank that holds most."""
-        return self.plan.peak_bytes if self.shares is None else max(self.shares.peak_bytes)
-
-    @property
-    def sent_bytes(self) -> int:
-        """By a rank: every shard passes it, so they count by their mean."""
-        sent = self.cluster.forward_bytes + self.cluster.backward_bytes
-        if self.shares is None:
-            return sent
-        rows = self.shares.rows
-        return round(sent * sum(rows) / (len(rows) * self.plan.problem.M))
-
-
 def _write_json(
     asked: Request,
-    found: dict[str, _Found],
+    found: dict[str, Found],
     refused: dict[str, str],
     best: str,
 ) -> None:
@@ -196,7 +174,7 @@ def _write_json(
 
 def _write_text(
     asked: Request,
-    found: dict[str, _Found],
+    found: dict[str, Found],
     refused: dict[str, str],
     best: str,
     ranks: Ranks | None,
@@ -220,9 +198,8 @@ def _write_text(
             columns = ("ranks", "speed", "rows", "memory", "budget")
             rows = tuple(table_of(ranks, of.shares))
             write_table(Table("", columns, rows, frozenset(range(1, 5))))
-            request = replace(asked, schedule="auto")
             sweeps = plan_sweeps(asked.loss, asked.positives, asked.needs)
-            write(if_left_out(request, sweeps, total, ranks, of.run.seconds))
+            write(if_left_out(asked, sweeps, total, ranks, of.run.seconds))
     write_table(others)
 
 
@@ -248,8 +225,10 @@ def _nothing(asked: Request, refused: dict[str, CompilerError]) -> CompilerError
     """Why there is no schedule, each by its own reason."""
     from cl_compiler.errors import BudgetError, ScheduleError
 
+    if len(refused) == 1:
+        return next(iter(refused.values()))
     short = any(isinstance(why, BudgetError) for why in refused.values())
-    reasons = "\n".join(f"not {name}: {why}" for name, why in refused.items())
+    reasons = "\n".join(_not_taken({name: _in_short(why) for name, why in refused.items()}))
     kind = BudgetError if short else ScheduleError
     return kind(f"{asked.loss.name} on {asked.hardware.name} has no schedule:\n{reasons}")
 
@@ -262,7 +241,7 @@ def _shards(asked: Request, total: int, ranks: Ranks | None) -> str:
     return f"{asked.group_size} ranks with {sizes}, D={share.D} {share.dtype}"
 
 
-def _in_rows(name: str, of: _Found) -> str:
+def _in_rows(name: str, of: Found) -> str:
     """The rows that are advised, and what even shards would take."""
     assert of.shares is not None
     even = "even shards do not fit"
@@ -272,12 +251,12 @@ def _in_rows(name: str, of: _Found) -> str:
     return f"ranks that differ: {name} takes {seconds} with rows {rows}; {even}"
 
 
-def _fastest(of: _Found) -> str:
+def _fastest(of: Found) -> str:
     hides = f"from {of.cluster.hiding_rows} rows per rank on" if of.cluster.hiding_rows else "-"
     return f"bound by {of.run.bound_by}; hides its exchange {hides}"
 
 
-def _thrifty(found: dict[str, _Found], best: str) -> list[str]:
+def _thrifty(found: dict[str, Found], best: str) -> list[str]:
     """A line about a schedule that takes far less memory and little more time, if there is one."""
     from cl_compiler.plan.thrift import Cost, thrifty, told
 
@@ -292,87 +271,7 @@ def _thrifty(found: dict[str, _Found], best: str) -> list[str]:
     return [told(name, costs[name], costs[best], f"compile_loss(…, schedule={name!r})")]
 
 
-def _steps(max_batch: bool) -> list[str]:
-    """What is done one after the other."""
-    from cl_compiler.lang.ring import CLUSTER_SCHEDULES
-
-    each = ("", ", the largest batch") if max_batch else ("",)
-    return ["the machine and the loss", *(s + what for s in CLUSTER_SCHEDULES for what in each)]
-
-
-def _simulated(
-    request: Request,
-    total: int,
-    drawn_ranks: int,
-    ranks: Ranks | None,
-    max_batch: bool,
-    step: Callable[[], None],
-) -> tuple[dict[str, _Found], dict[str, CompilerError]]:
-    from cl_compiler.errors import CompilerError
-    from cl_compiler.lang.ring import CLUSTER_SCHEDULES
-    from cl_compiler.lang.sweeps import plan_sweeps
-
-    sweeps = plan_sweeps(request.loss, request.positives, request.needs)
-    found: dict[str, _Found] = {}
-    refused: dict[str, CompilerError] = {}
-    for schedule in CLUSTER_SCHEDULES:
-        asked = replace(request, schedule=schedule)
-        step()
-        try:
-            of = _one(asked, sweeps, total, drawn_ranks, ranks)
-        except CompilerError as error:
-            refused[schedule] = error
-            if max_batch:
-                step()
-            continue
-        if max_batch:
-            step()
-            of = replace(of, largest=_largest(asked, sweeps, ranks))
-        found[schedule] = of
-    return found, refused
-
-
-def _largest(asked: Request, sweeps: SweepPlan, ranks: Ranks | None) -> int:
-    """Rows of all ranks together: of even shards, or of those that are advised."""
-    from cl_compiler.codegen.ring.backend import fits_group, plan_group
-    from cl_compiler.plan.shards import largest_shard, largest_total
-
-    if ranks is None:
-        return largest_shard(asked, sweeps, fits_group) * asked.group_size
-    return largest_total(asked, sweeps, ranks.speeds, ranks.budgets, plan_group, fits_group)
-
-
-def _one(
-    asked: Request, sweeps: SweepPlan, total: int, drawn_ranks: int, ranks: Ranks | None
-) -> _Found:
-    """One schedule, planned and run.
-
-    Raises:
-        CompilerError: the loss or the ranks cannot use it.
-    """
-    from cl_compiler.codegen.ring.backend import fits_group, plan_group
-    from cl_compiler.errors import BudgetError
-    from cl_compiler.plan.shards import shares_of_ranks
-    from cl_compiler.plan.simulate import simulate as run
-
-    hardware = asked.hardware
-    if ranks is None:
-        plan, program = plan_group(asked, sweeps)
-        return _Found(plan, run(plan, program, hardware, drawn_ranks=drawn_ranks))
-    speeds = ranks.relative_speeds
-    shares = shares_of_ranks(
-        asked, sweeps, total, ranks.speeds, ranks.budgets, plan_group, fits_group
-    )
-    plan, program, rows = shares.plan, shares.program, shares.rows
-    uneven = run(plan, program, hardware, speeds=speeds, shards=rows, drawn_ranks=drawn_ranks)
-    try:
-        even = run(*plan_group(asked, sweeps), hardware, speeds=speeds)
-    except BudgetError:
-        return _Found(plan, uneven, shares)
-    return _Found(plan, uneven, shares, even)
-
-
-def _record(of: _Found) -> dict[str, Any]:
+def _record(of: Found) -> dict[str, Any]:
     record: dict[str, Any] = {
         "seconds": of.run.seconds,
         "forward_s": of.run.forward_s,
@@ -393,7 +292,7 @@ def _record(of: _Found) -> dict[str, Any]:
     return record if of.largest is None else record | {"max_batch": of.largest}
 
 
-def _tables(asked: Request, found: dict[str, _Found]) -> tuple[Table, Table]:
+def _tables(asked: Request, found: dict[str, Found]) -> tuple[Table, Table]:
     rows = []
     for name, of in found.items():
         row = [

@@ -1,7 +1,7 @@
 """A discrete-event run of a cluster plan, on the clock of its ranks (``clock``).
 
-A rank posts the next shard, computes this one and waits; rows of its own, which need no message, it
-computes where it would wait for the first one and for the last, as emitted files do
+A rank waits for a shard, posts the next and computes this one; rows of its own, which need no
+message, it computes where it would wait for the first one and for the last, as emitted files do
 (``templates/ring/travel.py.jinja``).
 """
 
@@ -211,35 +211,47 @@ def _around(
     """Chunks, each (seconds of products, bytes sent, bytes back), go around a circle of ranks.
 
     ``owner``: of what each rank has at first; ``shares``: of a whole shard, what each rank's is.
-    What comes back of one chunk is joined while the next one is on its way, that of the last one
-    while a rank computes what it ``held`` back of its own: so much of a chunk.
+    The next chunk sets out while the last of this one is computed.  What comes back of one chunk is
+    joined after the first of the next one, that of the last chunk while a rank computes what it
+    ``held`` back of its own: so much of a chunk.
     """
     links, *inner = levels
     arriving: Vector | None = None
+    posted: Vector | None = None
     owed: Vector | float = 0.0
     before = np.empty_like(owner)
     before[links.next_ranks] = np.arange(links.ranks)
     own_s = sum(seconds for seconds, *_ in parts) / len(parts)
+
+    def size(of: Vector) -> Vector | float:
+        return 1.0 if shares is None else shares[of]
+
+    if links.circle > 1:
+        posted = clock.exchange(parts[0][1] * size(owner), links=links)
     for turn, (seconds, whole_sent, whole_back) in enumerate(parts):
         here = owner
         for step in range(links.circle):
-            size: Vector | float = 1.0 if shares is None else shares[here]
-            sent, back = whole_sent * size, whole_back * size
-            posted = clock.exchange(sent, links=links) if step + 1 < links.circle else None
-            if whole_back and step:
-                clock.compute(back * clock.start_s_per_byte)
+            back = whole_back * size(here)
+            if step:
+                if posted is not None:
+                    clock.wait(posted)
+                posted = None
+                if step + 1 < links.circle:
+                    posted = clock.exchange(whole_sent * size(here), links=links)
+                elif turn + 1 < len(parts):
+                    posted = clock.exchange(parts[turn + 1][1] * size(owner), links=links)
+                if whole_back:
+                    clock.compute(back * clock.start_s_per_byte)
             if inner:
                 _around(clock, inner, [(seconds, whole_sent, whole_back)], here, shares)
             else:
                 part_s = seconds if step or not held else own_s * (1.0 if turn else 1.0 - held)
-                clock.compute(part_s if shares is None else part_s * shares * size)
+                clock.compute(part_s if shares is None else part_s * shares * size(here))
             if whole_back and step:
                 if arriving is not None:
                     clock.wait(arriving)
                     clock.compute((back if step > 1 else owed) * clock.join_s_per_byte)
                 arriving, owed = clock.exchange(back, clock.home, links), back
-            if posted is not None:
-                clock.wait(posted)
             if shares is not None:
                 here = here[before]
     if held:
@@ -296,37 +308,39 @@ def _along(
     every, share = np.arange(ranks), np.ones(ranks) if shares is None else shares
     arriving: list[Vector | None] = [None] * len(lines)
     own = (0.5 + work.diagonal / 2) / len(parts)
-    start = 0
-    for count in parts:
-        part, (sent, back) = count / rows, (n * count for n in row_bytes)
+    start, (sent_of_row, back_of_row) = 0, row_bytes
+    first_bytes = sent_of_row * parts[0] * share
+    posted = [clock.exchange(first_bytes, links=x.links) if x.steps else None for x in lines]
+    for count, following in zip(parts, [*parts[1:], 0], strict=True):
+        part, sent, back = count / rows, sent_of_row * count, back_of_row * count
         # of the square of a shard, what these columns have on one side of the diagonal
         beside, diagonal = part * (2 * start + count) / (2 * rows), part * work.diagonal / 2
-        for step in range(ranks // 2 + 1):
-            going = [(k, line) for k, line in enumerate(lines) if step <= line.steps]
-            sizes = [share[(every - line.way * step) % ranks] for _, line in going]
-            posted = [
-                clock.exchange(sent * size, links=line.links)
-                for (_, line), size in zip(going, sizes, strict=True)
-                if step < line.steps
-            ]
-            if step == 0:
-                area = beside + diagonal if half else part
-                if half and not work.travel.again:
-                    area = own if start else own * (1.0 - held)
-                clock.compute(work.seconds * area * share * share)
-            for (k, line), size in zip(going if step else (), sizes, strict=False):
-                met: Vector | float = part
-                if half and 2 * step == ranks:
-                    first = every < ranks // 2
-                    met = np.where(first, beside + diagonal, max(beside - diagonal, 0.0))
+        area = beside + diagonal if half else part
+        if half and not work.travel.again:
+            area = own if start else own * (1.0 - held)
+        clock.compute(work.seconds * area * share * share)
+        for step in range(1, ranks // 2 + 1):
+            met: Vector | float = part
+            if half and 2 * step == ranks:
+                first = every < ranks // 2
+                met = np.where(first, beside + diagonal, max(beside - diagonal, 0.0))
+            for k, line in enumerate(lines):
+                if step > line.steps:
+                    continue
+                size = share[(every - line.way * step) % ranks]
+                come, posted[k] = posted[k], None
+                if come is not None:
+                    clock.wait(come)
+                if step < line.steps:
+                    posted[k] = clock.exchange(sent * size, links=line.links)
+                elif following:
+                    posted[k] = clock.exchange(sent_of_row * following * share, links=line.links)
                 clock.compute(back * size * clock.start_s_per_byte if back else 0.0)
                 clock.compute(work.seconds * met * share * size)
                 if back:
                     joined(clock, arriving[k], back * (size if step > 1 else share))
                     links = line.links if step < line.steps else line.home
                     arriving[k] = clock.exchange(back * size, clock.home, links)
-            for until in posted:
-                clock.wait(until)
         start += count
     if half and held:
         clock.compute(work.seconds * own * held * share * share)

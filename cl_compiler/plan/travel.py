@@ -43,29 +43,31 @@ ROWS_SENT, CHUNK = sp.symbols("rows chunk", positive=True)
 """Rows of a shard, and of what travels together."""
 OPERANDS, GRADIENTS, VECTORS, FOLDS = sp.symbols("w_operands w_gradients vectors folds")
 """Elements per row: of operands, of gradients, statistics that are read, and that are made."""
+_TWO = sp.Integer(2)
 _OTHERS = RANKS - 1
-_HALF = count_of(_OTHERS, sp.Integer(2))  # the whole part of P/2
+_HALF = count_of(_OTHERS, _TWO)  # the whole part of P/2
 _REST = _OTHERS - _HALF
 _NODES = RANKS / NODE
+_TURNS = count_of(ROWS_SENT, CHUNK)
 
 SHARDS_SENT: Mapping[str, sp.Expr] = MappingProxyType({HALF_RING: _HALF})
 """How often a rank sends a shard, where it is not once to each of the others."""
 CHUNKS_HELD: Mapping[str, tuple[sp.Expr, sp.Expr]] = MappingProxyType(
     {
-        "ring": (least(sp.Integer(2), _OTHERS), 3 * least(sp.Integer(1), _OTHERS)),
+        "ring": (least(_TWO, _OTHERS * _TURNS), 3 * least(sp.Integer(1), _OTHERS)),
         "all_gather": (2 * RANKS, 3 * RANKS),
         "two_level": (
-            least(sp.Integer(2), _NODES - 1) + least(sp.Integer(2), NODE - 1),
+            least(_TWO, (_NODES - 1) * _TURNS) + least(_TWO, NODE - 1),
             3 * (least(sp.Integer(1), _NODES - 1) + least(sp.Integer(1), NODE - 1)),
         ),
-        CANONICAL: (sp.Integer(2), sp.Integer(0)),
+        CANONICAL: (_TWO, sp.Integer(0)),
         BOTH_WAYS: (
-            least(sp.Integer(2), _HALF) + least(sp.Integer(2), _REST),
+            least(_TWO, _HALF * _TURNS) + least(_TWO, _REST * _TURNS),
             3 * (least(sp.Integer(1), _HALF) + least(sp.Integer(1), _REST)),
         ),
         # of its own shard a rank has the chunk that is sent; alone, the one that follows, too
-        HOST: (least(sp.Integer(2), _OTHERS), 3 * least(sp.Integer(1), _OTHERS)),
-        HALF_RING: (least(sp.Integer(2), _HALF), 3 * least(sp.Integer(1), _HALF)),
+        HOST: (least(_TWO, _OTHERS), 3 * least(sp.Integer(1), _OTHERS)),
+        HALF_RING: (least(_TWO, _HALF * _TURNS), 3 * least(sp.Integer(1), _HALF)),
     }
 )
 """Chunks of other ranks' operands, and of accumulators, that are on their way at once."""
@@ -285,10 +287,10 @@ def buffer_bytes(
     ``node``: of a ring of rings, the ranks of a node; ``resident``: rows of a block.
     """
     values = _values(travel, problem, ranks)
-    values |= {"chunk": chunk, "ranks_of_node": node, "resident": resident}
     home, rows = travel.home_rows(problem), (problem.M, problem.N)[travel.side]
+    values |= {"chunk": chunk, "rows": rows, "ranks_of_node": node, "resident": resident}
     if resident:
-        values |= {"home": home, "rows": rows, "w_home": travel.home_width}
+        values |= {"home": home, "w_home": travel.home_width}
         values |= {"w_gain": travel.gain_width}
         values["resident"] = travel.block_rows(problem, resident)
     shards, gradients = _held(schedule)(values)
@@ -331,7 +333,7 @@ def _of_host() -> Tape:
     resident, home = sp.symbols("resident home", positive=True)
     w_home, w_gain = sp.symbols("w_home w_gain")
     turns = count_of(home, resident) * count_of(ROWS_SENT, CHUNK)
-    alone = largest([sp.Integer(1), least(sp.Integer(2), turns) - _OTHERS])
+    alone = largest([sp.Integer(1), least(_TWO, turns) - _OTHERS])
     return tape_of(
         [
             alone * CHUNK * OPERANDS * INPUT_BYTES,

@@ -391,9 +391,8 @@ class _Circle:
         self.ring, self.chunk, self.ranks = ring, chunk, len(members)
         self.mine = mine = members.index(ring.rank)
         self.after, self.before = members[(mine + 1) % self.ranks], members[mine - 1]
-        self.buffers = [
-            [_room(ring, t, chunk) for t in sent] for _ in range(min(2, self.ranks - 1))
-        ]
+        rooms = min(2, self.ranks - 1)
+        self.buffers = [[_room(ring, t, chunk) for t in sent] for _ in range(rooms)]
         self.parts = [folds.room(chunk) for _ in range(2 if self.ranks > 1 else 0)]
         self.incoming = folds.room(chunk) if self.ranks > 1 else []
 
@@ -401,46 +400,56 @@ class _Circle:
         """Post: tensors to the next rank of the circle, others from the one before."""
         return self.ring.exchange(sent, received, self.after, self.before)
 
+    def post(self, shard, rows):
+        """Post a shard; the one that follows it, of so many rows, arrives in the free buffer."""
+        free = self.buffers.pop(0)
+        self.buffers.append(free)
+        self.coming = [t[:rows] for t in free]
+        self.posted = self.exchange(shard, self.coming)
+
     def around(self, lengths, rows, sent, folds):
         """Yield (start, owner's place, tensors, accumulators) of every member's shard.
 
         ``lengths``: the members' rows, of which there are no more than ``rows``.
 
-        A shard goes around in chunks, this rank's own first: post the next, compute this, wait,
-        swap.
+        A shard goes around in chunks, this rank's own first: wait, post the next, compute this.
         Its accumulators are started by its owner's neighbour, follow one step behind it and end
-        at the owner, where they are joined with what the owner accumulated itself, while the
-        next chunk is on its way.
+        at the owner, where they are joined with what the owner accumulated itself, after the
+        first of the other shards of the next chunk.
         """
         ring, mine, ranks, chunk = self.ring, self.mine, self.ranks, self.chunk
+
+        def length(owner, start):
+            return min(max(lengths[owner] - start, 0), chunk)
+
         arriving, due, turn = [], [], 0
         for start in range(0, rows, chunk):
-            size = [min(max(length - start, 0), chunk) for length in lengths]
-            here = sent.take()
+            own = sent.take()
+            if ranks > 1:
+                self.post(own, length(mine - 1, start))
+            else:
+                sent.fetch()
             home = [t[start : start + chunk] for t in folds.home]
-            for step in range(ranks):
-                if step == min(1, ranks - 1):  # everything has been done with the own chunk
-                    sent.fetch()
+            yield start, mine, own, home
+            for step in range(1, ranks):
                 owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks
-                coming, posted = here, []
+                ring.wait(self.posted)
+                here = self.coming
+                if step == 1:  # everything has been done with the own chunk
+                    sent.fetch()
                 if step + 1 < ranks:
-                    coming = [t[: size[follower]] for t in self.buffers[step % 2]]
-                    posted = self.exchange(here, coming)
-                if step == 0:
-                    yield start, owner, here, home
-                else:
-                    turn += 1
-                    part = folds.started([t[: size[owner]] for t in self.parts[turn % 2]])
-                    yield start, owner, here, part
-                    ring.wait(arriving)
-                    if step > 1:
-                        due = part  # the neighbour had the same shard one step earlier
-                    if due:
-                        folds.join(due, self.incoming)
-                    arriving = self.exchange(part, [t[: size[follower]] for t in self.incoming])
-                    due = home  # a chunk's last message brings what the others accumulated
-                ring.wait(posted)
-                here = coming
+                    self.post(here, length(follower, start))
+                turn += 1
+                part = folds.started([t[: len(here[0])] for t in self.parts[turn % 2]])
+                yield start, owner, here, part
+                ring.wait(arriving)
+                if step > 1:
+                    due = part  # the neighbour had the same shard one step earlier
+                if due:
+                    folds.join(due, self.incoming)
+                behind = length(follower, start)
+                arriving = self.exchange(part, [t[:behind] for t in self.incoming])
+                due = home  # a chunk's last message brings what the others accumulated
         ring.wait(arriving)
         if due:
             folds.join(due, self.incoming)

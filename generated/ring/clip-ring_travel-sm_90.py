@@ -260,13 +260,12 @@ def _own_pieces(rows, turns, sent, home):
 class _Circle:
     """Ranks that pass shards on, in their order, and room for what is on its way among them."""
 
-    def __init__(self, ring, members, chunk, sent, folds):
+    def __init__(self, ring, members, chunk, turns, sent, folds):
         self.ring, self.chunk, self.ranks = ring, chunk, len(members)
         self.mine = mine = members.index(ring.rank)
         self.after, self.before = members[(mine + 1) % self.ranks], members[mine - 1]
-        self.buffers = [
-            [t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, self.ranks - 1))
-        ]
+        rooms = min(2, (self.ranks - 1) * turns)
+        self.buffers = [[t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(rooms)]
         self.parts = [folds.room(chunk) for _ in range(2 if self.ranks > 1 else 0)]
         self.incoming = folds.room(chunk) if self.ranks > 1 else []
 
@@ -274,46 +273,58 @@ class _Circle:
         """Post: tensors to the next rank of the circle, others from the one before."""
         return self.ring.exchange(sent, received, self.after, self.before)
 
+    def post(self, shard, rows):
+        """Post a shard; the one that follows it, of so many rows, arrives in the free buffer."""
+        free = self.buffers.pop(0)
+        self.buffers.append(free)
+        self.coming = [t[:rows] for t in free]
+        self.posted = self.exchange(shard, self.coming)
+
     def around(self, lengths, rows, sent, folds):
         """Yield (start, owner's place, tensors, accumulators) of every member's shard.
 
         ``lengths``: the members' rows, of which there are no more than ``rows``.
 
-        A shard goes around in chunks: post the next, compute this, wait, swap.  While the first
-        rows of a chunk come, a piece of the own shard is computed.
+        A shard goes around in chunks: wait, post the next, compute this; with the last of a chunk,
+        the next chunk sets out.  A piece of the own shard is computed while the first rows come,
+        and before each chunk.
         Its accumulators are started by its owner's neighbour, follow one step behind it and end
-        at the owner, where they are joined with what the owner accumulated itself, while the
-        next chunk is on its way, or the last piece is computed.
+        at the owner, where they are joined with what the owner accumulated itself, after the
+        first of the other shards of the next chunk or the last piece.
         """
         ring, mine, ranks, chunk = self.ring, self.mine, self.ranks, self.chunk
+
+        def length(owner, start):
+            return min(max(lengths[owner] - start, 0), chunk)
+
         arriving, due, turn = [], [], 0
         starts = range(0, rows, chunk)
         *pieces, last = _own_pieces(lengths[mine], len(starts), sent, folds.home)
         for start, (first, past) in zip(starts, pieces, strict=True):
-            size = [min(max(length - start, 0), chunk) for length in lengths]
-            here = [t[start : start + chunk] for t in sent]
+            if start == 0 and ranks > 1:
+                self.post([t[:chunk] for t in sent], length(mine - 1, 0))
             home = [t[start : start + chunk] for t in folds.home]
-            for step in range(ranks):
+            yield first, mine, *folds.own(sent, first, past)
+            for step in range(1, ranks):
                 owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks
-                coming, posted = here, []
+                ring.wait(self.posted)
+                here = self.coming
                 if step + 1 < ranks:
-                    coming = [t[: size[follower]] for t in self.buffers[step % 2]]
-                    posted = self.exchange(here, coming)
-                if step == 0:
-                    yield first, mine, *folds.own(sent, first, past)
-                else:
-                    turn += 1
-                    part = folds.started([t[: size[owner]] for t in self.parts[turn % 2]])
-                    yield start, owner, here, part
-                    ring.wait(arriving)
-                    if step > 1:
-                        due = part  # the neighbour had the same shard one step earlier
-                    if due:
-                        folds.join(due, self.incoming)
-                    arriving = self.exchange(part, [t[: size[follower]] for t in self.incoming])
-                    due = home  # a chunk's last message brings what the others accumulated
-                ring.wait(posted)
-                here = coming
+                    self.post(here, length(follower, start))
+                elif start + chunk < rows:
+                    following = [t[start + chunk : start + 2 * chunk] for t in sent]
+                    self.post(following, length(mine - 1, start + chunk))
+                turn += 1
+                part = folds.started([t[: len(here[0])] for t in self.parts[turn % 2]])
+                yield start, owner, here, part
+                ring.wait(arriving)
+                if step > 1:
+                    due = part  # the neighbour had the same shard one step earlier
+                if due:
+                    folds.join(due, self.incoming)
+                behind = length(follower, start)
+                arriving = self.exchange(part, [t[:behind] for t in self.incoming])
+                due = home  # a chunk's last message brings what the others accumulated
         if last[0] < last[1]:
             yield last[0], mine, *folds.own(sent, *last)
         ring.wait(arriving)
@@ -328,7 +339,8 @@ def _shards(ring, axis, sent, folds=()):
     rows = max(lengths)
     chunk = max(1, min(CHUNK, rows))
     folds = _Folds(folds)
-    circle = _Circle(ring, range(ring.world_size), chunk, sent, folds)
+    turns = len(range(0, rows, chunk))
+    circle = _Circle(ring, range(ring.world_size), chunk, turns, sent, folds)
     for start, owner, shard, part in circle.around(lengths, rows, sent, folds):
         yield (start if owner == mine else FAR), shard, part
 

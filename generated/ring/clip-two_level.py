@@ -5,7 +5,7 @@
 # problem   up to M=8192 N=8192 D=512; gradients: logit_scale, x, y
 # schedule  two_level; M, N of each rank; chunks of 1024 rows travel
 # tiles     device 512x1024   l3 512x1024   l2 512x848   core 64x64
-# memory    predicted peak 42.2 MiB of 256.0 MiB
+# memory    predicted peak 44.2 MiB of 256.0 MiB
 """clip on a group of ranks, in tiles; the similarity matrix never exists.
 
 Symmetric InfoNCE (Radford et al. 2021): the mean of both directions' cross-entropies.
@@ -174,13 +174,12 @@ class _Folds:
 class _Circle:
     """Ranks that pass shards on, in their order, and room for what is on its way among them."""
 
-    def __init__(self, ring, members, chunk, sent, folds):
+    def __init__(self, ring, members, chunk, turns, sent, folds):
         self.ring, self.chunk, self.ranks = ring, chunk, len(members)
         self.mine = mine = members.index(ring.rank)
         self.after, self.before = members[(mine + 1) % self.ranks], members[mine - 1]
-        self.buffers = [
-            [t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, self.ranks - 1))
-        ]
+        rooms = min(2, (self.ranks - 1) * turns)
+        self.buffers = [[t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(rooms)]
         self.parts = [folds.room(chunk) for _ in range(2 if self.ranks > 1 else 0)]
         self.incoming = folds.room(chunk) if self.ranks > 1 else []
 
@@ -188,44 +187,56 @@ class _Circle:
         """Post: tensors to the next rank of the circle, others from the one before."""
         return self.ring.exchange(sent, received, self.after, self.before)
 
+    def post(self, shard, rows):
+        """Post a shard; the one that follows it, of so many rows, arrives in the free buffer."""
+        free = self.buffers.pop(0)
+        self.buffers.append(free)
+        self.coming = [t[:rows] for t in free]
+        self.posted = self.exchange(shard, self.coming)
+
     def around(self, lengths, rows, sent, folds):
         """Yield (start, owner's place, tensors, accumulators) of every member's shard.
 
         ``lengths``: the members' rows, of which there are no more than ``rows``.
 
-        A shard goes around in chunks, this rank's own first: post the next, compute this, wait,
-        swap.
+        A shard goes around in chunks, this rank's own first: wait, post the next, compute this;
+        with the last of a chunk, the next chunk sets out.
         Its accumulators are started by its owner's neighbour, follow one step behind it and end
-        at the owner, where they are joined with what the owner accumulated itself, while the
-        next chunk is on its way.
+        at the owner, where they are joined with what the owner accumulated itself, after the
+        first of the other shards of the next chunk.
         """
         ring, mine, ranks, chunk = self.ring, self.mine, self.ranks, self.chunk
+
+        def length(owner, start):
+            return min(max(lengths[owner] - start, 0), chunk)
+
         arriving, due, turn = [], [], 0
         for start in range(0, rows, chunk):
-            size = [min(max(length - start, 0), chunk) for length in lengths]
-            here = [t[start : start + chunk] for t in sent]
+            own = [t[start : start + chunk] for t in sent]
+            if start == 0 and ranks > 1:
+                self.post(own, length(mine - 1, 0))
             home = [t[start : start + chunk] for t in folds.home]
-            for step in range(ranks):
+            yield start, mine, own, home
+            for step in range(1, ranks):
                 owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks
-                coming, posted = here, []
+                ring.wait(self.posted)
+                here = self.coming
                 if step + 1 < ranks:
-                    coming = [t[: size[follower]] for t in self.buffers[step % 2]]
-                    posted = self.exchange(here, coming)
-                if step == 0:
-                    yield start, owner, here, home
-                else:
-                    turn += 1
-                    part = folds.started([t[: size[owner]] for t in self.parts[turn % 2]])
-                    yield start, owner, here, part
-                    ring.wait(arriving)
-                    if step > 1:
-                        due = part  # the neighbour had the same shard one step earlier
-                    if due:
-                        folds.join(due, self.incoming)
-                    arriving = self.exchange(part, [t[: size[follower]] for t in self.incoming])
-                    due = home  # a chunk's last message brings what the others accumulated
-                ring.wait(posted)
-                here = coming
+                    self.post(here, length(follower, start))
+                elif start + chunk < rows:
+                    following = [t[start + chunk : start + 2 * chunk] for t in sent]
+                    self.post(following, length(mine - 1, start + chunk))
+                turn += 1
+                part = folds.started([t[: len(here[0])] for t in self.parts[turn % 2]])
+                yield start, owner, here, part
+                ring.wait(arriving)
+                if step > 1:
+                    due = part  # the neighbour had the same shard one step earlier
+                if due:
+                    folds.join(due, self.incoming)
+                behind = length(follower, start)
+                arriving = self.exchange(part, [t[:behind] for t in self.incoming])
+                due = home  # a chunk's last message brings what the others accumulated
         ring.wait(arriving)
         if due:
             folds.join(due, self.incoming)
@@ -243,8 +254,9 @@ def _shards(ring, axis, sent, folds=()):
     chunk = max(1, min(CHUNK, rows))
     folds = _Folds(folds)
     node, place = divmod(mine, NODE)
-    nodes = _Circle(ring, range(place, ring.world_size, NODE), chunk, sent, folds)
-    inside = _Circle(ring, range(node * NODE, (node + 1) * NODE), chunk, sent, folds)
+    turns = len(range(0, rows, chunk))
+    nodes = _Circle(ring, range(place, ring.world_size, NODE), chunk, turns, sent, folds)
+    inside = _Circle(ring, range(node * NODE, (node + 1) * NODE), chunk, 1, sent, folds)
     for start, home, shards, parts in nodes.around(lengths[place::NODE], rows, sent, folds):
         here = [min(max(n - start, 0), chunk) for n in lengths[home * NODE : (home + 1) * NODE]]
         for _, owner, shard, part in inside.around(here, max(here), shards, folds.at(parts)):

@@ -193,22 +193,25 @@ def _own_pieces(rows, turns, sent, home):
 class _Line:
     """The ranks that a shard passes in one direction, and room for what is on its way there.
 
-    way: 1 to the next rank, -1 to the one before.  steps: how many ranks a shard meets.
+    way: 1 to the next rank, -1 to the one before.  steps: how many ranks a shard meets.  lengths:
+    of all ranks' shards, which travel in chunks.
     """
 
-    def __init__(self, ring, way, steps, chunk, sent, folds):
-        self.ring, self.way, self.steps = ring, way, steps
+    def __init__(self, ring, way, steps, lengths, chunk, sent, folds):
+        self.ring, self.way, self.steps, self.lengths, self.chunk = ring, way, steps, lengths, chunk
+        turns = len(range(0, max(lengths), chunk))
         self.buffers = [
-            [t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, steps))
+            [t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, steps * turns))
         ]
         self.folds, self.turn = folds, 0
         self.parts = [folds.room(chunk) for _ in range(2 if steps else 0)]
         self.incoming = folds.room(chunk) if steps else []
         self.arriving, self.due = [], []
 
-    def owner(self, step):
-        """Whose shard is here after so many steps."""
-        return (self.ring.rank - self.way * step) % self.ring.world_size
+    def rows(self, step, start):
+        """Of the chunk that begins at ``start``, those that are here after so many steps."""
+        owner = (self.ring.rank - self.way * step) % self.ring.world_size
+        return min(max(self.lengths[owner] - start, 0), self.chunk)
 
     def exchange(self, sent, received, places):
         """Post: tensors to the rank so many places along the line, others from that far back."""
@@ -216,37 +219,35 @@ class _Line:
         after, before = (ring.rank + there) % ring.world_size, (ring.rank - there) % ring.world_size
         return ring.exchange(sent, received, after, before)
 
-    def start(self, here, home, size):
-        """A chunk of this rank's own shard sets out; ``size``: of every rank's chunk."""
-        self.here, self.size = here, size
-        self.home = home
+    def post(self, shard, step, start):
+        """Post a shard; the one that is here after so many steps arrives in the free buffer."""
+        free = self.buffers.pop(0)
+        self.buffers.append(free)
+        self.coming = [t[: self.rows(step, start)] for t in free]
+        self.posted = self.exchange(shard, self.coming, 1)
 
-    def post(self, step):
-        """Post the shard that is here; the one that follows it arrives."""
+    def arrive(self, step, start, following):
+        """Wait for a shard and post it; with the last of a chunk, the ``following`` sets out."""
+        self.ring.wait(self.posted)
+        here = self.coming
         if step < self.steps:
-            rows = self.size[self.owner(step + 1)]
-            self.coming = [t[:rows] for t in self.buffers[step % 2]]
-            self.posted = self.exchange(self.here, self.coming, 1)
+            self.post(here, step + 1, start)
+        elif following:
+            self.post(following, 1, start + self.chunk)
+        return here
 
-    def swap(self, step):
-        """Wait for the shard that follows."""
-        if step < self.steps:
-            self.ring.wait(self.posted)
-            self.here = self.coming
-
-    def started(self, step):
+    def started(self, here):
         """Accumulators of the shard that is here, with nothing in them."""
         self.turn += 1
-        rows = self.size[self.owner(step)]
-        return self.folds.started([t[:rows] for t in self.parts[self.turn % 2]])
+        return self.folds.started([t[: len(here[0])] for t in self.parts[self.turn % 2]])
 
-    def send_on(self, step, part):
+    def send_on(self, step, start, part, home):
         """Join what the rank before accumulated, and send it on; the last rank sends it home."""
         self.finish(part if step > 1 else None)
         ahead = 1 if step < self.steps else -step
-        rows = self.size[self.owner(step + ahead)]
+        rows = self.rows(step + ahead, start)
         self.arriving = self.exchange(part, [t[:rows] for t in self.incoming], ahead)
-        self.due = self.home
+        self.due = home
 
     def finish(self, part=None):
         """Join what arrives: with ``part``, or with what its owner accumulated itself."""
@@ -272,11 +273,12 @@ def _meetings(i, i1, cols, first, past):
 def _shards(ring, axis, sent, folds):
     """Yield (first, past, tensors, accumulators) of every shard that this rank meets.
 
-    A shard travels half of the ring in chunks: post the next, compute this, wait, swap.  Its
-    accumulators are started by its owner's neighbour, follow one step behind it, and the last rank
-    that it meets sends them home, where they are joined while the next chunk is on its way.
-    This rank's own shard is computed in pieces: one while the first rows of each chunk come, a last
-    one while accumulators come home.
+    A shard travels half of the ring in chunks: wait, post the next, compute this; with the last of
+    a chunk, the next chunk sets out.  Its accumulators are started by its owner's neighbour, follow
+    one step behind it, and the last rank that it meets sends them home, where they are joined after
+    the first shard of the next chunk.
+    This rank's own shard is computed in pieces: one while the first rows come and before each
+    chunk, a last one while accumulators come home.
 
     first: where the chunk begins in this rank's own rows; FAR if it is another rank's.
     past: what is subtracted from a row to know in which column it begins to meet others.  Of the
@@ -287,32 +289,30 @@ def _shards(ring, axis, sent, folds):
     sent = [t.contiguous() for t in sent]
     chunk = max(1, min(CHUNK, max(lengths)))
     folds = _Folds(folds)
-    lines = [_Line(ring, 1, ranks // 2, chunk, sent, folds)]
+    lines = [_Line(ring, 1, ranks // 2, lengths, chunk, sent, folds)]
     starts = range(0, max(lengths), chunk)
     *pieces, last = _own_pieces(lengths[ring.rank], len(starts), sent, folds.home)
     for start, (begin, end) in zip(starts, pieces, strict=True):
-        size = [min(max(length - start, 0), chunk) for length in lengths]
-        here = [t[start : start + chunk] for t in sent]
+        own = [t[start : start + chunk] for t in sent]
+        past_own = start + chunk
+        following = [t[past_own : past_own + chunk] for t in sent] if past_own in starts else []
         home = [t[start : start + chunk] for t in folds.home]
-        for line in lines:
-            line.start(here, home, size)
-        for step in range(ranks // 2 + 1):
-            going = [line for line in lines if step <= line.steps]
-            for line in going:
-                line.post(step)
-            if step == 0:
-                for first in range(begin, end, chunk):  # tiles are no wider than a chunk
-                    yield first, first, *folds.own(sent, first, min(first + chunk, end))
-            else:
-                for line in going:
-                    part = line.started(step)
-                    past = FAR
-                    if 2 * step == ranks:
-                        past = start if ring.rank < ranks // 2 else start - TILE_M
-                    yield FAR, past, line.here, part
-                    line.send_on(step, part)
-            for line in going:
-                line.swap(step)
+        for line in lines if start == 0 else ():
+            if line.steps:
+                line.post(own, 1, 0)
+        for first in range(begin, end, chunk):  # tiles are no wider than a chunk
+            yield first, first, *folds.own(sent, first, min(first + chunk, end))
+        for step in range(1, ranks // 2 + 1):
+            past = FAR
+            if 2 * step == ranks:
+                past = start if ring.rank < ranks // 2 else start - TILE_M
+            for line in lines:
+                if step > line.steps:
+                    continue
+                here = line.arrive(step, start, following)
+                part = line.started(here)
+                yield FAR, past, here, part
+                line.send_on(step, start, part, home)
     if last[0] < last[1]:
         yield last[0], last[0], *folds.own(sent, *last)
     for line in lines:

@@ -128,39 +128,52 @@ class Ring:
 class _Circle:
     """Ranks that pass shards on, in their order, and room for what is on its way among them."""
 
-    def __init__(self, ring, members, chunk, sent):
+    def __init__(self, ring, members, chunk, turns, sent):
         self.ring, self.chunk, self.ranks = ring, chunk, len(members)
         self.mine = mine = members.index(ring.rank)
         self.after, self.before = members[(mine + 1) % self.ranks], members[mine - 1]
-        self.buffers = [
-            [t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(min(2, self.ranks - 1))
-        ]
+        rooms = min(2, (self.ranks - 1) * turns)
+        self.buffers = [[t.new_empty(chunk, *t.shape[1:]) for t in sent] for _ in range(rooms)]
 
     def exchange(self, sent, received):
         """Post: tensors to the next rank of the circle, others from the one before."""
         return self.ring.exchange(sent, received, self.after, self.before)
+
+    def post(self, shard, rows):
+        """Post a shard; the one that follows it, of so many rows, arrives in the free buffer."""
+        free = self.buffers.pop(0)
+        self.buffers.append(free)
+        self.coming = [t[:rows] for t in free]
+        self.posted = self.exchange(shard, self.coming)
 
     def around(self, lengths, rows, sent):
         """Yield (start, owner's place, tensors) of every member's shard.
 
         ``lengths``: the members' rows, of which there are no more than ``rows``.
 
-        A shard goes around in chunks, this rank's own first: post the next, compute this, wait,
-        swap.
+        A shard goes around in chunks, this rank's own first: wait, post the next, compute this;
+        with the last of a chunk, the next chunk sets out.
         """
         ring, mine, ranks, chunk = self.ring, self.mine, self.ranks, self.chunk
+
+        def length(owner, start):
+            return min(max(lengths[owner] - start, 0), chunk)
+
         for start in range(0, rows, chunk):
-            size = [min(max(length - start, 0), chunk) for length in lengths]
-            here = [t[start : start + chunk] for t in sent]
-            for step in range(ranks):
+            own = [t[start : start + chunk] for t in sent]
+            if start == 0 and ranks > 1:
+                self.post(own, length(mine - 1, 0))
+            yield start, mine, own
+            for step in range(1, ranks):
                 owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks
-                coming, posted = here, []
+                ring.wait(self.posted)
+                here = self.coming
                 if step + 1 < ranks:
-                    coming = [t[: size[follower]] for t in self.buffers[step % 2]]
-                    posted = self.exchange(here, coming)
+                    self.post(here, length(follower, start))
+                elif start + chunk < rows:
+                    following = [t[start + chunk : start + 2 * chunk] for t in sent]
+                    self.post(following, length(mine - 1, start + chunk))
                 yield start, owner, here
-                ring.wait(posted)
-                here = coming
 
 
 def _shards(ring, axis, sent):
@@ -169,7 +182,8 @@ def _shards(ring, axis, sent):
     sent = [t.contiguous() for t in sent]
     rows = max(lengths)
     chunk = max(1, min(CHUNK, rows))
-    circle = _Circle(ring, range(ring.world_size), chunk, sent)
+    turns = len(range(0, rows, chunk))
+    circle = _Circle(ring, range(ring.world_size), chunk, turns, sent)
     for start, owner, shard in circle.around(lengths, rows, sent):
         yield (start if owner == mine else FAR), shard
 

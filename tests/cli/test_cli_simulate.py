@@ -162,6 +162,7 @@ def test_bars_too_narrow_to_see_are_joined_and_keep_their_lengths():
         ("--problem 0x64", "--problem: 0x64 has a size of 0"),
         ("--hardware h100x1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
         ("--ranks 1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
+        ("--schedule spill", "--schedule 'spill': use one of ring_owner, ring_travel, "),
     ],
 )
 def test_what_could_not_be_written_or_read_is_refused_before_the_work(
@@ -169,7 +170,7 @@ def test_what_could_not_be_written_or_read_is_refused_before_the_work(
 ):
     (tmp_path / "folder.html").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cl_compiler.cli.simulate._simulated", None)
+    monkeypatch.setattr("cl_compiler.cli.simulate.simulated", None)
     result = cli("simulate", *options.split())
     assert result.exit_code == 2 and words in " ".join(result.output.replace("│", " ").split())
     assert "--M " not in result.output
@@ -179,9 +180,27 @@ def test_what_could_not_be_written_or_read_is_refused_before_the_work(
 def test_nothing_fits(cli, budget):
     result = cli("simulate", *CLUSTER, *budget.split())
     assert result.exit_code == 1 and not result.stdout
-    for name in CLUSTER_SCHEDULES:
-        (line,) = [x for x in result.stderr.splitlines() if x.startswith(f"not {name}: ")]
-        assert name == "half_ring" or "1.0 KiB" in line
+    lines = [x.removeprefix("not ") for x in result.stderr.splitlines() if x.startswith("not ")]
+    reasons = {
+        name: why
+        for x in lines
+        for names, _, why in [x.partition(": ")]
+        for name in names.split(", ")
+    }
+    assert set(reasons) == set(CLUSTER_SCHEDULES)
+    assert len(set(reasons.values())) == len(lines)  # none is said twice
+    assert all("KiB" in why or "MiB" in why for n, why in reasons.items() if n != "half_ring")
+
+
+def test_one_schedule_of_those_that_there_are(cli, cli_json):
+    every = cli_json("simulate", *CLUSTER)["schedules"]
+    for name in ("ring_owner", "two_level"):
+        found = cli_json("simulate", *CLUSTER, "--schedule", name)
+        assert found["fastest"] == name and found["schedules"] == {name: every[name]}
+        assert not found["refused"]
+    result = cli("simulate", *CLUSTER, "--schedule", "half_ring")
+    assert result.exit_code == 1 and not result.stdout
+    assert "half_ring" in result.stderr and "not half_ring" not in result.stderr
 
 
 def test_ranks_of_little_memory_get_fewer_rows(cli, cli_json):
