@@ -187,7 +187,9 @@ def _write_text(
     for line in _not_taken(refused):
         write(line)
     of = found[best]
-    write(f"\nfastest: {best}, {_fastest(of)}")
+    if refused:
+        write("")
+    write(f"fastest: {best}, {_fastest(of)}")
     for line in _thrifty(found, best):
         write(line)
     if ranks is not None and of.shares is not None:
