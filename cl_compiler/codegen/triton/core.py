@@ -9,10 +9,15 @@ from typing import Literal
 from cl_compiler.lang.program import Pass
 from cl_compiler.lang.tile_ir import (
     Accumulate,
+    AtPositives,
     Compute,
     Diagonal,
+    Gemm,
+    GradientTile,
+    Instruction,
     Mode,
     TileProgram,
+    TileRef,
     VectorRef,
 )
 from cl_compiler.plan.precision import FP8, SPLIT
@@ -20,6 +25,9 @@ from cl_compiler.plan.types import DTYPE_BYTES, Problem
 
 SMALLEST_DOT = 16
 """Rows, columns and depth of the smallest matrix instruction; its depth in fp8 is twice that."""
+
+OFF_BY = 40
+"""Registers by which the estimate of a kernel's is off, either way."""
 
 Columns = Literal["fold", "whole", "reduce"]
 
@@ -92,19 +100,43 @@ def core_tiles(
     ``registers``; ``tests/codegen/triton/test_offline.py`` holds it to what the compilers make.
     """
     tiles = _candidates(problem, precision, arch)
+    bytes_ = DTYPE_BYTES[problem.dtype]
+    squeezed = precision == "tf32" and 0 < capability(arch) < 90
     for shape in dict.fromkeys((t.rows, t.cols) for t in tiles):
         alike = [t for t in tiles if (t.rows, t.cols) == shape]
         found = {
-            mode: next((t for t in alike if _fits(pass_.programs[mode], t, arch, modes)), None)
+            mode: next(
+                (t for t in alike if _fits(pass_.programs[mode], t, arch, modes, bytes_)), None
+            )
             for mode in modes
         }
         if all(found.values()):
-            return {
+            chosen = {
                 mode: _beside_a_store(pass_.programs[mode], tile)
                 for mode, tile in found.items()
                 if tile is not None
             }
+            return _without_a_neighbour(pass_, chosen, arch) if squeezed else chosen
     return dict.fromkeys(modes, tiles[-1])
+
+
+def _without_a_neighbour(
+    pass_: Pass, tiles: dict[Mode, CoreTile], arch: str
+) -> dict[Mode, CoreTile]:
+    """Safe kernels of one matrix's statistics may have all registers if they need over half.
+
+    Left to itself the compiler makes such a kernel do with half, so that two programs fit on a
+    multiprocessor, and spills what is over: 8 bytes of CLIP's in tf32, with Triton 3.6.  For
+    kernels that run rarely that is no gain.  Others (several matrices, gradients) would take all
+    that there are, and spill of those.
+    """
+    if "running" not in tiles or "bounded" not in pass_.programs:
+        return tiles
+    code, tile = pass_.programs["running"], tiles["running"]
+    over = registers(code, tile, arch) - 65536 // (2 * 32 * tile.warps)
+    if pass_.gradients or code.gemms > 1 or not 0 < over <= OFF_BY:
+        return tiles
+    return tiles | {"running": replace(tile, most=255)}
 
 
 def _beside_a_store(code: TileProgram, tile: CoreTile) -> CoreTile:
@@ -146,15 +178,55 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
     return [*wide, *shared, *narrow]
 
 
-def _fits(code: TileProgram, tile: CoreTile, arch: str, modes: Sequence[Mode]) -> bool:
-    """Whether a kernel has the registers for a tile, by an estimate that is off by up to 40.
+def _fits(code: TileProgram, tile: CoreTile, arch: str, modes: Sequence[Mode], bytes_: int) -> bool:
+    """Whether a kernel has the registers for a tile, by an estimate that is off by ``OFF_BY``.
 
     Safe kernels run rarely and may be tight, so that they do not decide the tile that others share.
-    Four warps of AMD's have a multiprocessor to themselves, and twice the registers.
+    Four warps of AMD's have a multiprocessor to themselves, and twice the registers.  Products that
+    are gone before others are made need none, but ``bytes_`` 4 of an operand's element take them.
     """
     most = 250 if code.mode == "running" and len(modes) > 1 else 216
     most += 256 * (arch.startswith("gfx") and tile.warps == 4)
-    return registers(code, tile, arch) <= most
+    gone = code.gemms - products_alive(code) if bytes_ <= 2 else 0
+    return registers(code, tile, arch) - gone * tile.rows * tile.cols // (32 * tile.warps) <= most
+
+
+def products_alive(code: TileProgram) -> int:
+    """The most products that hold registers at a time: one in the making, and those read later.
+
+    A product is gone where the last tile that is made of it is read before the next is made.
+    """
+    starts: dict[int, int] = {}
+    sources: dict[int, frozenset[int]] = {}
+    """Tile → the products that it is made of."""
+    last: dict[int, int] = {}
+    """Product → the last instruction that reads what is made of it."""
+    for n, i in enumerate(code.instructions):
+        read = frozenset(p for v in _tiles_read(i) for p in sources.get(v, ()))
+        last |= dict.fromkeys(read, n)
+        if isinstance(i, Gemm):
+            sources[i.value] = frozenset({i.value})
+            starts[i.value] = last[i.value] = n
+        elif isinstance(i, (Compute, Diagonal)):
+            sources[i.value] = read
+    leaving = [g.value for g in code.gradients] + [v for v in (code.kept,) if v is not None]
+    for value in leaving:
+        last |= dict.fromkeys(sources.get(value, ()), len(code.instructions))
+    return max((sum(starts[p] <= n <= last[p] for p in starts) for n in starts.values()), default=0)
+
+
+def _tiles_read(instruction: Instruction) -> list[int]:
+    match instruction:
+        case Compute(args=args):
+            return [a.value for a in args if isinstance(a, TileRef)]
+        case Diagonal(base=base, reads=reads):
+            return [base, *(r.value for _, r in reads if isinstance(r, TileRef))]
+        case Accumulate(args=args):
+            return list(args)
+        case AtPositives(value=value) | GradientTile(value=value):
+            return [value]
+        case _:
+            return []
 
 
 def registers(code: TileProgram, tile: CoreTile, arch: str, flipped: bool = False) -> int:
