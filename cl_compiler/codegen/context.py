@@ -15,7 +15,7 @@ from cl_compiler.codegen.stages import StagePrinter, StageText
 from cl_compiler.codegen.symbols import narrowed, scaled_in_products, view_text
 from cl_compiler.codegen.whole import WholeStagePrinter
 from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
-from cl_compiler.lang.program import Program
+from cl_compiler.lang.program import POSITIVES_AT_ONCE, Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.whole import taken_at_positives
 from cl_compiler.plan.types import Plan
@@ -151,6 +151,7 @@ def build_context(
         "keeps": program.keeps_tiles,
         "whole": program.is_whole,
         "wide": bool(program.wide),
+        "tiled_positives": POSITIVES_AT_ONCE if program.subtracts_positives else 0,
         "unshifted": program.is_unshifted,
         "row_scaled": any(
             tile.row_scale

@@ -320,7 +320,7 @@ class TilePrinter:
     def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
         """The similarity tile, its scale and offset in the same call."""
         out = self.tile(g.value)
-        factors = [] if scale is None else [self._value(scale)]
+        factors = [] if scale is None or not g.scaled else [self._value(scale)]
         if g.alpha != 1:
             factors.append(self.number(g.alpha))
         alpha = " * ".join(factors)

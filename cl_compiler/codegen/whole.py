@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import sympy as sp
@@ -230,12 +231,9 @@ class _WholeTilePrinter(TilePrinter):
 
     def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
         out = self.tile(g.value)
-        scale = scale if g.scaled else None
         if slots or g.beta == 0:
             return self._making(out, super().gemm(g, left, right, scale, slots))
-        product = self.gemm(
-            Gemm(g.value, g.similarity, g.alpha, sp.S.Zero), left, right, scale, slots
-        )
+        product = self.gemm(replace(g, beta=sp.S.Zero), left, right, scale, slots)
         return f"{product}\n{out}.add_({self.number(g.beta)})"
 
     def diagonal(self, d: Diagonal, text: str) -> list[str]:

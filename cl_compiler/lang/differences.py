@@ -19,7 +19,7 @@ import sympy as sp
 from cl_compiler.lang.ir import Let, Reduction, axes_of
 from cl_compiler.lang.rewrite import remainder
 from cl_compiler.lang.sweeps import SweepPlan
-from cl_compiler.lang.tile_ir import Compute, Diagonal, TileProgram, VectorRef
+from cl_compiler.lang.tile_ir import Compute, Diagonal, Mode, TileProgram, VectorRef
 
 
 def wide_vectors(plan: SweepPlan, programs: Iterable[TileProgram]) -> frozenset[str]:
@@ -71,17 +71,17 @@ def subtracted(plan: SweepPlan) -> set[str]:
     return found
 
 
-def splits_logsumexps(plan: SweepPlan, bounded: bool) -> bool:
+def splits_logsumexps(plan: SweepPlan, mode: Mode) -> bool:
     """Whether tiles subtract logsumexps in two parts: rounded, and what rounding took.
 
-    They do where running maxima are all that there is (not ``bounded``), where logits are less a
-    logsumexp themselves, and where rows are weighed by differences of logsumexps.  In bounded mode
-    a weight is an exponential times an inverse sum.
+    They do with running maxima.  In bounded mode a weight is an exponential times an inverse sum,
+    so there they do where logits are less a logsumexp themselves, and where rows are weighed by
+    differences of logsumexps.
     """
     sums = [n for n in plan.nodes if isinstance(n, Reduction) and n.monoid == "logsumexp"]
     if not any(plan.is_full(n.name) for n in sums):
         return False
-    return not bounded or is_nested(plan) or bool(subtracted(plan))
+    return mode == "running" or is_nested(plan) or bool(subtracted(plan))
 
 
 def is_nested(plan: SweepPlan) -> bool:

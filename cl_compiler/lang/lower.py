@@ -231,10 +231,28 @@ class Lowering:
         return sims[0].name, alpha, beta
 
     def gemm(self, name: str, alpha: sp.Expr, beta: sp.Expr, scaled: bool = True) -> TileRef:
+        if self.exact and self.is_own_transpose(name) and scaled:
+            return self.transposable(name, alpha, beta)
         value = self.new()
         scalars = [a if a.is_number else self.hoist(a) for a in (alpha, beta)]
         self.code.append(Gemm(value, name, scalars[0], scalars[1], scaled))
         return TileRef(value)
+
+    def is_own_transpose(self, name: str) -> bool:
+        """Whether a matrix is of an operand with itself, and its elements are compared."""
+        return self.leaves[name].is_symmetric and self.mode == "running"
+
+    def transposable(self, name: str, alpha: sp.Expr, beta: sp.Expr) -> TileRef:
+        """A product whose elements [i, j] and [j, i] are the same to the bit.
+
+        A scale inside the product would be rounded into one of the factors.
+        """
+        scale = self.leaves[name].scale
+        factor = alpha if scale is None else alpha * self.leaves[scale].symbol
+        tile = self.gemm(name, fn.ONE, fn.ZERO, scaled=False)
+        if factor != 1:
+            tile = self.compute("mul", tile, self.outer(factor))
+        return tile if beta == 0 else self.compute("add", tile, self.outer(beta))
 
     def similarity(self, name: str, alpha: sp.Expr, beta: sp.Expr) -> Ref:
         forms = self.affine[name]
@@ -307,26 +325,40 @@ class Lowering:
         return ref
 
     def groups(self, expr: sp.Expr) -> tuple[list[sp.Expr], list[sp.Expr]]:
-        """Arguments that are tiles, and the others gathered by axis (scalars with the first)."""
+        """Arguments that are tiles, and the others gathered by axis (scalars with the first).
+
+        Where two parts are added, what is known earlier comes first, and on its own: logits that a
+        logsumexp sums are rounded in its sweep as they are where it is subtracted from them.
+        """
         tiles = [a for a in expr.args if self.is_pair(a)]
-        by_axis: dict[str, list[sp.Expr]] = {}
+        by_axis: dict[tuple[int, str], list[sp.Expr]] = {}
+        scalars = []
         for arg in expr.args:
             axes = self.axes(arg)
-            if len(axes) < 2:
-                by_axis.setdefault(next(iter(axes), ""), []).append(arg)
-        if "" in by_axis and len(by_axis) > 1:
-            scalars = by_axis.pop("")
+            if not axes:
+                scalars.append(arg)
+            elif len(axes) < 2:
+                by_axis.setdefault((self.depth(arg), next(iter(axes))), []).append(arg)
+        if scalars and by_axis:
             next(iter(by_axis.values())).extend(scalars)
+        elif scalars:
+            by_axis[0, ""] = scalars
         return tiles, [expr.func(*args) for _, args in sorted(by_axis.items())]
+
+    def depth(self, expr: sp.Expr) -> int:
+        """How many sweeps a vector waits for, where it matters when it is added."""
+        if not self.exact:
+            return 0
+        names = {s.name for s in self.definition(expr).free_symbols}
+        return max((self.plan.levels.get(n, 0) for n in names), default=0)
 
     def nary(self, expr: sp.Expr, op: str) -> Ref:
         tiles, rest = self.groups(expr)
         refs = [self.lower(t) for t in tiles]
-        if op == "add":
-            refs += [self.lower(r) for r in rest]
-            refs += [self.outer(remainder(r)) for r in rest if self.exact and self.is_rounded(r)]
-        else:
-            refs += [self.outer(r) for r in rest]
+        for vector in rest:
+            refs.append(self.lower(vector) if op == "add" else self.outer(vector))
+            if op == "add" and self.exact and self.is_rounded(vector):
+                refs.append(self.outer(self.rest_of(vector)))
         # torch adds masks with "or" and multiplies them with numbers in fp32: start from a value
         refs.sort(key=self.is_mask_tile)
         total = refs[0]
@@ -336,8 +368,20 @@ class Lowering:
             total = self.compute(op, total, ref)
         return total
 
+    def definition(self, expr: sp.Expr) -> sp.Expr:
+        """What a vector that is read along the other axis stands for; others as they are."""
+        if isinstance(expr, sp.Symbol) and expr.name.endswith("~"):
+            return self.hoisted.get(expr.name[:-1], (expr, ()))[0]
+        return expr
+
+    def rest_of(self, expr: sp.Expr) -> sp.Expr:
+        """What rounding to a tile's dtype takes from a vector, read along the same axis."""
+        known = self.definition(expr)
+        return remainder(expr) if known == expr else self.mirrored(self.hoist(remainder(known)))
+
     def is_rounded(self, expr: sp.Expr) -> bool:
         """Whether a vector is made of logsumexps, and of fp64 ones until a tile reads it."""
+        expr = self.definition(expr)
         names = {s.name.removesuffix("~") for s in expr.free_symbols}
         known = [self.plan.by_name[n] for n in names & set(self.plan.by_name)]
         made = any(isinstance(n, Reduction) and n.monoid == "logsumexp" for n in known)

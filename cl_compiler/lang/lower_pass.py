@@ -164,9 +164,8 @@ def by_width(
 ) -> tuple[dict[Mode, TileProgram], dict[Mode, TileProgram]]:
     """Tile programs by mode, and those of tiles that read what is rounded, where they differ."""
     rounded = {mode: lower(mode, False) for mode in modes}
-    if not splits_logsumexps(plan, bool(bounded_logits(plan))):
-        return rounded, {}
-    return {mode: lower(mode, True) for mode in modes}, rounded
+    exact = {mode: lower(mode, True) for mode in modes if splits_logsumexps(plan, mode)}
+    return rounded | exact, rounded if exact else {}
 
 
 def kept_expression(plan: SweepPlan, mode: Mode) -> sp.Expr | None:

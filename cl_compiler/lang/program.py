@@ -22,6 +22,9 @@ from cl_compiler.lang.tile_ir import Barrier, Gemm, Mode, TileProgram
 from cl_compiler.lang.whole import lower_whole
 
 Schedule = Literal["recompute", "spill", "panel", "retain", "dense"]
+POSITIVES_AT_ONCE = 64
+"""Rows whose products with their positives are read off one small tile, where they are to be what
+tiles have there bit for bit; fewer would be multiplied by another kernel."""
 SCHEDULES: tuple[Schedule, ...] = ("recompute", "spill", "panel", "retain", "dense")
 Side = Literal["left", "right"]
 
@@ -50,12 +53,19 @@ class Pass:
     """Of a pass that reads kept tiles: how to make one that was not kept."""
     rounded: Mapping[Mode, TileProgram] = field(default_factory=dict)
     """The programs of tiles that read vectors as they are rounded, where those differ."""
+    rounded_remake: Mapping[Mode, TileProgram] = field(default_factory=dict)
 
     @property
     def has_barrier(self) -> bool:
         """Row statistics are completed, and read, inside the pass."""
         code = next(iter(self.programs.values()))
         return any(isinstance(i, Barrier) for i in code.instructions)
+
+    @property
+    def narrowed(self) -> Pass:
+        """The same with tiles that read vectors as they are rounded."""
+        programs, remake = self.rounded or self.programs, self.rounded_remake or self.remake
+        return replace(self, programs=programs, remake=remake, rounded={}, rounded_remake={})
 
     @property
     def is_slots(self) -> bool:
@@ -74,8 +84,7 @@ class Stage:
     @property
     def rounded(self) -> Stage:
         """The same with tiles that read vectors as they are rounded."""
-        passes = (replace(p, programs=p.rounded or p.programs, rounded={}) for p in self.passes)
-        return replace(self, passes=tuple(passes))
+        return replace(self, passes=tuple(p.narrowed for p in self.passes))
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,20 @@ class Program:
         if self.narrow:
             return frozenset()
         return wide_vectors(self.plan, [t for p in self.passes for t in p.programs.values()])
+
+    @cached_property
+    def subtracts_positives(self) -> bool:
+        """Whether gradients subtract similarities at the positives from sums of what tiles hold."""
+        if self.narrow or self.plan.gradient is None:
+            return False
+        gradient, leaves = self.plan.gradient, self.plan.leaves
+        exprs: list[sp.Expr] = []
+        for made in (gradient.positives, gradient.vectors, gradient.parameters):
+            exprs += made.values()
+        for step in gradient.steps:
+            exprs += [step.expr] if isinstance(step, Let) else step.expressions
+        names = {s.name for e in exprs for s in e.free_symbols}
+        return any(leaves[n].kind == "similarity_at_positive" for n in names)
 
     @property
     def narrowed(self) -> Program:
@@ -331,7 +354,11 @@ def _make(
         ),
         modes,
     )
-    remake = {} if keep != "read" else {m: lower_pass(plan, grid, m, keep="write") for m in modes}
+    remake, rounded_remake = by_width(
+        plan,
+        lambda mode, exact: lower_pass(plan, grid, mode, keep="write", exact=exact),
+        modes if keep == "read" else (),
+    )
     exprs = [e for r in (*reductions, *late) for e in r.expressions]
     exprs += [plan.gradient.similarities[g] for g in gradients] if plan.gradient else []
     used = sorted(
@@ -351,6 +378,7 @@ def _make(
         programs,
         remake,
         rounded,
+        rounded_remake,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import sympy as sp
 
+from cl_compiler.lang.program import POSITIVES_AT_ONCE
 from cl_compiler.plan.facts import Output, PassFacts, ProgramFacts
 from cl_compiler.plan.sizes import (
     COMPUTE_BYTES,
@@ -173,7 +174,10 @@ def _row_block(facts: ProgramFacts, casts: bool) -> list[Item]:
         return []
     width = largest(facts.positive_widths)
     factors = WIDENED if casts else 1  # both factors are widened before they are multiplied
-    return [(AT_POSITIVES, factors * least(TILE_ROWS, M) * width * COMPUTE_BYTES)]
+    elements = factors * least(TILE_ROWS, M) * width
+    if facts.program.subtracts_positives:
+        elements = largest([elements, least(sp.Integer(POSITIVES_AT_ONCE), M) ** 2])
+    return [(AT_POSITIVES, elements * COMPUTE_BYTES)]
 
 
 def _returns(facts: ProgramFacts, rest: Sequence[Item], casts: bool) -> list[Phase]:

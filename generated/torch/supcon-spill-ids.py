@@ -5,7 +5,7 @@
 # problem   up to M=16384 N=16384 D=512; gradients: logit_scale, z
 # schedule  spill
 # tiles     device 512x512   l3 512x512   l2 512x256   core 64x64
-# memory    predicted peak 35.6 MiB of 256.0 MiB
+# memory    predicted peak 35.8 MiB of 256.0 MiB
 """supcon: value and gradients in tiles; the similarity matrix never exists.
 
 SupCon (Khosla et al. 2020): mean log-probability over a row's positives.
@@ -90,6 +90,11 @@ def _inverse(sums):
 def _present(lse):
     """The logsumexp, and +inf where it is empty: its elements then have no weight."""
     return torch.where(lse == -math.inf, math.inf, lse)
+
+
+def _remainder(vector):
+    """What rounding to DTYPE takes from a vector in fp64; nothing from an infinity."""
+    return torch.nan_to_num(vector - vector.to(DTYPE), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _add_logsumexp(logits, dim, maximum, total, scratch):
@@ -210,7 +215,8 @@ def _forward_sweep_running(z, rows, cols, logit_scale, ids):
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t2 = t2_buffer[: m * n].view(m, n)
-            t0.addmm_(z_i, z_j.T, beta=0, alpha=logit_scale.item())
+            torch.mm(z_i, z_j.T, out=t0)
+            t0.mul_(logit_scale)
             t1.copy_(t0)
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
                 t1.diagonal(k).fill_(-math.inf)
@@ -272,7 +278,7 @@ def _backward_sweep_bounded(z, d_z, rows, cols, a0, logit_scale, s1, ids, d_row_
                 d_z[j:j1].addmm_(t0.T, z_i)
 
 
-def _backward_sweep_running(z, d_z, rows, cols, logit_scale, a0_2, d_row_lse, ids, d_row_sum):
+def _backward_sweep_running(z, d_z, rows, cols, logit_scale, a0_2, a1, d_row_lse, ids, d_row_sum):
     """Sweep the upper rows by cols tiles; running maxima, safe for any logits.
 
     d_z: plus the products with the gradient tile of logits
@@ -295,13 +301,16 @@ def _backward_sweep_running(z, d_z, rows, cols, logit_scale, a0_2, d_row_lse, id
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t2 = t2_buffer[: m * n].view(m, n)
-            t0.addmm_(z_i, z_j.T, beta=0, alpha=logit_scale.item())
+            torch.mm(z_i, z_j.T, out=t0)
+            t0.mul_(logit_scale)
             torch.add(t0, a0_2[i:i1, None], out=t1)
+            t1.add_(a1[i:i1, None])
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
                 t1.diagonal(k).fill_(0.0)
             t1.mul_(d_row_lse[i:i1, None])
             t0.add_(a0_2[j:j1])
+            t0.add_(a1[j:j1])
             t0.exp_()
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
                 t0.diagonal(k).fill_(0.0)
@@ -336,13 +345,13 @@ def forward(z, logit_scale, ids):
         if not (_in_range(row_lse_shift, row_lse_sum, cols)):
             row_lse_shift = None
     if row_lse_shift is not None:
-        row_lse = torch.log(row_lse_sum) + row_lse_shift
+        row_lse = torch.log(row_lse_sum.double()) + row_lse_shift
         row_lse_inverse = _inverse(row_lse_sum)
     else:
         row_lse_max, row_lse_sum, row_sum, row_count = _forward_sweep_running(
             z, rows, cols, logit_scale, ids
         )
-        row_lse = _finish_logsumexp(row_lse_max, row_lse_sum)
+        row_lse = _finish_logsumexp(row_lse_max.double(), row_lse_sum.double())
         row_lse_inverse = None
     row_count_2 = (row_count > 0).sum(dtype=torch.float64)
     row_total = torch.where(
@@ -386,8 +395,11 @@ def backward(grad_output, saved, z, logit_scale, ids):
         s1 = -row_lse_shift
         _backward_sweep_bounded(z, d_z, rows, cols, a0, logit_scale, s1, ids, d_row_sum)
     else:
-        a0_2 = -_present(row_lse)
-        _backward_sweep_running(z, d_z, rows, cols, logit_scale, a0_2, d_row_lse, ids, d_row_sum)
+        a0_2 = (-_present(row_lse)).to(DTYPE)
+        a1 = (_remainder(-_present(row_lse))).to(DTYPE)
+        _backward_sweep_running(
+            z, d_z, rows, cols, logit_scale, a0_2, a1, d_row_lse, ids, d_row_sum
+        )
 
     d_logit_scale = 0.5 * _inner(z, d_z)
     d_z.mul_(logit_scale * grad_output)

@@ -93,10 +93,12 @@ def _pairs(left, right):
 
 
 def _at_positives(left, right):
-    """Inner products of rows and their positives: [M]."""
+    """Inner products of rows and their positives, bit for bit as tiles have them: [M]."""
     result = torch.empty(left.shape[0], dtype=DTYPE)
     for rows, cols in _pairs(left, right):
-        result[rows] = torch.linalg.vecdot(left[rows], right[cols])
+        blocks = (t.split(64) for t in (left[rows], right[cols], result[rows]))
+        for a, b, out in zip(*blocks, strict=True):
+            out.copy_(torch.mm(a, b.T).diagonal())
     return result
 
 
