@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cl_compiler.lang.program import build_program
+from cl_compiler.lang.rewrite import remainder
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import Tile
 from tests import losses_zoo as zoo
@@ -18,6 +19,8 @@ SUBTRACTING = ("debiased", "debiased_rows", "hard_negatives", "mnrl_joint")
 """Gradients are functions of differences of statistics."""
 WEIGHING = ("mnrl_hard", "mnrl_hard_paired", "sinkhorn", "dual_softmax", "dual_softmax_paired")
 """Weights are exponentials less a logsumexp, at large scales or at any."""
+SHARING = ("clip", "infonce", "siglip", "nt_xent", "supcon")
+"""One shared exponential makes their weights, unless logits are too large for it."""
 
 
 def check(case: Case, samples: list[Sample]) -> None:
@@ -59,15 +62,23 @@ def test_weights_of_large_logits_are_as_exact_as_dense_fp32(name: str) -> None:
     check(CASES[name], [features(CASES[name], 100.0, True, seed) for seed in range(2)])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_logsumexp_is_subtracted_in_two_parts_where_it_is_in_weights(dtype: str) -> None:
+@pytest.mark.parametrize("name", [*WEIGHING, *SHARING])
+def test_a_logsumexp_is_subtracted_in_two_parts_where_it_is_in_weights(name: str) -> None:
     """Where one shared exponential serves, and in fp64, it is not."""
-    others = ("clip", "infonce", "siglip", "nt_xent", "supcon")
-    found = {
-        name: "_remainder(" in emit(CASES[name], "spill", dtype=dtype, width=WIDTH)
-        for name in (*WEIGHING, *others)
+    case = CASES[name]
+    passes = build_program(plan_sweeps(case.loss, case.positives, case.needs), "spill").passes
+    modes = {
+        mode
+        for pass_ in passes
+        for mode, code in pass_.programs.items()
+        if any(expr.has(remainder) for expr, _ in code.hoisted.values())
     }
-    assert found == {name: name in WEIGHING and dtype == "float32" for name in found}
+    nested = name == "sinkhorn"  # logits less a logsumexp
+    assert modes == (
+        {"bounded", "running"} if nested else set() if name == "siglip" else {"running"}
+    )
+    assert ("_remainder(" in emit(case, "spill", dtype="float32", width=WIDTH)) == bool(modes)
+    assert "_remainder(" not in emit(case, "spill", dtype="float64", width=WIDTH)
 
 
 @pytest.mark.parametrize("above", [1.0, 0.1])
@@ -91,8 +102,10 @@ def wide(case: Case) -> frozenset[str]:
 
 
 def test_only_what_is_subtracted_is_wider_than_tiles() -> None:
-    """Where a shared exponential does without logsumexps, they are rounded."""
-    assert not any(wide(CASES[n]) for n in ("clip", "infonce", "siglip", "nt_xent", "supcon"))
+    """Logsumexps are in any loss: running maxima subtract them in two parts."""
+    found = {name: set(wide(CASES[name])) for name in SHARING}
+    one, two = {"r0"}, {"r0", "r5"}
+    assert found == {"clip": two, "infonce": one, "siglip": set(), "nt_xent": one, "supcon": one}
     plan = plan_sweeps(CASES["debiased"].loss, "diagonal", CASES["debiased"].needs)
     found = {plan.leaves[n].kind for n in wide(CASES["debiased"])}
     assert found == {"reduction", "similarity_at_positive"}
