@@ -160,10 +160,18 @@ def lower_pass(
 
 
 def by_width(
-    plan: SweepPlan, lower: Callable[[Mode, bool], TileProgram], modes: tuple[Mode, ...]
+    plan: SweepPlan,
+    lower: Callable[[Mode, bool], TileProgram],
+    modes: tuple[Mode, ...],
+    travelling: bool = False,
 ) -> tuple[dict[Mode, TileProgram], dict[Mode, TileProgram]]:
-    """Tile programs by mode, and those of tiles that read what is rounded, where they differ."""
+    """Tile programs by mode, and those of tiles that read what is rounded, where they differ.
+
+    ``travelling``: second parts would travel between ranks, and do where every mode needs them.
+    """
     rounded = {mode: lower(mode, False) for mode in modes}
+    if travelling and bounded_logits(plan) and not splits_logsumexps(plan, "bounded"):
+        return rounded, {}
     exact = {mode: lower(mode, True) for mode in modes if splits_logsumexps(plan, mode)}
     return rounded | exact, rounded if exact else {}
 

@@ -236,6 +236,7 @@ def _make(
             exact=exact,
         ),
         modes,
+        travelling=True,
     )
     exprs = [e for r in reductions for e in r.expressions]
     exprs += [plan.gradient.similarities[g] for g in gradients] if plan.gradient else []
