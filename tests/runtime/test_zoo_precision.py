@@ -108,7 +108,7 @@ def test_what_positives_are_subtracted_from_is_as_exact_as_dense_fp32(name: str)
 def test_every_loss_is_as_exact_as_dense_fp32(name: str) -> None:
     """Its own parameters and logit scales of 1, 14.3 and 100, with rows of length 1 and of any.
 
-    All of it takes three minutes on a quiet core.
+    All of it takes four minutes on one core.
     """
     case = CASES[name]
     regimes = itertools.product((None, 1.0, 14.3, 100.0), (False, True), range(4))
