@@ -56,7 +56,8 @@ def train(arguments: argparse.Namespace) -> list[float]:
         if rank == 0:
             print(text, flush=True)
 
-    say(f"rank 0 of {ranks} reads the functions of installed packages, once for {arguments.data}")
+    kept = "" if arguments.max_files else f", once for {arguments.data}"
+    say(f"rank 0 of {ranks} reads the functions of installed packages{kept}")
     loaded = [load(arguments.data, arguments.max_files) if rank == 0 else None]
     dist.broadcast_object_list(loaded)  # parsed once
     assert loaded[0] is not None

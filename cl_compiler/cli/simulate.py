@@ -48,15 +48,14 @@ def simulate(
     bank: opt.Bank = 0,
     operand: opt.Widths = None,
     schedule: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--schedule",
             "-s",
-            help="Only this one: ring_owner, ring_travel, all_gather, two_level, half_ring, "
-            "both_ways or host. [default: each of them]",
-            show_default=False,
+            help="auto (each of them), or only ring_owner, ring_travel, all_gather, two_level, "
+            "half_ring, both_ways or host.",
         ),
-    ] = None,
+    ] = "auto",
     ranks: Annotated[
         int,
         typer.Option(
@@ -92,10 +91,10 @@ def simulate(
     from cl_compiler.lang.ring import CLUSTER_SCHEDULES
     from cl_compiler.plan.shards import fastest
 
-    if schedule is not None and schedule not in CLUSTER_SCHEDULES:
+    if schedule not in ("auto", *CLUSTER_SCHEDULES):
         known = ", ".join(CLUSTER_SCHEDULES)
-        raise typer.BadParameter(f"--schedule {schedule!r}: use one of {known}; or leave it out")
-    schedules = CLUSTER_SCHEDULES if schedule is None else (schedule,)
+        raise typer.BadParameter(f"--schedule {schedule!r}: use auto or one of {known}")
+    schedules = CLUSTER_SCHEDULES if schedule == "auto" else (schedule,)
     if gantt is not None:
         check_path("--gantt", gantt, GANTT_SUFFIXES)
     if page is not None:
@@ -109,7 +108,7 @@ def simulate(
     with working("simulating", steps(schedules, max_batch)) as step:
         step()
         whole = request_of(question)
-        asked = replace(on_ranks(whole, ranks, differing), schedule=schedule or "auto")
+        asked = replace(on_ranks(whole, ranks, differing), schedule=schedule)
         if asked.group_size == 1:
             raise typer.BadParameter(
                 f"{asked.hardware.name} is one rank: nothing is exchanged; use `cl-compiler plan`, "
@@ -145,7 +144,7 @@ def simulate(
             write(in_options(f"\n{in_tables(of.plan, step_text)}"))
     if page is not None:
         notes = _not_taken(reasons)
-        notes += [f"fastest: {best}, {_fastest(found[best])}", *_thrifty(found, best)]
+        notes += [_fastest(found, best), *_thrifty(found, best)]
         notes += [_in_rows(best, found[best])] if differing is not None else []
         runs = [(name, of.run) for name, of in found.items()]
         shards = _shards(asked, whole.problem.M, differing)
@@ -189,7 +188,7 @@ def _write_text(
     of = found[best]
     if refused:
         write("")
-    write(f"fastest: {best}, {_fastest(of)}")
+    write(_fastest(found, best))
     for line in _thrifty(found, best):
         write(line)
     if ranks is not None and of.shares is not None:
@@ -253,9 +252,11 @@ def _in_rows(name: str, of: Found) -> str:
     return f"ranks that differ: {name} takes {seconds} with rows {rows}; {even}"
 
 
-def _fastest(of: Found) -> str:
+def _fastest(found: dict[str, Found], best: str) -> str:
+    """What bounds the schedule that takes least time, or the one that there is."""
+    of, title = found[best], f"fastest: {best}, " if len(found) > 1 else f"{best}: "
     hides = f"from {of.cluster.hiding_rows} rows per rank on" if of.cluster.hiding_rows else "-"
-    return f"bound by {of.run.bound_by}; hides its exchange {hides}"
+    return f"{title}bound by {of.run.bound_by}; hides its exchange {hides}"
 
 
 def _thrifty(found: dict[str, Found], best: str) -> list[str]:

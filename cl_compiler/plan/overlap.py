@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import HALF_RING, TRAVEL, is_local
+from cl_compiler.lang.ring import HALF_RING, HOST, TRAVEL, is_local
 from cl_compiler.lang.tile_ir import Gemm
 from cl_compiler.plan.exchange import Hop, exchange_seconds, hiding_rows
 from cl_compiler.plan.travel import travels_of
@@ -123,21 +123,49 @@ def overlap_of(
             # a gather is one message of all ranks' parts, and the first and the last are waited for
             calls = chunks * phase.passes * _rounds(ranks)
             sent_s = max(h.sends * whole / h.bytes_per_s + calls * h.latency_s for h in hops)
-            hiding_s = part_s * (chunks - 1) / chunks
+            waited_s = sent_s - part_s * (chunks - 1) / chunks
             left_s = sent_s / chunks
         else:
             sent_s = exchange_seconds(hops, whole, chunks * phase.passes)
-            # of P steps' products, those of the last one or of a last own piece hide no step
-            hiding_s = part_s * (ranks - 1) / ranks
+            shard_s = part_s / ranks / chunks
             # what was accumulated of the last chunk comes home when nothing is left to multiply
             # but what was held back
             last = phase.gradient_bytes * (rows - (chunks - 1) * chunk) / rows
             left_s = max(last / h.bytes_per_s + h.latency_s for h in hops) if last else 0.0
             if schedule in (TRAVEL, HALF_RING):
-                left_s = max(0.0, left_s - part_s / ranks / chunks * phase.held)
+                left_s = max(0.0, left_s - shard_s * phase.held)
+            if schedule == HOST:  # a chunk's last step hides nothing: the next one is being copied
+                waited_s = sent_s - part_s * (ranks - 1) / ranks
+            else:
+                messages = [
+                    (h, whole / chunks / h.bytes_per_s + phase.passes * h.latency_s) for h in hops
+                ]
+                nested = schedule == "two_level"
+                waited_s = max(
+                    _waited_s(hop, seconds, ranks, chunks, shard_s, nested, nested and bool(inner))
+                    for inner, (hop, seconds) in enumerate(messages)
+                )
         exchange_s += sent_s
-        exposed_s += max(left_s, sent_s - hiding_s)
+        exposed_s += max(left_s, waited_s)
     return Overlap(exchange_s, exposed_s, tuple(hidden))
+
+
+def _waited_s(
+    hop: Hop, message_s: float, ranks: int, chunks: int, shard_s: float, nested: bool, inner: bool
+) -> float:
+    """Seconds that a rank waits for what passes over one kind of hop.
+
+    A message hides behind ``hop.steps`` shards' products of ``shard_s`` each, the first of all
+    behind the own shard's (of rings that are ``nested``, the own node's).  The first of every
+    further chunk sets out with the last message of the chunk before, and has what is left of the
+    products of a circle to hide behind; the ``inner`` circle begins anew each time.
+    """
+    step_s = hop.steps * shard_s
+    first_s = step_s if nested else shard_s
+    between_s = first_s if inner else ranks * shard_s - (hop.sends - 1) * step_s
+    later = chunks * (hop.sends - 1) * max(0.0, message_s - step_s)
+    firsts = (chunks - 1) * max(0.0, message_s - between_s) + max(0.0, message_s - first_s)
+    return later + firsts
 
 
 def _rounds(ranks: int) -> int:

@@ -249,14 +249,14 @@ def _shards(ring, axis, sent, folds=()):
         for way, steps in ((1, ranks // 2), (-1, (ranks - 1) // 2))
     ]
     starts = range(0, max(lengths), chunk)
+    for line in lines:
+        if starts and line.steps:
+            line.post([t[:chunk] for t in sent], 1, 0)
     for start in starts:
         own = [t[start : start + chunk] for t in sent]
-        past_own = start + chunk
-        following = [t[past_own : past_own + chunk] for t in sent] if past_own in starts else []
+        end_own = start + chunk
+        following = [t[end_own : end_own + chunk] for t in sent] if end_own in starts else []
         home = [t[start : start + chunk] for t in folds.home]
-        for line in lines if start == 0 else ():
-            if line.steps:
-                line.post(own, 1, 0)
         yield start, own, home
         for step in range(1, ranks // 2 + 1):
             for line in lines:

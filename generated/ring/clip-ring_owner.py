@@ -203,11 +203,11 @@ class _Circle:
         def length(owner, start):
             return min(max(lengths[owner] - start, 0), chunk)
 
+        if rows and ranks > 1:
+            self.post([t[:chunk] for t in sent], length(mine - 1, 0))
         arriving, due, turn = [], [], 0
         for start in range(0, rows, chunk):
             own = [t[start : start + chunk] for t in sent]
-            if start == 0 and ranks > 1:
-                self.post(own, length(mine - 1, 0))
             home = [t[start : start + chunk] for t in folds.home]
             yield start, mine, own, home
             for step in range(1, ranks):

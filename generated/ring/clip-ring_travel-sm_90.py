@@ -297,12 +297,12 @@ class _Circle:
         def length(owner, start):
             return min(max(lengths[owner] - start, 0), chunk)
 
+        if rows and ranks > 1:
+            self.post([t[:chunk] for t in sent], length(mine - 1, 0))
         arriving, due, turn = [], [], 0
         starts = range(0, rows, chunk)
         *pieces, last = _own_pieces(lengths[mine], len(starts), sent, folds.home)
         for start, (first, past) in zip(starts, pieces, strict=True):
-            if start == 0 and ranks > 1:
-                self.post([t[:chunk] for t in sent], length(mine - 1, 0))
             home = [t[start : start + chunk] for t in folds.home]
             yield first, mine, *folds.own(sent, first, past)
             for step in range(1, ranks):

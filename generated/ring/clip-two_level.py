@@ -14,9 +14,9 @@ Every rank has a shard of the rows and of the columns (M and N are its lengths).
 Shards of one side travel around the ring of nodes, on each around the ring of its ranks, and meet
 every rank's shard of the other side.
 
-To use it, every rank of a group runs, with its own shard, here of P = 2 ranks:
+To use it, every rank of a group runs, with its own shard, of P ranks, a multiple of NODE:
 
-    ring = Ring(group, {"rows": [M0, M1], "cols": [N0, N1]}, shard_scale, scalar_scale)
+    ring = Ring(group, {"rows": [M0, M1, ...], "cols": [N0, N1, ...]}, shard_scale, scalar_scale)
     value, *_ = Loss.apply(ring, x, y, logit_scale)
     value.backward()
 
@@ -210,11 +210,11 @@ class _Circle:
         def length(owner, start):
             return min(max(lengths[owner] - start, 0), chunk)
 
+        if rows and ranks > 1:
+            self.post([t[:chunk] for t in sent], length(mine - 1, 0))
         arriving, due, turn = [], [], 0
         for start in range(0, rows, chunk):
             own = [t[start : start + chunk] for t in sent]
-            if start == 0 and ranks > 1:
-                self.post(own, length(mine - 1, 0))
             home = [t[start : start + chunk] for t in folds.home]
             yield start, mine, own, home
             for step in range(1, ranks):
@@ -249,6 +249,8 @@ def _shards(ring, axis, sent, folds=()):
     node; while they are on a node, they go around its ranks.
     """
     lengths, mine = ring.lengths[axis], ring.rank
+    if ring.world_size % NODE:
+        raise ValueError(f"{ring.world_size} ranks are not nodes of NODE = {NODE}: use a multiple")
     sent = [t.contiguous() for t in sent]
     rows = max(lengths)
     chunk = max(1, min(CHUNK, rows))

@@ -291,15 +291,14 @@ def _shards(ring, axis, sent, folds):
     folds = _Folds(folds)
     lines = [_Line(ring, 1, ranks // 2, lengths, chunk, sent, folds)]
     starts = range(0, max(lengths), chunk)
+    for line in lines:
+        if starts and line.steps:
+            line.post([t[:chunk] for t in sent], 1, 0)
     *pieces, last = _own_pieces(lengths[ring.rank], len(starts), sent, folds.home)
     for start, (begin, end) in zip(starts, pieces, strict=True):
-        own = [t[start : start + chunk] for t in sent]
-        past_own = start + chunk
-        following = [t[past_own : past_own + chunk] for t in sent] if past_own in starts else []
+        end_own = start + chunk
+        following = [t[end_own : end_own + chunk] for t in sent] if end_own in starts else []
         home = [t[start : start + chunk] for t in folds.home]
-        for line in lines if start == 0 else ():
-            if line.steps:
-                line.post(own, 1, 0)
         for first in range(begin, end, chunk):  # tiles are no wider than a chunk
             yield first, first, *folds.own(sent, first, min(first + chunk, end))
         for step in range(1, ranks // 2 + 1):

@@ -159,10 +159,10 @@ class _Circle:
         def length(owner, start):
             return min(max(lengths[owner] - start, 0), chunk)
 
+        if rows and ranks > 1:
+            self.post([t[:chunk] for t in sent], length(mine - 1, 0))
         for start in range(0, rows, chunk):
             own = [t[start : start + chunk] for t in sent]
-            if start == 0 and ranks > 1:
-                self.post(own, length(mine - 1, 0))
             yield start, mine, own
             for step in range(1, ranks):
                 owner, follower = (mine - step) % ranks, (mine - step - 1) % ranks

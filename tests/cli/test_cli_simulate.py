@@ -162,7 +162,7 @@ def test_bars_too_narrow_to_see_are_joined_and_keep_their_lengths():
         ("--problem 0x64", "--problem: 0x64 has a size of 0"),
         ("--hardware h100x1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
         ("--ranks 1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
-        ("--schedule spill", "--schedule 'spill': use one of ring_owner, ring_travel, "),
+        ("--schedule spill", "--schedule 'spill': use auto or one of ring_owner, ring_travel, "),
     ],
 )
 def test_what_could_not_be_written_or_read_is_refused_before_the_work(

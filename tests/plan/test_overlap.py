@@ -21,7 +21,7 @@ from cl_compiler.plan.machine import machine_of
 from cl_compiler.plan.overlap import phases_of
 from cl_compiler.plan.report import explain
 from cl_compiler.plan.simulate import lines_of, run, simulate, work_of
-from cl_compiler.plan.types import Problem
+from cl_compiler.plan.types import Problem, Request
 from tests.plan.test_simulate import planned, request
 
 # ---- the closed form ----------------------------------------------------------------------------
@@ -161,3 +161,33 @@ def test_the_planned_schedule_is_about_the_fastest_that_is_simulated(preset, row
         took[schedule] = simulate(plan, program, asked.hardware).seconds
     chosen = planned(request(preset, rows))[0].cluster.schedule
     assert len(took) > 2 and took[chosen] <= 1.1 * min(took.values()), (chosen, took)
+
+
+def on_slow_links(asked: Request, by: float) -> Request:
+    """The same on links that take so much longer."""
+    links = [
+        replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s / by)
+        for link in asked.hardware.links
+    ]
+    return replace(asked, hardware=replace(asked.hardware, links=tuple(links)))
+
+
+@pytest.mark.parametrize(
+    ("preset", "by"), [("rtx4090x2", 2), ("rtx4090x2", 8), ("mi300x8", 16), ("a800-4x8", 4)]
+)
+@pytest.mark.parametrize("rows", [2048, 8192])
+def test_what_products_do_not_hide_is_what_is_simulated(preset, by, rows):
+    """Where ranks wait for slow links: planned seconds are within a tenth of simulated ones, and
+    what is chosen is within a twentieth of the fastest."""
+    seconds, ratios = {}, {}
+    for schedule in CLUSTER_SCHEDULES:
+        asked = on_slow_links(request(preset, rows, schedule), by)
+        try:
+            plan, program = planned(asked)
+        except CompilerError:
+            continue
+        seconds[schedule] = simulate(plan, program, asked.hardware).seconds
+        ratios[schedule] = plan.seconds / seconds[schedule]
+    chosen = planned(on_slow_links(request(preset, rows), by))[0].cluster.schedule
+    assert len(ratios) > 2 and all(0.9 < ratio < 1.1 for ratio in ratios.values()), ratios
+    assert seconds[chosen] <= 1.05 * min(seconds.values()), (chosen, seconds)

@@ -13,6 +13,7 @@ from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.cluster import choose_cluster_plan
 from cl_compiler.plan.travel import Travel, travels_of
+from cl_compiler.runtime.loader import load_source
 from cl_compiler.runtime.ring import LoopbackRing, run_ranks
 from tests import losses_zoo as zoo
 from tests.ring.shards import emit_ring
@@ -141,3 +142,14 @@ def test_where_a_maximum_is_found_again_no_rows_are_held_back():
     _, program = choose_cluster_plan(asked, plan_sweeps(find("clip"), "paired", asked.needs))
     held = [t.held_back(4, 4) for t in travels_of(program, asked.problem)]
     assert held == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_fill_no_node_are_refused(ranks):
+    """An emitted file of rings of rings, on its own."""
+    case = next(case for case in zoo.cases() if case.name == "clip")
+    module = load_source(emit_ring(case, "two_level", node=4), "nodes")
+    with pytest.raises(
+        ValueError, match=f"{ranks} ranks are not nodes of NODE = 4: use a multiple"
+    ):
+        next(module._shards(Mirror(ranks, {"cols": (5,) * ranks}), "cols", (torch.ones(5, 3),)))
