@@ -14,8 +14,9 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.stages import StagePrinter, StageText
 from cl_compiler.codegen.symbols import narrowed, scaled_in_products, view_text
 from cl_compiler.codegen.whole import WholeStagePrinter
+from cl_compiler.lang.differences import POSITIVES_AT_ONCE
 from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
-from cl_compiler.lang.program import POSITIVES_AT_ONCE, Program
+from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.whole import taken_at_positives
 from cl_compiler.plan.types import Plan

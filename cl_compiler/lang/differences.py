@@ -21,6 +21,10 @@ from cl_compiler.lang.rewrite import remainder
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Compute, Diagonal, Mode, TileProgram, VectorRef
 
+POSITIVES_AT_ONCE = 64
+"""Rows whose products with their positives are read off one small tile, where they are to be what
+tiles have there bit for bit; fewer would be multiplied by another kernel."""
+
 
 def wide_vectors(plan: SweepPlan, programs: Iterable[TileProgram]) -> frozenset[str]:
     """Names of vectors to keep in fp64: statistics, positives, and what is made of them.
@@ -92,6 +96,19 @@ def is_nested(plan: SweepPlan) -> bool:
     return any(s.name in names for n in sums for s in n.operand.free_symbols)
 
 
+def reads_positives(plan: SweepPlan) -> bool:
+    """Whether gradients are made of similarities at the positives."""
+    if plan.gradient is None:
+        return False
+    exprs: list[sp.Expr] = []
+    for made in (plan.gradient.positives, plan.gradient.vectors, plan.gradient.parameters):
+        exprs += made.values()
+    for step in plan.gradient.steps:
+        exprs += [step.expr] if isinstance(step, Let) else step.expressions
+    names = {s.name for e in exprs for s in e.free_symbols}
+    return any(plan.leaves[n].kind == "similarity_at_positive" for n in names)
+
+
 def _split(plan: SweepPlan, programs: Iterable[TileProgram]) -> set[str]:
     """Logsumexps that are added to tiles in two parts."""
     exprs = [e for code in programs for e, _ in code.hoisted.values() if e.has(remainder)]
@@ -116,4 +133,11 @@ def _read(code: TileProgram) -> set[str]:
     return names | {g.row_scale for g in code.gradients if g.row_scale}
 
 
-__all__ = ["is_nested", "splits_logsumexps", "subtracted", "wide_vectors"]
+__all__ = [
+    "POSITIVES_AT_ONCE",
+    "is_nested",
+    "reads_positives",
+    "splits_logsumexps",
+    "subtracted",
+    "wide_vectors",
+]

@@ -14,7 +14,7 @@ from typing import Literal
 import sympy as sp
 
 from cl_compiler.errors import ScheduleError
-from cl_compiler.lang.differences import is_nested, wide_vectors
+from cl_compiler.lang.differences import is_nested, reads_positives, wide_vectors
 from cl_compiler.lang.ir import SLOTS, Let, Reduction
 from cl_compiler.lang.lower_pass import bounded_logits, by_width, kept_expression, lower_pass
 from cl_compiler.lang.sweeps import SweepPlan, level_of
@@ -22,9 +22,6 @@ from cl_compiler.lang.tile_ir import Barrier, Gemm, Mode, TileProgram
 from cl_compiler.lang.whole import lower_whole
 
 Schedule = Literal["recompute", "spill", "panel", "retain", "dense"]
-POSITIVES_AT_ONCE = 64
-"""Rows whose products with their positives are read off one small tile, where they are to be what
-tiles have there bit for bit; fewer would be multiplied by another kernel."""
 SCHEDULES: tuple[Schedule, ...] = ("recompute", "spill", "panel", "retain", "dense")
 Side = Literal["left", "right"]
 
@@ -128,16 +125,7 @@ class Program:
     @cached_property
     def subtracts_positives(self) -> bool:
         """Whether gradients subtract similarities at the positives from sums of what tiles hold."""
-        if self.narrow or self.plan.gradient is None:
-            return False
-        gradient, leaves = self.plan.gradient, self.plan.leaves
-        exprs: list[sp.Expr] = []
-        for made in (gradient.positives, gradient.vectors, gradient.parameters):
-            exprs += made.values()
-        for step in gradient.steps:
-            exprs += [step.expr] if isinstance(step, Let) else step.expressions
-        names = {s.name for e in exprs for s in e.free_symbols}
-        return any(leaves[n].kind == "similarity_at_positive" for n in names)
+        return not self.narrow and reads_positives(self.plan)
 
     @property
     def narrowed(self) -> Program:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from cl_compiler.lang.program import POSITIVES_AT_ONCE
+from cl_compiler.lang.differences import POSITIVES_AT_ONCE
 from cl_compiler.plan.facts import Output, PassFacts, ProgramFacts
 from cl_compiler.plan.sizes import (
     COMPUTE_BYTES,

@@ -126,9 +126,9 @@ def _without_a_neighbour(
     """Safe kernels of one matrix's statistics may have all registers if they need over half.
 
     Left to itself the compiler makes such a kernel do with half, so that two programs fit on a
-    multiprocessor, and spills what is over: 8 bytes of CLIP's in tf32, with Triton 3.6.  For
-    kernels that run rarely that is no gain.  Others (several matrices, gradients) would take all
-    that there are, and spill of those.
+    multiprocessor, and spills what is over: 8 bytes in tf32 where rows and columns have sums, with
+    Triton 3.6.  For kernels that run rarely that is no gain.  Others (several matrices, gradients)
+    would take all that there are, and spill of those.
     """
     if "running" not in tiles or "bounded" not in pass_.programs:
         return tiles
