@@ -41,7 +41,7 @@ def workload(
         needs,
         precision or {"bfloat16": "bf16", "float32": "bf16x3"}[dtype],
     )
-    program = build_program(plan_sweeps(ir, request.positives, needs), "spill")
+    program = build_program(plan_sweeps(ir, request.positives, needs), "spill").narrowed
     return Workload(request, program, hardware.arch)
 
 
