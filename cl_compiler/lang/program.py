@@ -79,7 +79,7 @@ class Stage:
     vectors: tuple[str, ...]
 
     @property
-    def rounded(self) -> Stage:
+    def narrowed(self) -> Stage:
         """The same with tiles that read vectors as they are rounded."""
         return replace(self, passes=tuple(p.narrowed for p in self.passes))
 
@@ -132,8 +132,8 @@ class Program:
         """The same with vectors as wide as tiles, of which nothing is added in two parts."""
         return replace(
             self,
-            forward=tuple(s.rounded for s in self.forward),
-            backward=tuple(s.rounded for s in self.backward),
+            forward=tuple(s.narrowed for s in self.forward),
+            backward=tuple(s.narrowed for s in self.backward),
             narrow=True,
         )
 
