@@ -7,11 +7,8 @@ import pytest
 from tests.ring.processes import launch
 from tests.ring.remote import held
 
-MOST = {"ring_owner": 2, "both_ways": 3, "two_level": 4}
-"""Matrices of other ranks' rows: one that is here and one that arrives, in each direction or ring.
-
-Of four ranks, one way around has a single other rank, which sends nothing on.
-"""
+MOST = {"ring_owner": 2, "both_ways": 4, "two_level": 4}
+"""Of other ranks' rows: one matrix that is here and one that arrives, in each direction or ring."""
 
 
 @pytest.mark.parametrize(
