@@ -44,8 +44,10 @@ _L3_BYTES_PER_S_PER_CORE = 25e9
 _DRAM_BYTES_PER_S_PER_CORE = 12e9
 _DRAM_BYTES_PER_S_MOST = 200e9
 _OP_OVERHEAD_S = 2e-6
-# bfloat16 against float32 GEMMs; the first ratio was measured (preset xeon-amx-2c).
-_BF16_GAIN = {"amx_bf16": 2.9, "avx512_bf16": 1.5, "bf16": 1.5}
+# float32 GEMMs that may round to bfloat16 against those that may not; the first ratio was measured
+# (preset xeon-amx-2c), and the second: without AMX, oneDNN makes them in float32 (on a Zen 4 1.07
+# to 1.2 times as fast as BLAS).
+_BF16_GAIN = {"amx_bf16": 2.9, "avx512_bf16": 1.1, "bf16": 1.5}
 
 # (part of the device's name, SMs, preset): longer names first, as "A100" is in no other.
 _KNOWN_GPUS = (
