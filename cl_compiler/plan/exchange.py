@@ -95,19 +95,26 @@ def exchange_seconds(hops: tuple[Hop, ...], shard_bytes: float, messages: int) -
 
 
 def hiding_rows(
-    products_s: float, problem: Problem, shard_bytes: float, hops: tuple[Hop, ...]
+    products_s: float,
+    problem: Problem,
+    shard_bytes: float,
+    hops: tuple[Hop, ...],
+    messages: int = 1,
+    chunk: int | None = None,
 ) -> int:
     """Rows per rank from which on products hide what is sent meanwhile; 0 where nothing is.
 
-    A step's matrix products take a·b² seconds, its message latency_s + b·linear, and G steps are
-    there to hide it: b* is the larger root of their difference.  Whatever else a step does hides
-    more.
+    A step's matrix products take a·b² seconds, its messages latencies + b·linear, and G steps are
+    there to hide them: b* is the larger root of their difference.  In chunks of c rows it is
+    a·b·c against latencies + c·linear.  Whatever else a step does hides more.
 
     Args:
         products_s: seconds of the matrix products of a shard as ``problem`` with another.
         problem: of one rank.
         shard_bytes: sent of a shard beside them.
         hops: that it passes over.
+        messages: in which a chunk is sent over a hop.
+        chunk: rows that travel together; None: all.
     """
     rows = 0
     for hop in hops:
@@ -115,7 +122,10 @@ def hiding_rows(
             continue
         a = products_s / (problem.M * problem.N) * hop.steps
         linear = shard_bytes / max(problem.M, problem.N) / hop.bytes_per_s
-        root = (linear + math.sqrt(linear * linear + 4 * a * hop.latency_s)) / (2 * a)
+        latency_s = messages * hop.latency_s
+        root = (linear + math.sqrt(linear * linear + 4 * a * latency_s)) / (2 * a)
+        if chunk is not None and root > chunk:
+            root = (linear + latency_s / chunk) / a
         rows = max(rows, math.ceil(root))
     return rows
 

@@ -31,15 +31,16 @@ class Phase:
     """What a forward or a backward moves of a shard, all passes together.
 
     ``share``: of a program's products, those that are made while shards are on their way.
-    ``gradient_bytes``: what is accumulated on its way, of ``shard_bytes``.  ``passes``: over the
-    ring.  ``held``: of a chunk of its own, what a rank computes while the last of it comes home.
+    ``gradient_bytes``: what is accumulated on its way, of ``shard_bytes``.  ``messages``: of a
+    chunk at a hop.  ``held``: of a chunk of its own, what a rank computes while the last of it
+    comes home.
     """
 
     name: str
     share: float
     shard_bytes: float
     gradient_bytes: float
-    passes: int
+    messages: int
     held: float = 0.0
 
 
@@ -67,10 +68,10 @@ def phases_of(program: Program, problem: Problem, resident: int = 0) -> tuple[Ph
             * problem.compute_bytes
         )
         share = sum(s for s, _ in of)
-        turns = sum(t.rounds(problem, resident) for _, t in of)
+        messages = sum(t.messages * t.rounds(problem, resident) for _, t in of)
         held = max(t.held_back(problem.input_bytes, problem.compute_bytes) for _, t in of)
         whole, back = rows * float(operands + gradients), rows * float(gradients)
-        result.append(Phase(name, share, whole, back, turns, held))
+        result.append(Phase(name, share, whole, back, messages, held))
     return tuple(result)
 
 
@@ -113,20 +114,21 @@ def overlap_of(
     exchange_s = exposed_s = 0.0
     hidden = []
     for phase in phases:
-        hidden.append(
-            (phase.name, hiding_rows(products_s * phase.share, problem, phase.shard_bytes, hops))
+        needed = hiding_rows(
+            products_s * phase.share, problem, phase.shard_bytes, hops, phase.messages, chunk
         )
+        hidden.append((phase.name, needed))
         if not hops:
             continue
         part_s, whole = compute_s * phase.share, phase.shard_bytes
         if schedule == "all_gather":
             # a gather is one message of all ranks' parts, and the first and the last are waited for
-            calls = chunks * phase.passes * _rounds(ranks)
+            calls = chunks * phase.messages * _rounds(ranks)
             sent_s = max(h.sends * whole / h.bytes_per_s + calls * h.latency_s for h in hops)
             waited_s = sent_s - part_s * (chunks - 1) / chunks
             left_s = sent_s / chunks
         else:
-            sent_s = exchange_seconds(hops, whole, chunks * phase.passes)
+            sent_s = exchange_seconds(hops, whole, chunks * phase.messages)
             shard_s = part_s / ranks / chunks
             # what was accumulated of the last chunk comes home when nothing is left to multiply
             # but what was held back
@@ -138,7 +140,7 @@ def overlap_of(
                 waited_s = sent_s - part_s * (ranks - 1) / ranks
             else:
                 messages = [
-                    (h, whole / chunks / h.bytes_per_s + phase.passes * h.latency_s) for h in hops
+                    (h, whole / chunks / h.bytes_per_s + phase.messages * h.latency_s) for h in hops
                 ]
                 nested = schedule == "two_level"
                 waited_s = max(

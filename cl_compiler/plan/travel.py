@@ -115,6 +115,12 @@ class Travel:
         """Whether a rank makes the pass without the others."""
         return not self.operand_width + self.vectors + self.folds
 
+    @property
+    def messages(self) -> int:
+        """Of a chunk at a hop: what is read, and what is accumulated, which follows a step later."""
+        reads, accumulates = self.operand_width + self.vectors, self.gradient_width + self.folds
+        return bool(reads) + bool(accumulates)
+
     def home_rows(self, problem: Problem) -> int:
         """Rows of what stays."""
         return problem.M if self.side else problem.N

@@ -190,8 +190,8 @@ def test_files_are_compared_and_drawn(results: Path, tmp_path: Path):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_results_of_the_cpu_benchmark_are_shown_too(tmp_path: Path):
-    (path,) = RESULTS
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_of_the_cpu_benchmark_are_shown_too(path: Path, tmp_path: Path):
     found = CliRunner().invoke(app, ["bench", "--compare", str(path), "--out", str(tmp_path)])
     assert found.exit_code == 0, found.output
     assert "compiled (retain)" in found.output and "1 threads" in found.output

@@ -80,6 +80,22 @@ def test_latency_raises_it_within_the_tables_range(cluster):
         assert least - 50 <= found[-1] and found[1] <= most + 50, (schedule, phase, found)
 
 
+def test_messages_in_chunks_raise_it_by_their_latencies():
+    """Two messages of a chunk of 512 rows, at every hop: a step's products are those of a chunk."""
+    problem, hop = Problem(4096, 4096, 768, "bfloat16"), Hop(45e9, 10e-6, 7, 1)
+    products_s, shard = 2e-3, 4096 * 768 * 2.0
+
+    def left_s(rows: int, chunk: int) -> float:
+        part = min(chunk, rows)
+        message_s = 2 * hop.latency_s + shard * part / 4096 / hop.bytes_per_s
+        return message_s - products_s * rows * part / 4096**2
+
+    for chunk in (512, 1 << 20):
+        found = hiding_rows(products_s, problem, shard, (hop,), 2, chunk)
+        assert left_s(found, chunk) <= 0 < left_s(found - 1, chunk)
+    assert hiding_rows(products_s, problem, shard, (hop,), 2, 512) > found
+
+
 # ---- beside the simulator -----------------------------------------------------------------------
 
 CLUSTERS = ("a800x8", "a800-4x8", "rtx4090x2")
@@ -172,13 +188,18 @@ def on_slow_links(asked: Request, by: float) -> Request:
     return replace(asked, hardware=replace(asked.hardware, links=tuple(links)))
 
 
+BOUND_BY_LATENCY = [("a800-4x8", 1, 2048), ("h100-128x8", 1, 1024)]
+"""What is accumulated is a message of its own, a step behind its shard."""
+BOUND_BY_LINKS = [("rtx4090x2", 2), ("rtx4090x2", 8), ("mi300x8", 16), ("a800-4x8", 4)]
+
+
 @pytest.mark.parametrize(
-    ("preset", "by"), [("rtx4090x2", 2), ("rtx4090x2", 8), ("mi300x8", 16), ("a800-4x8", 4)]
+    ("preset", "by", "rows"),
+    [*BOUND_BY_LATENCY, *((*slow, rows) for slow in BOUND_BY_LINKS for rows in (2048, 8192))],
 )
-@pytest.mark.parametrize("rows", [2048, 8192])
 def test_what_products_do_not_hide_is_what_is_simulated(preset, by, rows):
-    """Where ranks wait for slow links: planned seconds are within a tenth of simulated ones, and
-    what is chosen is within a twentieth of the fastest."""
+    """Where ranks wait for links: planned seconds are within a tenth of simulated ones, and what is
+    chosen is within a twentieth of the fastest."""
     seconds, ratios = {}, {}
     for schedule in CLUSTER_SCHEDULES:
         asked = on_slow_links(request(preset, rows, schedule), by)
