@@ -53,13 +53,13 @@ LINES = tuple(
     for ranks in (2, 3, 4)
     for chunk in (640, 1920)
     for chunks in (1, 4)
-    for ratio in (0.5, 2.0)
+    for ratio in (0.5, 1.2, 2.0)
 ) + tuple(
     Configuration(ranks, chunk, chunks, ratio, False, schedule="both_ways")
     for ranks in (3, 4)
     for chunk in (640, 1920)
     for chunks in (1, 4)
-    for ratio in (0.5, 2.0)
+    for ratio in (0.5, 1.2, 2.0)
 )
 """Shards that go half of the way, or both ways; measured apart."""
 

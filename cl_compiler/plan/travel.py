@@ -117,7 +117,7 @@ class Travel:
 
     @property
     def messages(self) -> int:
-        """Of a chunk at a hop: what is read, and what is accumulated, which follows a step later."""
+        """Of a chunk at a hop: what is read; what is accumulated follows a step later."""
         reads, accumulates = self.operand_width + self.vectors, self.gradient_width + self.folds
         return bool(reads) + bool(accumulates)
 
