@@ -128,10 +128,6 @@ class ArgumentChecker:
         dtypes = {t.dtype for t in operands.values()}
         for found in dtypes:
             dtype = found if len(dtypes) == 1 else torch.promote_types(dtype, found)
-        if dtype not in _DTYPES:
-            raise ArgumentError(
-                f"{sig.name}: operands of {dtype}; use {', '.join(_DTYPES.values())}."
-            )
         copies = 0
         for name, tensor in operands.items():
             ready = tensor.to(dtype)
@@ -215,6 +211,11 @@ class ArgumentChecker:
                 f"{self.signature.name}: {name} must be a tensor {shape}, got {got}."
             )
         self._check_storage(name, value)
+        if value.dtype not in _DTYPES:
+            raise ArgumentError(
+                f"{self.signature.name}: {name} is {value.dtype}; operands are "
+                f"{', '.join(_DTYPES.values())}. Convert it, with .float() for instance."
+            )
         if 0 in (value.shape[1:] if self._may_be_empty else value.shape):
             raise ArgumentError(
                 f"{self.signature.name}: {name} is empty (shape {list(value.shape)}); a loss needs "

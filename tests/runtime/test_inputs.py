@@ -137,6 +137,15 @@ def test_other_dtypes_are_refused(bad: torch.dtype) -> None:
         compiled("clip")(x, x, logit_scale=1.0)
 
 
+@pytest.mark.parametrize("odd", ["x", "y"])
+def test_integers_beside_floats_are_refused(odd: str) -> None:
+    """They would be promoted, and have no gradient."""
+    given = {"x": torch.ones(4, 3), "y": torch.ones(4, 3)}
+    given[odd] = given[odd].long()
+    with pytest.raises(ArgumentError, match=rf"clip: {odd} is torch.int64; operands .*\.float\(\)"):
+        compiled("clip")(**given, logit_scale=1.0)
+
+
 # ---- scalars -----------------------------------------------------------------------------------
 
 
