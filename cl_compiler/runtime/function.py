@@ -71,6 +71,12 @@ class CompiledLoss(nn.Module):
         if planned is not None:
             self._variant(planned)
 
+    def close(self) -> None:
+        """Nothing: there is no process group to take down.
+
+        So scripts that close their loss run with ``group=`` and without; it may be called after.
+        """
+
     # -- what runs -------------------------------------------------------------------------------
 
     @property

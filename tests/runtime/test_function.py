@@ -165,6 +165,15 @@ def test_any_size(name: str, size: tuple[int, int, int]) -> None:
     assert_close(got[1], want[2])
 
 
+def test_without_a_group_there_is_nothing_to_close() -> None:
+    loss = compiled("clip")
+    x, y = features(12)
+    loss.close()
+    before = loss(x, y, logit_scale=1.0)
+    loss.close()
+    assert torch.equal(loss(x, y, logit_scale=1.0), before)
+
+
 def test_mistakes_are_named() -> None:
     loss = compiled("clip")
     x, y = features(11)
