@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from cl_compiler.errors import ArgumentError, CompilerError, GroupError
-from cl_compiler.runtime.guard import AFTER_FAILURE, Record, listed, ranks_in_words
+from cl_compiler.runtime.guard import AFTER_FAILURE, Record, listed
 from cl_compiler.runtime.own_group import WATCHDOG_S, OwnGroup
 from cl_compiler.runtime.streams import Posted
-from cl_compiler.runtime.watch import CLOSED, STORE_GONE, Beat, Watch, within
+from cl_compiler.runtime.watch import STORE_GONE, Beat, Watch, absent, within
 
 GradConvention = Literal["mean", "sum", "global"]
 CONVENTIONS: tuple[GradConvention, ...] = ("mean", "sum", "global")
@@ -295,9 +295,13 @@ class RankGroup:
         if heard is not None:
             self._failed = _quote(*heard)
         if self._failed:
-            of = f"{self.loss}: " if self.loss else ""
-            stop = "" if self._failed.endswith((".", "!", "?")) else "."
-            raise GroupError(f"{of}{self._failed}{stop} {AFTER_FAILURE}")
+            raise self._of_no_use()
+
+    def _of_no_use(self) -> GroupError:
+        """What is raised since the group has failed, where that is seen and in later calls."""
+        of = f"{self.loss}: " if self.loss else ""
+        stop = "" if self._failed.endswith((".", "!", "?")) else "."
+        return GroupError(f"{of}{self._failed}{stop} {AFTER_FAILURE}")
 
     def fail(self, error: BaseException | str) -> None:
         """Tell the other ranks that this one has failed: they raise and quote it."""
@@ -311,7 +315,7 @@ class RankGroup:
     def failure(self, error: BaseException) -> GroupError:
         """What to raise after an error of communication; the other ranks hear of it."""
         if self._failed:
-            return GroupError(self._failed)
+            return self._of_no_use()
         heard = self._watch.heard()
         if heard is None:
             seen = self._watch.others()
@@ -323,24 +327,24 @@ class RankGroup:
         else:
             assert seen is not None
             silent, beats = seen
-            mine = self._watch.beat
-            where = f"in the {mine.phase} of call {mine.sequence}"
+            where = self._watch.beat.where
             late = "imed out" in str(error) or "imeout" in str(error)
             what = f"waited {self.timeout_s:g} s {where}" if late else f"lost a connection {where}"
             text = f"rank {self.rank} {what}; "
             if silent:
-                text += _absent(silent, beats)
+                text += absent(silent, beats)
             else:
-                places = {r: f"{b.phase} (call {b.sequence})" for r, b in beats.items()}
-                shown = listed([places.get(r, "unknown") for r in range(self.world_size)])
-                text += f"all ranks are alive, and last entered: {shown}."
+                entered = [beats.get(r, Beat()).entered for r in range(self.world_size)]
+                text += f"all ranks are alive, and last entered: {listed(entered)}."
             self._watch.poison(text)
         self._failed = text
         _break_up(self._groups)
-        return GroupError(text)
+        return self._of_no_use()
 
     def close(self) -> None:
-        """End the thread and the process group; every rank calls it."""
+        """End the thread and the process group; every rank calls it, once or more often."""
+        if not self._groups:  # it was closed
+            return
         if not self._failed:
             self._watch.say_closed()
             self._failed = "the group was closed."
@@ -350,16 +354,6 @@ class RankGroup:
         self._groups.clear()
         self._posted = None
         del self.control, self._store  # and their connections
-
-
-def _absent(silent: Sequence[int], beats: Mapping[int, Beat]) -> str:
-    """Why these ranks are not heard of: those that closed their loss, if there are any, say so."""
-    closed = {
-        r: max(0, beats[r].sequence) for r in silent if r in beats and beats[r].phase == CLOSED
-    }
-    if not closed:
-        return f"{ranks_in_words(silent)} gave no sign of life any more."
-    return "; ".join(f"rank {r} {CLOSED} after call {n}" for r, n in closed.items()) + "."
 
 
 def _quote(rank: int, text: str) -> str:

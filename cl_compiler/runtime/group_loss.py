@@ -104,7 +104,10 @@ class GroupLoss(CompiledLoss):
         return other
 
     def close(self) -> None:
-        """Take the process group down; every rank calls it, or the processes just end."""
+        """Take the process group down; every rank calls it, or the processes just end.
+
+        A loss that is closed cannot be called any more; closing it again does nothing.
+        """
         if self._ranks is not None:
             self._ranks.close()
 

@@ -96,6 +96,8 @@ class Record:
                 "a rank of the group sent something that is no record of a call: give every loss "
                 "a group of its own, and let no other code communicate in it."
             )
+        if version != VERSION:  # whatever its other fields mean
+            return cls("forward", 0, version=version)
         needs, loss, request, shapes, scalars, copies_kib = rest
         return cls(
             PHASES[phase],
@@ -142,7 +144,8 @@ _NAMES = {
 }
 """Field → what it is called, and what to do where ranks differ in it."""
 _COMPILED = ("version", "loss", "request")
-"""Fields that say which code a rank runs: before anybody's arguments are looked at."""
+"""Fields that say which code a rank runs, and first how records are to be read: compared before
+anybody's arguments are looked at."""
 _DIGESTS = ("loss", "request", "shapes", "scalars")
 
 
@@ -168,7 +171,7 @@ def check_compiled(
     """Raise, on every rank, where ranks are in different calls, or run different code.
 
     Args:
-        name: the loss's, for messages.
+        name: the loss's, for messages; left out where ranks have different ones.
         records: of every rank, in their order.
         describe: field → what it stands for on every rank, as text; called where digests differ.
 
@@ -176,18 +179,22 @@ def check_compiled(
         GroupError: ranks are in different calls or phases.
         ArgumentError: they compiled another loss, or were asked for something else.
     """
+    of = f"{name}: "
+    if len({(r.version, r.loss) for r in records}) > 1:
+        of = ""  # each rank's own name: the message would not be the same on all of them
+    _compare(of, records, _COMPILED[:1], describe)
     places = [(r.phase, r.sequence) for r in records]
     if len(set(places)) > 1:
         shown = listed([f"the {phase} of call {n}" for phase, n in places])
         raise GroupError(
-            f"{name}: ranks are out of step: {shown}. Every rank calls the loss, and its backward, "
+            f"{of}ranks are out of step: {shown}. Every rank calls the loss, and its backward, "
             f"equally often and in the same order. {AFTER_FAILURE}"
         )
-    _compare(name, records, _COMPILED, describe)
+    _compare(of, records, _COMPILED[1:], describe)
 
 
 def _compare(
-    name: str,
+    of: str,
     records: Sequence[Record],
     names: Sequence[str],
     describe: Callable[[str], Sequence[str]],
@@ -202,9 +209,7 @@ def _compare(
             texts = describe(field)
             shown = listed(texts) if field in ("loss", "needs") else differing(texts)
         what, fix = _NAMES[field]
-        raise ArgumentError(
-            f"{name}: {what} must be the same on every rank: {shown}. {fix}".rstrip()
-        )
+        raise ArgumentError(f"{of}{what} must be the same on every rank: {shown}. {fix}".rstrip())
 
 
 def check_agreement(
@@ -227,7 +232,7 @@ def check_agreement(
     if any(r.flags & NOT_FINITE for r in records):
         bad = [k for k, r in enumerate(records) if r.flags & NOT_FINITE]
         raise NonFiniteError(f"{name}: NaN or infinite elements on {ranks_in_words(bad)}.")
-    _compare(name, records, [field for field in _NAMES if field not in _COMPILED], describe)
+    _compare(f"{name}: ", records, [field for field in _NAMES if field not in _COMPILED], describe)
     if len({r.flags & IN_HOST for r in records}) > 1:
         shown = listed(["in host memory" if r.flags & IN_HOST else "on a device" for r in records])
         raise ArgumentError(f"{name}: shards must be in one kind of memory on every rank: {shown}.")

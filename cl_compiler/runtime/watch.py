@@ -18,13 +18,15 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
 from torch.distributed.distributed_c10d import Store
+
+from cl_compiler.runtime.guard import ranks_in_words
 
 INTERVAL_S = 0.1
 """Between two looks at the store; longer where there are more than 50 ranks."""
@@ -69,11 +71,31 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 @dataclass
 class Beat:
-    """What a rank says of itself: it counts, and names the call it is in."""
+    """What a rank says of itself: it counts, and names the call it is in (-1: none so far)."""
 
     count: int = 0
     sequence: int = -1
-    phase: str = "not called yet"
+    phase: str = ""
+
+    @property
+    def entered(self) -> str:
+        """What the rank entered last."""
+        return "no call yet" if self.sequence < 0 else f"the {self.phase} of call {self.sequence}"
+
+    @property
+    def where(self) -> str:
+        """Where the rank is, or was when it closed its loss."""
+        if self.sequence < 0:
+            return "before its first call"
+        return f"after call {self.sequence}" if self.phase == CLOSED else f"in {self.entered}"
+
+
+def absent(silent: Sequence[int], beats: Mapping[int, Beat]) -> str:
+    """Why these ranks are not heard of: those that closed their loss, if there are any, say so."""
+    closed = {r: beats[r] for r in silent if r in beats and beats[r].phase == CLOSED}
+    if not closed:
+        return f"{ranks_in_words(silent)} gave no sign of life any more."
+    return "; ".join(f"rank {r} {CLOSED} {beat.where}" for r, beat in closed.items()) + "."
 
 
 @dataclass(eq=False)
@@ -257,4 +279,4 @@ def _hear_exceptions() -> None:
     sys.excepthook = hook
 
 
-__all__ = ["CLOSED", "STORE_GONE", "Beat", "Watch", "within"]
+__all__ = ["CLOSED", "STORE_GONE", "Beat", "Watch", "absent", "within"]

@@ -184,6 +184,29 @@ def closed(rank: int) -> str:
     return "nothing"
 
 
+def told_by_one(rank: int) -> list[str]:
+    """Rank 1 fails beside the loss, while rank 0 waits; rank 2 calls later: who is told what."""
+    loss_fn = compiled()
+    x, y = shards(rank)
+    loss_fn(x, y, logit_scale=10.0).backward()
+    said = []
+    if rank == 1:
+        time.sleep(0.5)  # rank 0 waits by now
+        with contextlib.suppress(RuntimeError), loss_fn.ranks.guarded():
+            raise RuntimeError("my data is bad")
+    if rank == 2:
+        time.sleep(1.5)
+    for _ in range(2):
+        try:
+            loss_fn(x, y, logit_scale=10.0)
+        except GroupError as error:
+            said.append(str(error))
+    time.sleep(2.0 if rank == 1 else 0.0)  # it is there, and has said why
+    loss_fn.close()
+    loss_fn.close()
+    return said
+
+
 def disagreements(rank: int) -> dict[str, tuple[str, float]]:
     """Rank 1 differs from the others, in one way after the other: every rank's error and seconds.
 
@@ -211,6 +234,8 @@ def disagreements(rank: int) -> dict[str, tuple[str, float]]:
     double = shards(rank, dtype=torch.float64 if odd else torch.float32)
     attempt("dtype", lambda: loss_fn(*double, logit_scale=10.0))
     attempt("scale", lambda: loss_fn(x, y, logit_scale=11.0 if odd else 10.0))
+    number = x.detach().long() if odd else x
+    attempt("integers", lambda: loss_fn(number, y, logit_scale=10.0))
     attempt("needs", lambda: loss_fn(x.detach() if odd else x, y, logit_scale=10.0))
 
     @loss_fn.ranks.guarded()
