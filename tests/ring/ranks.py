@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from cl_compiler import compile_loss
 from cl_compiler.errors import GroupError
-from cl_compiler.lang.ring import HALF_RING
+from cl_compiler.lang.ring import CANONICAL, HALF_RING
 from cl_compiler.runtime import group_loss
 
 TIMEOUT_S = 2.0
@@ -45,19 +45,23 @@ def compiled(timeout_s: float = 20.0, **options: Any) -> Any:
 
 
 def acting_at(step: int, action: Callable[[], None]) -> None:
-    """Do something in place of this rank's ``step``-th exchange, forward and backward together."""
+    """Do something before this rank's ``step``-th post of shards, forward and backward together."""
     plain, count = group_loss.guarded_ring, itertools.count()
 
     def ring_of(*args: Any) -> Any:
         ring = plain(*args)
-        exchange = ring.exchange
 
-        def counted(*tensors_and_peers: Any) -> Any:
-            if next(count) == step:
-                action()
-            return exchange(*tensors_and_peers)
+        def counting(post: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*tensors_and_peers: Any) -> Any:
+                if next(count) == step:
+                    action()
+                return post(*tensors_and_peers)
 
-        ring.exchange = counted
+            return counted
+
+        for name in ("exchange", "gather", "swap", "spread"):  # a file has one or two of them
+            if hasattr(ring, name):
+                setattr(ring, name, counting(getattr(ring, name)))
         return ring
 
     group_loss.guarded_ring = ring_of
@@ -66,7 +70,7 @@ def acting_at(step: int, action: Callable[[], None]) -> None:
 def die(
     rank: int, victim: int, step: int, how: str, marker: str, schedule: str = "ring_owner"
 ) -> float:
-    """``victim`` gets a signal at an exchange; the others must raise.  Returns when it happened."""
+    """``victim`` gets a signal at a post; the others must raise.  Returns when it happened."""
 
     def action() -> None:
         Path(marker).write_text(str(time.time()))
@@ -74,15 +78,21 @@ def die(
 
     one_set = schedule == HALF_RING
     loss = "nt_xent" if one_set else "clip"
-    operands = shards(rank)[: 1 if one_set else 2]
-    loss_fn = compiled(schedule=schedule, loss=loss)
+    operands = shards(rank, 256 if schedule == CANONICAL else 20)[: 1 if one_set else 2]
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    asked = {"schedule": schedule}
+    if schedule == CANONICAL:  # which is asked for in another way
+        asked = {"schedule": "auto", "deterministic": CANONICAL}
+    loss_fn = compiled(loss=loss, **asked)
     if how == "SIGSTOP":  # code is compiled before ranks have little time
         loss_fn(*operands, logit_scale=10.0).backward()
-        loss_fn = compiled(TIMEOUT_S, schedule=schedule, loss=loss)
+        loss_fn = compiled(TIMEOUT_S, loss=loss, **asked)
     loss_fn(*operands, logit_scale=10.0).backward()  # connections exist, code is compiled
+    assert loss_fn.plan.cluster.schedule == schedule
     if rank == victim:
         acting_at(step, action)
-    loss_fn(*operands, logit_scale=10.0).backward()
+    for _ in range(2):  # who has all that it needs from a rank that dies sees it in the next call
+        loss_fn(*operands, logit_scale=10.0).backward()
     return time.time()
 
 

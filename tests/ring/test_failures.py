@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,17 +239,28 @@ def test_survivors_end_as_any_script_with_an_error(tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize("victim", [0, 2])
-@pytest.mark.parametrize("step", range(7))
+@pytest.mark.parametrize("step", range(18))
 def test_a_rank_killed_at_each_step(step, victim, tmp_path):
-    """Forward: two shards and their statistics pass by; backward: two and two."""
+    """Forward: three shards and their statistics pass by, in 6 posts; backward: 12."""
     survive(2.0, victim, GONE.format(victim), 4, ranks.die, step, "SIGKILL", tmp_path / "at")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("schedule", ["half_ring", "both_ways", "host"])
-@pytest.mark.parametrize("step", [1, 4, 6])
-def test_a_rank_killed_where_shards_do_not_go_all_around(step, schedule, tmp_path):
-    survive(2.0, 2, GONE.format(2), 4, ranks.die_along, step, schedule, tmp_path / "at")
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ("half_ring", (1, 4, 7)),
+        ("both_ways", (1, 4, 6, 17)),
+        ("host", (1, 4, 6, 17)),
+        ("two_level", (1, 4, 6, 17)),
+        ("all_gather", (0, 1, 2, 3)),
+        ("canonical", (1, 7, 8, 15)),
+    ],
+)
+def test_a_rank_killed_where_shards_travel_in_another_way(schedule, steps, tmp_path):
+    """In the first, the last and some other posts of both passes."""
+    for step in steps:
+        survive(2.0, 2, GONE.format(2), 4, ranks.die_along, step, schedule, tmp_path / "at")
 
 
 def test_a_stopped_rank(tmp_path):
@@ -293,6 +305,10 @@ GROWTH_BYTES = 4 << 20
 """Of resident memory, over all cycles after the first few: two chunks of one cycle."""
 
 
+CYCLES_S = 60.0
+"""Of fifty cycles in all, at most."""
+
+
 @pytest.mark.parametrize(
     ("cycles", "anew"),
     [(6, False), *(pytest.param(50, anew, marks=pytest.mark.full) for anew in (False, True))],
@@ -300,7 +316,9 @@ GROWTH_BYTES = 4 << 20
 def test_groups_leave_nothing_behind(cycles, anew, tmp_path):
     """Made and taken down again and again, alone or with all groups of the process."""
     folder, warm = str(tmp_path) if anew else "", max(3, cycles // 10)
+    began = time.monotonic()
     outcomes = launch(ranks.again_and_again, 2, cycles, folder, seconds=60.0 + 4 * cycles)
+    assert cycles < 50 or time.monotonic() - began < CYCLES_S
     for outcome in outcomes:
         found = outcome.needed()
         before, after = found[:warm], found[warm:]
