@@ -13,6 +13,10 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+# Before torch is imported.  Threads that wait by spinning take the core that the other one needs
+# as soon as anything else runs on the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -112,7 +116,9 @@ def main() -> None:
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "29555")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks > 1:  # torchrun would leave each of them one thread
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     train(arguments)
     dist.destroy_process_group()
