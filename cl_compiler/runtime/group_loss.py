@@ -21,10 +21,12 @@ from cl_compiler.runtime.guard import (
     check_agreement,
     check_chunks,
     check_compiled,
+    check_factors,
     check_place,
     digest,
     joint_positives,
     packed,
+    packed_factor,
 )
 from cl_compiler.runtime.guarded_ring import guarded_ring
 from cl_compiler.runtime.signatures import CallSignature, LossSignature
@@ -130,7 +132,7 @@ class GroupLoss(CompiledLoss):
                 "cols": tuple(r.cols for r in records),
             }
             ring = guarded_ring(
-                variant.module, ranks, lengths, lambda: self._meet_again(records, sequence)
+                variant.module, ranks, lengths, lambda by: self._meet_again(records, sequence, by)
             )
             arguments = [call.values[name] for name in variant.module.ARGUMENTS]
             return self._run(variant.module, [ring, *arguments])
@@ -178,12 +180,15 @@ class GroupLoss(CompiledLoss):
         assert call is not None
         return call, records
 
-    def _meet_again(self, records: Sequence[Record], sequence: int) -> None:
-        """Before the backward of a call."""
+    def _meet_again(self, records: Sequence[Record], sequence: int, factor: torch.Tensor) -> None:
+        """Before the backward of a call, of ``factor`` times its value."""
         own = replace(records[self.ranks.rank], phase="backward", sequence=sequence)
+        if factor.is_cpu:  # a device is not waited for
+            own = replace(own, scalars=packed_factor(factor.item()))
         records = self.ranks.meet(own)
         check_compiled(self.signature.name, records, self._describe(sequence, {}))
-        self._agree(records, sequence, {})
+        if factor.is_cpu:
+            check_factors(self.signature.name, records)
 
     def _describe(self, sequence: int, own: Mapping[str, str]) -> Callable[[str], list[str]]:
         """Of a field of records, what it stands for on every rank; every rank asks alike."""

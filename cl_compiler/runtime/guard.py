@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ from cl_compiler.errors import ArgumentError, GroupError, NonFiniteError
 
 RECORD_BYTES = 64
 MAGIC = b"CLcr"
-VERSION = 1
+VERSION = 2
 _LAYOUT = struct.Struct("<4sHBBIIIIBBH8s8s8s8sI")
 PHASES = ("forward", "backward")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -24,6 +25,9 @@ POSITIVES = ("paired", "diagonal", "views", "ids")
 FAILED, NOT_FINITE, IN_HOST = 1, 2, 4
 AFTER_FAILURE = "Compile the loss again, on a new group if a rank is gone."
 """What to do where a group of ranks is of no use any more."""
+_ROUNDINGS = 2.0**-20
+"""How far numbers may be apart, relatively, that ranks compute from equal ones: a few roundings of
+fp32.  A gradient's own rounding is as large."""
 _SHOWN = 8
 """Ranks that a message lists, at most."""
 
@@ -41,7 +45,8 @@ class Record:
     arguments are wrong), NOT_FINITE, IN_HOST (shards are in host memory, and the device is another
     one).  ``needs``: a bit per argument that needs a gradient.
     ``request``: everything else that the plan depends on; ``shapes``: widths of further operands,
-    slots and queue; ``scalars``: the parameters' values.  ``copies_kib``: of contiguous copies.
+    slots and queue; ``scalars``: the parameters' values, which were compared in a forward, and in a
+    backward ``packed_factor``.  ``copies_kib``: of contiguous copies.
     """
 
     phase: str
@@ -246,6 +251,31 @@ def check_agreement(
         )
 
 
+def packed_factor(factor: float) -> bytes:
+    """Of a record in a backward, eight bytes for what the value is multiplied by: its gradient."""
+    return struct.pack("<d", factor)
+
+
+def check_factors(name: str, records: Sequence[Record]) -> None:
+    """Raise, on every rank, where ranks differentiate different multiples of the value.
+
+    Raises:
+        ArgumentError: the message names ranks and factors.
+    """
+    factors: list[float] = [struct.unpack("<d", r.scalars)[0] for r in records]
+    if all(_alike(factor, factors[0]) for factor in factors):
+        return
+    raise ArgumentError(
+        f"{name}: the value's gradient, what a rank multiplies the loss by before its backward, "
+        f"must be the same on every rank: {listed([f'{factor:.9g}' for factor in factors])}. The "
+        "loss is that of all ranks together: divide by a number of all ranks, not by a rank's own."
+    )
+
+
+def _alike(one: float, other: float) -> bool:
+    return (one != one and other != other) or math.isclose(one, other, rel_tol=_ROUNDINGS)
+
+
 def check_chunks(name: str, records: Sequence[Record], chunk: int) -> None:
     """Raise where a shard is no whole number of chunks.
 
@@ -333,11 +363,13 @@ __all__ = [
     "check_agreement",
     "check_chunks",
     "check_compiled",
+    "check_factors",
     "check_place",
     "differing",
     "digest",
     "joint_positives",
     "listed",
     "packed",
+    "packed_factor",
     "ranks_in_words",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +17,11 @@ def guarded_ring(
     module: ModuleType,
     ranks: RankGroup,
     lengths: Mapping[str, Sequence[int]],
-    check_backward: Callable[[], None],
+    check_backward: Callable[[torch.Tensor], None],
 ) -> Any:
     """The ring of an emitted file, whose waits raise on every rank when one of them fails.
 
-    ``check_backward``: meets the other ranks before a backward.
+    ``check_backward``: meets the other ranks before a backward; given the value's gradient.
     """
     shard_scale, scalar_scale = ranks.scales
     with ranks.registered():
@@ -38,10 +38,12 @@ def _guarded(module: ModuleType) -> type[Any]:
     shared = (module.NoPositiveError,) if hasattr(module, "NoPositiveError") else ()
 
     class Guarded(module.Ring):  # type: ignore[name-defined]
-        def during(self, phase: str) -> contextlib.AbstractContextManager[None]:
-            met = phase == "forward"  # before it was known what runs
+        def during(
+            self, phase: str, factor: torch.Tensor | None = None
+        ) -> contextlib.AbstractContextManager[None]:
+            met = factor is None  # a forward: before it was known what runs
             context: contextlib.AbstractContextManager[None] = self.ranks.during(
-                _nothing if met else self.check_backward,
+                _nothing if met else partial(self.check_backward, factor),
                 shared,
             )
             return context

@@ -89,7 +89,9 @@ class LoopbackRing:
         self.posted_bytes = 0
         self._expected: dict[int, list[Sequence[Tensor]]] = {}
 
-    def during(self, phase: str) -> contextlib.AbstractContextManager[None]:
+    def during(
+        self, phase: str, factor: Tensor | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Threads need no guard."""
         return contextlib.nullcontext()
 

@@ -148,8 +148,8 @@ class Ring:
         self.shard_scale, self.scalar_scale = shard_scale, scalar_scale
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
-    def during(self, phase):
-        """Entered while a forward or a backward runs; a guard may check the ranks."""
+    def during(self, phase, factor=None):
+        """Entered while a forward, or a backward of factor * value, runs; a guard may check it."""
         return contextlib.nullcontext()
 
     def wait(self, posted):
@@ -1184,7 +1184,7 @@ class Loss(torch.autograd.Function):
             torch.no_grad(),
             torch.cuda.device_of(x),
             x.device,
-            ring.during("backward"),
+            ring.during("backward", grad_output),
             _MatmulPrecision(),
         ):
             saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others

@@ -256,7 +256,12 @@ def disagreements(rank: int) -> dict[str, tuple[str, float]]:
     ids = {} if odd else {"row_ids": torch.arange(20), "col_ids": torch.arange(20)}
     attempt("ids", lambda: loss_fn(x, y, logit_scale=10.0, **ids))
     attempt("empty", lambda: loss_fn(x[:0], y[:0], logit_scale=10.0))
+    divided = 20 if odd else 40
+    attempt("factor", lambda: (loss_fn(x, y, logit_scale=10.0) / divided).backward())
     attempt("fine", lambda: loss_fn(x, y, logit_scale=10.0).backward())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    squared = lambda: loss_fn(x, y, logit_scale=10.0) ** 2  # noqa: E731
+    attempt("scaled", lambda: scaler.scale(squared()).backward())
     other = compiled(loss="infonce" if odd else "clip")
     attempt("loss", lambda: other(x, y, logit_scale=10.0))
     other = compiled(loss="nt_xent" if odd else "clip")

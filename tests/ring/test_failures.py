@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,8 +23,10 @@ from cl_compiler.runtime.guard import (
     Record,
     check_agreement,
     check_compiled,
+    check_factors,
     differing,
     packed,
+    packed_factor,
     ranks_in_words,
 )
 from cl_compiler.runtime.watch import CLOSED, Beat, absent
@@ -43,6 +48,7 @@ def disagreements() -> list[dict[str, tuple[str, float]]]:
         ("dtype", ["ArgumentError", "dtype", "rank 1: float64", "ranks 0, 2: float32"]),
         ("scale", ["ArgumentError", "rank 1: logit_scale=11.0", "ranks 0, 2: logit_scale=10.0"]),
         ("needs", ["ArgumentError", "rank 1: y", "ranks 0, 2: x, y"]),
+        ("factor", ["ArgumentError: clip: ", "gradient", "rank 1: 0.05", "ranks 0, 2: 0.025"]),
         ("ids", ["ArgumentError", "rank 1: no ids", "ranks 0, 2: ids"]),
         ("empty", ["ArgumentError", "all 3 ranks are empty"]),
         ("loss", ["ArgumentError: the loss must", "rank 1: infonce", "ranks 0, 2: clip"]),
@@ -128,6 +134,30 @@ def test_a_record_of_another_version():
 
 def test_after_such_an_error_the_group_goes_on(disagreements):
     assert [found["fine"][0] for found in disagreements] == [""] * 3
+
+
+def test_a_factor_that_all_ranks_have_is_fine(disagreements):
+    """Also one that depends on the value, of which every rank has all bits."""
+    assert [found["scaled"][0] for found in disagreements] == [""] * 3
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        ([1.0, 1.0 + 2.0**-22], ""),  # one expression, on two kinds of cores
+        ([0.0, -0.0], ""),
+        ([math.nan, -math.nan], ""),
+        ([math.inf, math.inf], ""),
+        ([1 / 65536, 1 / 65535], "rank 0: 1.52587891e-05; rank 1: 1.52590219e-05"),
+        ([1.0, math.nan], "rank 0: 1; rank 1: nan"),
+        ([0.0, 1e-30], "rank 0: 0; rank 1: 1e-30"),
+        ([math.inf, 2.0**127], "rank 0: inf; rank 1: 1.70141183e+38"),
+    ],
+)
+def test_what_counts_as_one_factor(factors, said):
+    records = [Record("backward", 1, scalars=packed_factor(factor)) for factor in factors]
+    with pytest.raises(ArgumentError, match=re.escape(said)) if said else contextlib.nullcontext():
+        check_factors("clip", records)
 
 
 def test_elements_that_are_not_finite(disagreements):
