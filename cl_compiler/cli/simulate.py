@@ -88,12 +88,13 @@ def simulate(
     The problem is that of all ranks together, spread evenly, or as --speeds and --budgets advise.
     Seconds rest on the preset's rates, or on those that a calibration measured.
     """
-    from cl_compiler.lang.ring import CLUSTER_SCHEDULES
+    from cl_compiler.lang.ring import CANONICAL, CLUSTER_SCHEDULES
     from cl_compiler.plan.shards import fastest
 
     if schedule not in ("auto", *CLUSTER_SCHEDULES):
         known = ", ".join(CLUSTER_SCHEDULES)
-        raise typer.BadParameter(f"--schedule {schedule!r}: use auto or one of {known}")
+        why = " is not simulated" if schedule == CANONICAL else ""
+        raise typer.BadParameter(f"--schedule {schedule!r}{why}: use auto or one of {known}")
     schedules = CLUSTER_SCHEDULES if schedule == "auto" else (schedule,)
     if gantt is not None:
         check_path("--gantt", gantt, GANTT_SUFFIXES)
@@ -256,7 +257,19 @@ def _fastest(found: dict[str, Found], best: str) -> str:
     """What bounds the schedule that takes least time, or the one that there is."""
     of, title = found[best], f"fastest: {best}, " if len(found) > 1 else f"{best}: "
     hides = f"from {of.cluster.hiding_rows} rows per rank on" if of.cluster.hiding_rows else "-"
-    return f"{title}bound by {of.run.bound_by}; hides its exchange {hides}"
+    return f"{title}bound by {_bound(of)}; hides its exchange {hides}"
+
+
+def _bound(of: Found) -> str:
+    """What bounds a schedule; of computing, what most of it is, by the plan."""
+    from cl_compiler.plan.cluster import NOT_HIDDEN
+    from cl_compiler.plan.simulate import COMPUTING
+
+    parts = {what: s for what, s in of.plan.seconds_by_part if what != NOT_HIDDEN}
+    if of.run.bound_by != COMPUTING or not parts:
+        return of.run.bound_by
+    most = max(parts, key=lambda what: parts[what])
+    return f"{COMPUTING} ({parts[most] / sum(parts.values()):.0%} {most})"
 
 
 def _thrifty(found: dict[str, Found], best: str) -> list[str]:

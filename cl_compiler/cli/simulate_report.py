@@ -23,7 +23,7 @@ __all__ = ["GANTT_SUFFIXES", "draw", "write_page"]
 
 GANTT_SUFFIXES = (".png", ".svg")
 _KINDS = {
-    "compute": ("#2f6ea5", "products"),
+    "compute": ("#2f6ea5", "computing"),
     "send": ("#7fb069", "shards and totals"),
     "gradient": ("#c0622b", "gradients on their way back"),
     "statistics": ("#e3b23c", "statistics on their way back"),
@@ -31,8 +31,10 @@ _KINDS = {
     "wait": ("#d0d3d8", "waiting"),
 }
 """Of each kind of event its colour, and what a legend calls it."""
-_LANES = {"compute": (0.0, "products"), "wait": (0.0, "products"), "send": (0.45, "send")}
+_LANES = {"compute": (0.0, "device"), "wait": (0.0, "device"), "send": (0.45, "send")}
 """Of each kind its line, and the events that follow one another there; others have their own."""
+_FIRST = 80
+"""Of a run that is too long to be drawn, the events of a rank that are: told apart by eye."""
 _PIXELS = 1200
 """Across a chart, about: narrower bars cannot be told apart."""
 _STYLE = (
@@ -43,35 +45,39 @@ _STYLE = (
 
 
 def chart(run: Run, title: str) -> Figure:
-    """A Gantt chart: two lines a rank, products and waiting above what it sends.
+    """A Gantt chart: two lines a rank, computing and waiting above what it sends.
 
-    Of a run of more events than are kept, the title says how much of it is drawn.
+    Of a run of more events than are kept, the first steps, and the title says so.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    ranks = 1 + max((e.rank for e in run.events), default=0)
+    events = first_steps(run)
+    ranks = 1 + max((e.rank for e in events), default=0)
     figure = Figure(figsize=(10, 1.4 + 0.5 * ranks), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    bars = legible(run.events)
+    bars = legible(events)
+    apart_s = 3 * max((e.end_s for e in events), default=0.0) / _PIXELS
     for what, (colour, _) in _KINDS.items():
         top = _LANES.get(what, (0.45, what))[0] - 0.2
+        of = [e for e in bars if e.what == what]
         corners = [
             [(1e3 * x, e.rank + top + dy) for x, dy in zip(xs, (0.0, 0.0, 0.4, 0.4), strict=True)]
-            for e in bars
-            if e.what == what
+            for e in of
             for xs in [(e.start_s, e.end_s, e.end_s, e.start_s)]
         ]
-        # an edge, and no rounding to pixels: what is narrow is faint, and not gone
-        shape = PolyCollection(corners, facecolors=colour, edgecolors=colour, linewidths=0.3)
+        # an edge, and no rounding to pixels: what is narrow is faint, and not gone; a white one
+        # where there is room for it, between bars that follow one another
+        edges = ["white" if e.end_s - e.start_s > apart_s else colour for e in of]
+        shape = PolyCollection(corners, facecolors=colour, edgecolors=edges, linewidths=0.3)
         shape.set_snap(False)
         axes.add_collection(shape)
     axes.autoscale_view()
     axes.set(xlabel="ms", ylabel="rank")
-    axes.set_title("\n".join([title, *_cut_short(run)]), loc="left")
+    axes.set_title("\n".join([title, *_cut_short(run, events)]), loc="left")
     axes.invert_yaxis()
     axes.set_yticks(range(ranks))
     drawn = {e.what for e in bars}
@@ -83,13 +89,21 @@ def chart(run: Run, title: str) -> Figure:
     return figure
 
 
-def _cut_short(run: Run) -> list[str]:
-    """What of the run is drawn, where that is not all of it."""
+def first_steps(run: Run) -> Sequence[Event]:
+    """All events of a run; where they are not all kept, or cannot be, its first steps alone."""
     drawn_s = max((e.end_s for e in run.events), default=run.seconds)
-    drawn, whole = format_seconds(drawn_s), format_seconds(run.seconds)
-    if drawn_s >= run.seconds or drawn == whole:  # by less than can be told
+    if drawn_s >= run.seconds or format_seconds(drawn_s) == format_seconds(run.seconds):
+        return run.events  # or short of it by less than can be told
+    until_s = max(e.end_s for e in [e for e in run.events if not e.rank][:_FIRST])
+    return [e for e in run.events if e.end_s <= until_s]
+
+
+def _cut_short(run: Run, events: Sequence[Event]) -> list[str]:
+    """What of the run is drawn, where that is not all of it."""
+    if len(events) == len(run.events):
         return []
-    return [f"the first {drawn} of {whole}"]
+    drawn_s = max(e.end_s for e in events)
+    return [f"its first steps: {format_seconds(drawn_s)} of {format_seconds(run.seconds)}"]
 
 
 def legible(events: Iterable[Event]) -> list[Event]:

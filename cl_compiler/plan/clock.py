@@ -23,8 +23,8 @@ from cl_compiler.plan.machine import machine_of
 Vector = np.ndarray
 WIRES = 16
 """Kinds of wires of a rank, at most: two for each level around it."""
-EVENTS = 20_000
-"""Events that are kept for drawing, at most."""
+EVENTS = 400
+"""Events of a rank that are kept for drawing: all of a small group's step."""
 
 
 GRADIENT, STATISTICS = "gradient", "statistics"
@@ -212,11 +212,11 @@ class Clock:
         return ends
 
     def _draw(self, what: str, start: Vector, end: Vector) -> None:
-        if not self.drawn:
+        if len(self.events) >= self.drawn * EVENTS:
             return
         drawn = zip(start[: self.drawn].tolist(), end[: self.drawn].tolist(), strict=True)
         for rank, (begin_s, end_s) in enumerate(drawn):
-            if end_s > begin_s and len(self.events) < EVENTS:
+            if end_s > begin_s:
                 self.events.append(Event(rank, what, begin_s, end_s))
 
 

@@ -39,6 +39,8 @@ from cl_compiler.plan.travel import posted_bytes
 from cl_compiler.plan.types import ClusterPlan, MemoryBudget, Plan, Problem, Request
 from cl_compiler.units import format_bytes
 
+NOT_HIDDEN = "exchange that is not hidden"
+"""Beside what a plan computes, a part of its seconds."""
 PARTS = 8
 """Chunks of a shard where memory allows: an eighth bounds what is on its way to an eighth."""
 LEAST_CHUNK = 512
@@ -259,7 +261,7 @@ def nearest(errors: Iterable[BudgetError | ScheduleError]) -> BudgetError | Sche
 def _of_all_shards(plan: Plan, ranks: int, cluster: ClusterPlan) -> dict[str, Any]:
     """What a plan for one shard of the other side says of all that pass by."""
     parts = [(what, seconds * ranks) for what, seconds in plan.seconds_by_part]
-    parts += [("exchange that is not hidden", cluster.exposed_s)] * (cluster.exposed_s > 0)
+    parts += [(NOT_HIDDEN, cluster.exposed_s)] * (cluster.exposed_s > 0)
     levels = [
         replace(a, traffic_bytes=a.traffic_bytes * ranks, seconds=a.seconds * ranks)
         for a in plan.levels
@@ -336,6 +338,7 @@ def _timed(share: Share, plan: Plan, machine: Machine) -> tuple[ClusterPlan, flo
 
 
 __all__ = [
+    "NOT_HIDDEN",
     "choose_cluster_plan",
     "chunks_of",
     "group_fits",

@@ -32,6 +32,9 @@ from cl_compiler.plan.streamed import joined, streamed
 from cl_compiler.plan.travel import HostLink, Travel, host_link_of, travels_of
 from cl_compiler.plan.types import Plan
 
+COMPUTING = "computing"
+"""What a rank does that neither waits nor sends: products, passes, launches."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -50,7 +53,7 @@ class Run:
     @property
     def bound_by(self) -> str:
         """What the slowest rank spends most of its time on."""
-        return "products" if self.compute_s >= self.waiting_s else "the exchange"
+        return COMPUTING if self.compute_s >= self.waiting_s else "the exchange"
 
 
 @dataclass(frozen=True)
@@ -390,4 +393,4 @@ def _numbers(clock: Clock) -> None:
         clock.wait(clock.together(_collective_s(clock, 8.0)))
 
 
-__all__ = ["Line", "Run", "Work", "lines_of", "run", "simulate", "ways_of", "work_of"]
+__all__ = ["COMPUTING", "Line", "Run", "Work", "lines_of", "run", "simulate", "ways_of", "work_of"]

@@ -9,7 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from cl_compiler.cli.simulate_report import chart, legible
+from cl_compiler.cli import simulate_report
+from cl_compiler.cli.simulate_report import chart, first_steps, legible
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ring import CLUSTER_SCHEDULES
@@ -76,7 +77,7 @@ def test_what_a_forward_sends_back_is_drawn_as_statistics(schedule, loss):
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
     sent = ["gradients on their way back", "statistics on their way back"]
-    assert names == ["products", "shards and totals", *sent, "waiting"]
+    assert names == ["computing", "shards and totals", *sent, "waiting"]
     assert len({patch.get_facecolor() for patch in legend.get_patches()}) == len(names)
     figure.canvas.draw()
     (axes,) = figure.axes
@@ -99,10 +100,25 @@ def test_a_chart_of_a_part_of_a_run_says_so(monkeypatch, kept):
     if kept is None:
         assert title == "clip"
         return
-    drawn_s = max(e.end_s for e in run.events)
-    assert len(run.events) == kept and drawn_s < 0.9 * run.seconds
-    part, whole = format_seconds(drawn_s), format_seconds(run.seconds)
-    assert title == f"clip\nthe first {part} of {whole}"
+    assert 2 * kept <= len(run.events) < 2 * kept + 2
+    monkeypatch.setattr(simulate_report, "_FIRST", first := kept // 2)
+    title = chart(run, "clip").axes[0].get_title(loc="left")
+    drawn = first_steps(run)
+    assert {e.rank for e in drawn} == {0, 1} and sum(not e.rank for e in drawn) == first
+    part, whole = format_seconds(max(e.end_s for e in drawn)), format_seconds(run.seconds)
+    assert title == f"clip\nits first steps: {part} of {whole}"
+
+
+def test_what_bounds_a_step_of_small_shards_is_what_its_plan_says(cli):
+    """Shards of 1,024 rows: the device waits for launches, not for products."""
+    asked = ["--hardware", "a800-4x8", "--problem", "32768x768", "--dtype", "bfloat16"]
+    text = cli("simulate", *asked, "--schedule", "ring_travel", "--explain").stdout
+    bound, share, most = re.search(r": bound by (\w+) \((\d+%) (.+)\); hides", text).groups()
+    time_of_plan = text.partition("\ntime\n")[2].partition("\n\n")[0]
+    parts = dict(re.findall(r"^  (\S.*?)  .* (\d+)%$", time_of_plan, re.MULTILINE))
+    assert bound == "computing" and most == "launches that the device waits for"
+    del parts["exchange that is not hidden"]
+    assert next(iter(parts)) == most and int(share[:-1]) >= int(parts[most])
 
 
 @pytest.mark.parametrize("loss", ["nt_xent", "siglip"])
@@ -163,6 +179,7 @@ def test_bars_too_narrow_to_see_are_joined_and_keep_their_lengths():
         ("--hardware h100x1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
         ("--ranks 1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
         ("--schedule spill", "--schedule 'spill': use auto or one of ring_owner, ring_travel, "),
+        ("--schedule canonical", "'canonical' is not simulated: use auto or one of ring_owner, "),
     ],
 )
 def test_what_could_not_be_written_or_read_is_refused_before_the_work(

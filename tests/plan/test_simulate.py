@@ -111,7 +111,7 @@ def test_a_thousand_ranks_take_seconds():
     found = simulate(plan, program, asked.hardware)
     assert time.process_time() - began < 10.0
     assert found.seconds >= found.compute_s > 0
-    assert found.bound_by == "products"
+    assert found.bound_by == "computing"
 
 
 @pytest.mark.parametrize("preset", ["h100x8", "a800-4x8"])
