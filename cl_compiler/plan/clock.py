@@ -76,6 +76,19 @@ class Links:
         before[self.next_ranks] = every
         return wires * self.ranks + every, wires * self.ranks + self.next_ranks, before
 
+    @cached_property
+    def _seconds(self) -> dict[float, Vector]:
+        return {}
+
+    def seconds(self, sent_bytes: Vector | float) -> Vector:
+        """Of as many bytes on every hop; of the same number, worked out once."""
+        if isinstance(sent_bytes, np.ndarray):
+            taken: Vector = self.latency_s + sent_bytes * self.s_per_byte
+            return taken
+        if sent_bytes not in self._seconds:
+            self._seconds[sent_bytes] = self.latency_s + sent_bytes * self.s_per_byte
+        return self._seconds[sent_bytes]
+
     @property
     def circle(self) -> int:
         """Ranks that one shard goes around."""
@@ -161,6 +174,7 @@ class Clock:
         self.now = np.zeros(ranks)
         self.compute_s, self.waiting_s = np.zeros(ranks), np.zeros(ranks)
         self._sends, self._receives = np.zeros(WIRES * ranks), np.zeros(WIRES * ranks)
+        self._latest: tuple[Links | None, Vector] = (None, self.now)
         self._copies = np.zeros(ranks)
         self._collective = 0.0
 
@@ -177,16 +191,26 @@ class Clock:
         """Post to the rank after, and a receive from the one before: when it has both."""
         links = links or self.links
         self.now = self.now + self.post_s
-        sends, receives, before = links.places
         ready = np.maximum(self.now, self.now.take(links.next_ranks))  # both ends have posted
-        free = np.maximum(self._sends.take(sends), self._receives.take(receives))
-        start = np.maximum(ready, free)
-        end = start + links.latency_s + sent_bytes * links.s_per_byte
-        self._sends[sends] = end
-        self._receives[receives] = end
+        start = np.maximum(ready, self._free(links))
+        end = start + links.seconds(sent_bytes)
+        self._latest = links, end
         self._draw(what, start, end)
-        done: Vector = np.maximum(end, end.take(before))
+        done: Vector = np.maximum(end, end.take(links.places[2]))
         return done
+
+    def _free(self, links: Links) -> Vector:
+        """From when on both ends of every hop are.  Of one exchange after the other on the same
+        hops, which is most of them, that is the end of the latest: others' are then noted."""
+        latest, end = self._latest
+        if latest is links:
+            return end
+        if latest is not None:
+            sends, receives, _ = latest.places
+            self._sends[sends] = end
+            self._receives[receives] = end
+        sends, receives, _ = links.places
+        return np.maximum(self._sends.take(sends), self._receives.take(receives))
 
     def copy(self, seconds: Vector | float) -> Vector:
         """Post a copy between host memory and the device, after earlier ones: when it is done."""
