@@ -24,6 +24,7 @@ __all__ = [
     "CacheWarning",
     "Untrusted",
     "discard",
+    "is_same",
     "open_directory",
     "open_root",
     "read_file",
@@ -153,6 +154,15 @@ def discard(name: str, parent: int) -> bool:
             raise
         return False  # verify() reports the rest and prune() tries again
     return True
+
+
+def is_same(name: str, parent: int, directory: int) -> bool:
+    """Whether ``name`` in ``parent`` is what was opened as ``directory``: nobody moved it since."""
+    try:
+        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(found, os.fstat(directory))
 
 
 def remove(name: str, parent: int) -> None:

@@ -29,6 +29,7 @@ from cl_compiler.cache.guard import (
     CacheWarning,
     Untrusted,
     discard,
+    is_same,
     open_directory,
     open_root,
     read_file,
@@ -198,7 +199,13 @@ def _find(root: Path, key: CacheKey) -> Entry:
         open_directory(key.fingerprint, top, group_path) as group,
         open_directory(key.variant, group, path) as directory,
     ):
-        contents = read_variant(directory, path, key.request_sha256)
+        try:
+            contents = read_variant(directory, path, key.request_sha256)
+        except Untrusted:
+            if is_same(key.variant, group, directory):
+                raise
+            # Another process made room while this one read: what it emptied lies elsewhere by now.
+            raise FileNotFoundError(path) from None
         with contextlib.suppress(OSError):  # a read-only cache is still a cache
             os.utime(directory)  # "last used", for prune()
     source = contents[SOURCE].decode()

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import cl_compiler
-from cl_compiler.cache import CacheWarning, fetch, list_entries, max_cache_bytes, verify
+from cl_compiler.cache import CacheWarning, fetch, list_entries, max_cache_bytes, store, verify
 from cl_compiler.cache.bound import DEFAULT_MAX_BYTES
+from cl_compiler.cache.guard import Untrusted, discard
 from cl_compiler.cache.store import LOCK_PREFIX
 
 Bench = Any  # tests/cache/conftest.py: Workbench
@@ -110,6 +111,27 @@ for key, request in json.loads(sys.argv[1]):
 """
 
 
+def test_what_makes_room_while_it_is_read_is_built_again_without_a_word(
+    bench: Bench, monkeypatch: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Its files go while its directory is open: that is no damage."""
+    bench.fetch()
+    looks, read = [], store.read_variant
+
+    def late(directory: int, path: Path, request_sha256: str | None) -> dict[str, bytes]:
+        looks.append(path)
+        if len(looks) == 1:  # leads to the look under the lock
+            raise Untrusted(path, "was seen too early")
+        group = os.open(path.parent, os.O_RDONLY)
+        discard(path.name, group)
+        os.close(group)
+        return read(directory, path, request_sha256)
+
+    monkeypatch.setattr(store, "read_variant", late)
+    assert not bench.fetch().hit and len(looks) == 2
+    assert [str(w.message) for w in recwarn] == []
+
+
 def test_processes_that_store_at_once_never_get_a_wrong_file(
     bench: Bench, monkeypatch: Any
 ) -> None:
@@ -127,9 +149,8 @@ def test_processes_that_store_at_once_never_get_a_wrong_file(
         )
         for k in range(4)
     ]
-    for process in running:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+    errors = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * 4, errors
     assert verify(bench.root) == ()
     bench.fetch("9MiB")  # alone, so the bound holds again
     assert sum(entry.file_bytes for entry in list_entries(bench.root)) < 3 * size
