@@ -2,7 +2,8 @@
 
 Every place is a network namespace with one Ethernet port; all ports meet in a bridge.  What a
 place sends passes a token bucket (``tc … tbf``), so its link is full duplex, and as fast as it is
-told to be however many others send.  It takes Linux, root, ``ip`` and ``tc``.
+told to be however many others send; or one bucket for each of the others (``tc … htb``), as if it
+had a wire to each.  It takes Linux, root, ``ip`` and ``tc``.
 """
 
 from __future__ import annotations
@@ -55,6 +56,16 @@ class Place:
         """Run a command in the namespace."""
         run("nsenter", "-t", str(self.pid), "-n", *command)
 
+    def shape(self, kind: str, *settings: str) -> None:
+        """Add to what shapes the port."""
+        self.run("tc", kind, "add", "dev", INTERFACE, *settings)
+
+    def take_turns(self, parent: str) -> None:
+        """Of what waits there, connections take turns, as in a network card."""
+        never = ("limit", "100000", "target", "10s", "interval", "20s")  # to drop a packet
+        with contextlib.suppress(NoLinksError):
+            self.shape("qdisc", "parent", parent, "fq_codel", *never)
+
 
 def run(*command: str) -> None:
     """Run a tool.
@@ -80,8 +91,12 @@ def obstacle() -> str:
 
 
 @contextlib.contextmanager
-def shaped(bits_per_s: Sequence[float], seconds: float = 900.0) -> Iterator[list[Place]]:
+def shaped(
+    bits_per_s: Sequence[float], seconds: float = 900.0, own_wires: bool = False
+) -> Iterator[list[Place]]:
     """One place per rate, joined while the context is entered, and for ``seconds`` at most.
+
+    ``own_wires``: a place sends to each of the others at its rate, to all of them at once.
 
     Raises:
         NoLinksError: this machine cannot.
@@ -99,13 +114,18 @@ def shaped(bits_per_s: Sequence[float], seconds: float = 900.0) -> Iterator[list
         middle.run("ip", "link", "add", "bridge0", "type", "bridge")
         middle.run("ip", "link", "set", "bridge0", "up")
         for number, (place, rate) in enumerate(zip(places, bits_per_s, strict=True)):
-            _join(middle, place, number, rate)
+            others = [n for n in range(len(places)) if own_wires and n != number]
+            _join(middle, place, number, rate, others)
         yield places
     finally:
         for holder in holders:
             holder.kill()
         for holder in holders:
             holder.wait(_TOOL_LIMIT_S)
+
+
+def _address(number: int) -> str:
+    return f"10.83.0.{number + 1}"
 
 
 def _wait_for_namespace(holder: subprocess.Popen[bytes]) -> None:
@@ -120,20 +140,30 @@ def _wait_for_namespace(holder: subprocess.Popen[bytes]) -> None:
     raise NoLinksError("links cannot be shaped: unshare -n gave no namespace")
 
 
-def _join(middle: Place, place: Place, number: int, bits_per_s: float) -> None:
+def _join(
+    middle: Place, place: Place, number: int, bits_per_s: float, others: Sequence[int]
+) -> None:
     port, peer = f"port{number}", str(place.pid)
     middle.run("ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", peer)
     middle.run("ip", "link", "set", port, "master", "bridge0", "up")
     place.run("ip", "link", "set", "lo", "up")
-    place.run("ip", "address", "add", f"10.83.0.{number + 1}/24", "dev", INTERFACE)
+    place.run("ip", "address", "add", f"{_address(number)}/24", "dev", INTERFACE)
     place.run("ip", "link", "set", INTERFACE, "up")
     # A bucket of 256 kB: enough for the kernel's segments, a few milliseconds at gigabits.
-    bucket = ("burst", "256kb", "latency", "2s")
-    add = ("tc", "qdisc", "add", "dev", INTERFACE)
-    place.run(*add, "root", "handle", "1:", "tbf", "rate", f"{bits_per_s:.0f}bit", *bucket)
-    with contextlib.suppress(NoLinksError):  # connections take turns, as in a network card
-        never = ("limit", "100000", "target", "10s", "interval", "20s")  # to drop a packet
-        place.run(*add, "parent", "1:1", "handle", "10:", "fq_codel", *never)
+    rate, bucket = ("rate", f"{bits_per_s:.0f}bit"), ("burst", "256kb")
+    if not others:
+        place.shape("qdisc", "root", "handle", "1:", "tbf", *rate, *bucket, "latency", "2s")
+        place.take_turns("1:1")
+    else:
+        place.shape("qdisc", "root", "handle", "1:", "htb")
+    for other in others:
+        wire = f"1:{other + 1}"
+        place.shape(
+            "class", "parent", "1:", "classid", wire, "htb", *rate, *bucket, "cburst", "256kb"
+        )
+        to = ("match", "ip", "dst", _address(other))
+        place.shape("filter", "parent", "1:", "protocol", "ip", "u32", *to, "flowid", wire)
+        place.take_turns(wire)
     for setting in _SETTINGS:
         with contextlib.suppress(NoLinksError):  # the machine's own defaults will do
             place.run("sysctl", "-w", f"net.ipv4.{setting}")

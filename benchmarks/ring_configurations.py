@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING
+
 WIDTH = 512
 ROW_BYTES = 4 * WIDTH
 RATE_BITS_PER_S = 800e6
@@ -21,7 +23,8 @@ class Configuration:
 
     ``chunk``: rows of a message; ``chunks``: of a shard; ``ratio``: seconds of a step's products
     over those of all that a rank sends meanwhile; ``gradients``: travel as well; ``slow``: rank 1
-    sends over a link of half the rate.  ``schedule``: how shards travel.
+    sends over a link of half the rate.  ``schedule``: how shards travel.  ``own_wires``: a rank
+    sends to each of the others over a link of its own, as where each neighbour has a wire.
     """
 
     ranks: int
@@ -31,6 +34,17 @@ class Configuration:
     gradients: bool
     slow: bool = False
     schedule: str = "ring_travel"
+    own_wires: bool = False
+
+    @property
+    def least_ratio(self) -> float:
+        """``ratio``, in the step of the ring that has the fewest products to what is sent.
+
+        On half a ring that is the own shard, of which half of the tiles are made, and the facing
+        one; both ways it is the own shard, beside which two are sent, where they share a link.
+        """
+        halved = {HALF_RING: True, BOTH_WAYS: not self.own_wires}
+        return self.ratio / 2 if halved.get(self.schedule) else self.ratio
 
 
 CONFIGURATIONS = tuple(
@@ -49,17 +63,18 @@ CONFIGURATIONS = tuple(
 )
 
 LINES = tuple(
-    Configuration(ranks, chunk, chunks, ratio, True, schedule="half_ring")
+    Configuration(ranks, chunk, chunks, ratio, True, schedule=HALF_RING)
     for ranks in (2, 3, 4)
     for chunk in (640, 1920)
     for chunks in (1, 4)
-    for ratio in (0.5, 1.2, 2.0)
+    for ratio in (0.5, 1.2, 2.4)
 ) + tuple(
-    Configuration(ranks, chunk, chunks, ratio, False, schedule="both_ways")
+    Configuration(ranks, chunk, chunks, ratio, False, schedule=BOTH_WAYS, own_wires=own_wires)
+    for own_wires, ratios in ((False, (0.5, 1.2, 2.4)), (True, (0.5, 1.2, 2.0)))
     for ranks in (3, 4)
     for chunk in (640, 1920)
     for chunks in (1, 4)
-    for ratio in (0.5, 1.2, 2.0)
+    for ratio in ratios
 )
 """Shards that go half of the way, or both ways; measured apart."""
 

@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ from benchmarks.ring_configurations import (
     WIDTH,
     Configuration,
 )
+from benchmarks.ring_summary import summary
 from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
@@ -63,9 +64,11 @@ from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.clock import Clock, Links
 from cl_compiler.plan.cluster import choose_cluster_plan
-from cl_compiler.plan.simulate import Line, Work, run, ways_of
+from cl_compiler.plan.lines import Line, ways_of
+from cl_compiler.plan.simulate import run
 from cl_compiler.plan.travel import Travel
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
+from cl_compiler.plan.work import Work
 from cl_compiler.runtime.loader import load_source
 
 LISTS = {"rings": CONFIGURATIONS, "lines": LINES, "overlap": OVERLAP}
@@ -88,6 +91,20 @@ def shards_of(chunk: int, schedule: str = "ring_travel") -> Any:
     plan, program = choose_cluster_plan(request, plan_sweeps(loss, positives, needs))
     text = render_ring(plan, program, "rings", cluster_schedule=schedule, chunk=chunk)
     return load_source(text, "rings")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes and the links between them, as of some configurations."""
+
+    ranks: int
+    slow: bool
+    own_wires: bool
+
+
+def group_of(c: Configuration) -> Group:
+    """Which group measures a configuration."""
+    return Group(c.ranks, c.slow, c.own_wires)
 
 
 # ---- one rank -----------------------------------------------------------------------------------
@@ -131,13 +148,14 @@ def ring_seconds(
 
 
 def rank_main(
-    rank: int, ranks: int, slow: bool, listed: str, place: Place | None, where: str, out: str
+    rank: int, group: Group, listed: str, place: Place | None, where: str, out: str
 ) -> None:
     """Calibrate, then measure every configuration of these ranks; rank 0 writes the results."""
     if place is None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     else:
         place.enter()
+    ranks = group.ranks
     torch.set_num_threads(1)
     come_first(at_once=True)
     dist.init_process_group(
@@ -155,7 +173,7 @@ def rank_main(
 
     results = []
     for c in LISTS[listed]:
-        if (c.ranks, c.slow) != (ranks, slow):
+        if group != group_of(c):
             continue
         module = shards_of(c.chunk, c.schedule)
         ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks})
@@ -166,7 +184,9 @@ def rank_main(
         results.append(asdict(c) | measured | {"predicted_s": predicted_s})
     come_first(at_once=False)
     real = []
-    for c in REAL_PRODUCTS if (ranks, slow) == (2, False) and listed != "lines" else ():
+    for c in REAL_PRODUCTS if listed != "lines" else ():
+        if group != group_of(c):
+            continue
         module = shards_of(c.chunk)
         ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks})
         message = c.chunk * ROW_BYTES * float(links.s_per_byte.max()) + float(links.latency_s.max())
@@ -176,7 +196,7 @@ def rank_main(
         real.append(asdict(c) | measured | {"predicted_s": predicted_s})
     if rank == 0:
         calibrated = {
-            "ranks": ranks, "slow": slow, "bytes_per_s": [1 / s for s in links.s_per_byte],
+            **asdict(group), "bytes_per_s": [1 / s for s in links.s_per_byte],
             "latency_s": links.latency_s.tolist(), "r2": r2, "start_s_per_byte": start_s,
             "join_s_per_byte": join_s, "post_s": post_s, "oversleeping_s": late_s,
         }  # fmt: skip
@@ -205,20 +225,21 @@ def measured_seconds(
 def predicted_seconds(clock: Clock, c: Configuration, step_s: float) -> float:
     """What the simulator makes of a pass whose every step multiplies for so long."""
     work = [Work(Travel("forward", WIDTH, WIDTH if c.gradients else 0), step_s * c.chunks)]
-    lines = lines_from(clock.links, c.schedule)
+    lines = lines_from(clock.links, c)
     found = run(clock, c.schedule, work, c.chunk * c.chunks, c.chunk, 4, 4, lines=lines)
     return found.seconds - 2 * number_seconds(clock.links)
 
 
-def lines_from(links: Links, schedule: str) -> tuple[Line, ...]:
-    """As ``lines_of``, over links of which each rank has one, for whomever it sends to."""
+def lines_from(links: Links, c: Configuration) -> tuple[Line, ...]:
+    """As ``lines_of``, over links of which each rank has one for whomever it sends to, or one for
+    each."""
     ranks = links.ranks
 
     def to(places: int) -> Links:
-        after = (np.arange(ranks) + places) % ranks
-        return Links(links.s_per_byte, links.latency_s, after)
+        after, wires = (np.arange(ranks) + places) % ranks, np.full(ranks, places * c.own_wires)
+        return Links(links.s_per_byte, links.latency_s, after, wires=wires)
 
-    return tuple(Line(to(w), to(-w * n), w, n) for w, n in ways_of(schedule, ranks))
+    return tuple(Line(to(w), to(-w * n), w, n) for w, n in ways_of(c.schedule, ranks))
 
 
 def product_of(
@@ -256,70 +277,25 @@ def number_seconds(links: Links) -> float:
 # ---- all of them --------------------------------------------------------------------------------
 
 
-def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Relative errors of the predictions, and what overlap costs."""
-
-    def spread(values: Sequence[float]) -> dict[str, float]:
-        ordered = sorted(values)
-        at = -(-9 * len(ordered) // 10) - 1
-        return {
-            "median": statistics.median(ordered), "p90": ordered[at], "max": ordered[-1]
-        }  # fmt: skip
-
-    hidden = [r for r in results if r["ratio"] >= 1.2]
-    kinds = {
-        "operands": [r for r in hidden if not r["gradients"]],
-        "operands and gradients, one chunk": [
-            r for r in hidden if r["gradients"] and r["chunks"] == 1
-        ],
-        "operands and gradients, in chunks": [
-            r for r in hidden if r["gradients"] and r["chunks"] > 1
-        ],
-    }
-    return {
-        "configurations": len(results),
-        "error": spread([abs(r["predicted_s"] / r["measured_s"] - 1) for r in results]),
-        "error_of_the_fastest": spread(
-            [abs(r["predicted_s"] / r["fastest_s"] - 1) for r in results]
-        ),
-        "over_products": {
-            name: spread([r["measured_s"] / r["products_s"] - 1 for r in of])
-            for name, of in kinds.items()
-            if of
-        },
-    }
-
-
-def by_schedule(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Relative errors of the predictions of each schedule."""
-    found = {}
-    for schedule in sorted({r["schedule"] for r in results}):
-        of = [r for r in results if r["schedule"] == schedule]
-        errors = sorted(abs(r["predicted_s"] / r["measured_s"] - 1) for r in of)
-        found[schedule] = {
-            "configurations": len(of), "median": statistics.median(errors), "max": errors[-1]
-        }  # fmt: skip
-    return found
-
-
-def measure_group(ranks: int, slow: bool, listed: str, loopback: bool) -> dict[str, Any]:
+def measure_group(group: Group, listed: str, loopback: bool) -> dict[str, Any]:
     """Run one group of processes.
 
     Raises:
         RuntimeError: a process failed, or took too long.
     """
-    rates = [RATE_BITS_PER_S * (0.5 if slow and rank == 1 else 1.0) for rank in range(ranks)]
+    ranks = group.ranks
+    rates = [RATE_BITS_PER_S * (0.5 if group.slow and rank == 1 else 1.0) for rank in range(ranks)]
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         places: Sequence[Place | None] = [None] * ranks
         if not loopback:
-            places = stack.enter_context(shaped(rates))
+            places = stack.enter_context(shaped(rates, own_wires=group.own_wires))
         out = f"{folder}/results.json"
         processes = [
             context.Process(
                 target=rank_main,
-                args=(rank, ranks, slow, listed, places[rank], f"file://{folder}/meet", out),
+                args=(rank, group, listed, places[rank], f"file://{folder}/meet", out),
                 daemon=True,
             )
             for rank in range(ranks)
@@ -348,19 +324,19 @@ def main() -> None:
         "--list", choices=LISTS, default="rings", help="which of the lists of configurations"
     )
     arguments = parser.parse_args()
-    groups = sorted({(c.ranks, c.slow) for c in LISTS[arguments.list]})
+    groups = sorted({group_of(c) for c in LISTS[arguments.list]}, key=str)
     if arguments.loopback:  # no link of it can be slower than another
-        groups = [(ranks, slow) for ranks, slow in groups if not slow]
+        groups = [group for group in groups if not (group.slow or group.own_wires)]
     before = os.getloadavg()[0]
     found, failures = [], []
-    for ranks, slow in groups:
+    for group in groups:
         try:
-            found.append(measure_group(ranks, slow, arguments.list, arguments.loopback))
+            found.append(measure_group(group, arguments.list, arguments.loopback))
         except RuntimeError as error:  # what the other groups measured is not lost
             failures.append(str(error))
     every = [r for part in found for r in part["results"]]
     result = {
-        "summary": by_schedule(every) if arguments.list == "lines" else summary(every),
+        "summary": summary(every),
         "with_real_products": [
             {"error": r["predicted_s"] / r["measured_s"] - 1,
              "over_products": r["measured_s"] / r["products_s"] - 1}

@@ -27,8 +27,8 @@ EVENTS = 400
 """Events of a rank that are kept for drawing: all of a small group's step."""
 
 
-GRADIENT, STATISTICS = "gradient", "statistics"
-"""Events that send back what was accumulated."""
+SHARD, GRADIENT, STATISTICS = "send", "gradient", "statistics"
+"""Events that send a shard on, and what was accumulated back."""
 
 
 @dataclass(frozen=True)
@@ -181,23 +181,27 @@ class Clock:
     def compute(self, seconds: Vector | float) -> None:
         """Every rank's device is busy."""
         took = seconds / self.speed
-        self._draw("compute", self.now, self.now + took)
+        self.draw("compute", self.now, self.now + took)
         self.now = self.now + took
         self.compute_s += took
 
     def exchange(
-        self, sent_bytes: Vector | float, what: str = "send", links: Links | None = None
+        self, sent_bytes: Vector | float, what: str = SHARD, links: Links | None = None
     ) -> Vector:
         """Post to the rank after, and a receive from the one before: when it has both."""
         links = links or self.links
-        self.now = self.now + self.post_s
-        ready = np.maximum(self.now, self.now.take(links.next_ranks))  # both ends have posted
-        start = np.maximum(ready, self._free(links))
+        start = np.maximum(self.post(links), self._free(links))
         end = start + links.seconds(sent_bytes)
         self._latest = links, end
-        self._draw(what, start, end)
+        self.draw(what, start, end)
         done: Vector = np.maximum(end, end.take(links.places[2]))
         return done
+
+    def post(self, links: Links) -> Vector:
+        """Post an exchange on every rank: when both ends of each hop have."""
+        self.now = self.now + self.post_s
+        ready: Vector = np.maximum(self.now, self.now.take(links.next_ranks))
+        return ready
 
     def _free(self, links: Links) -> Vector:
         """From when on both ends of every hop are.  Of one exchange after the other on the same
@@ -216,26 +220,33 @@ class Clock:
         """Post a copy between host memory and the device, after earlier ones: when it is done."""
         start = np.maximum(self.now, self._copies)
         self._copies = start + seconds
-        self._draw("copy", start, self._copies)
+        self.draw("copy", start, self._copies)
         return self._copies
 
     def wait(self, until: Vector) -> None:
         """Until what was posted is done."""
         waited = np.maximum(until - self.now, 0.0)
-        self._draw("wait", self.now, self.now + waited)
+        self.draw("wait", self.now, self.now + waited)
         self.now = self.now + waited
         self.waiting_s += waited
 
-    def together(self, seconds: float, what: str = "send") -> Vector:
+    def join(self, arriving: Vector | None, new_bytes: Vector | float) -> None:
+        """Wait for what other ranks accumulated, and join it."""
+        if arriving is not None:
+            self.wait(arriving)
+            self.compute(new_bytes * self.join_s_per_byte)
+
+    def together(self, seconds: float, what: str = SHARD) -> Vector:
         """A collective: it begins when the last rank has posted it, one after the other."""
         self.now = self.now + self.post_s
         start = max(float(self.now.max()), self._collective)
         self._collective = start + seconds
         ends = np.full_like(self.now, self._collective)
-        self._draw(what, np.full_like(self.now, start), ends)
+        self.draw(what, np.full_like(self.now, start), ends)
         return ends
 
-    def _draw(self, what: str, start: Vector, end: Vector) -> None:
+    def draw(self, what: str, start: Vector, end: Vector) -> None:
+        """Keep an event of the first ranks."""
         if len(self.events) >= self.drawn * EVENTS:
             return
         drawn = zip(start[: self.drawn].tolist(), end[: self.drawn].tolist(), strict=True)
@@ -246,6 +257,7 @@ class Clock:
 
 __all__ = [
     "GRADIENT",
+    "SHARD",
     "STATISTICS",
     "Clock",
     "Event",

@@ -15,7 +15,7 @@ import numpy as np
 
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING, HOST, TRAVEL
+from cl_compiler.lang.ring import HALF_RING, HOST, TRAVEL
 from cl_compiler.plan.clock import (
     GRADIENT,
     STATISTICS,
@@ -27,10 +27,10 @@ from cl_compiler.plan.clock import (
     links_of_levels,
 )
 from cl_compiler.plan.host import link_rate
-from cl_compiler.plan.overlap import shares_of_passes
-from cl_compiler.plan.streamed import joined, streamed
-from cl_compiler.plan.travel import HostLink, Travel, host_link_of, travels_of
+from cl_compiler.plan.lines import Line, along, lines_of
+from cl_compiler.plan.streamed import streamed
 from cl_compiler.plan.types import Plan
+from cl_compiler.plan.work import Work, work_of
 
 COMPUTING = "computing"
 """What a rank does that neither waits nor sends: products, passes, launches."""
@@ -54,46 +54,6 @@ class Run:
     def bound_by(self) -> str:
         """What the slowest rank spends most of its time on."""
         return COMPUTING if self.compute_s >= self.waiting_s else "the exchange"
-
-
-@dataclass(frozen=True)
-class Work:
-    """One pass on one rank: what it moves, and seconds of a whole shard against a whole shard.
-
-    On half rings two shards meet once; ``diagonal``: of a shard, the length of a tile.  Of shards
-    in host memory, ``host``: bytes over the host link; ``rounds``: how often they travel.
-    """
-
-    travel: Travel
-    seconds: float
-    diagonal: float = 0.0
-    rounds: int = 1
-    host: HostLink | None = None
-
-
-def work_of(plan: Plan, program: Program) -> tuple[Work, ...]:
-    """The passes of a program; the plan's seconds of one shard pair by their matrix products."""
-    assert plan.cluster is not None
-    share = (plan.seconds - plan.cluster.exposed_s) / plan.cluster.group_size
-    diagonal = 0.0
-    if plan.cluster.schedule == HALF_RING:  # planned: of half a shard pair, and diagonal tiles
-        diagonal = min(1.0, plan.tile.cols / plan.problem.M)
-        ranks = plan.cluster.group_size
-        whole = 1 if ranks % 2 else 2
-        share *= 2 / (1 + diagonal * whole / ranks)
-    resident, problem = plan.cluster.resident, plan.problem
-    return tuple(
-        Work(
-            travel,
-            share * part,
-            diagonal,
-            travel.rounds(problem, resident),
-            host_link_of(travel, problem, resident) if resident else None,
-        )
-        for travel, part in zip(
-            travels_of(program, problem), shares_of_passes(program), strict=True
-        )
-    )
 
 
 def simulate(
@@ -182,7 +142,7 @@ def run(
         if lines:
             held = item.travel.held_back(input_bytes, compute_bytes)
             half = schedule == HALF_RING
-            _along(clock, lines, item, (per_row, back), rows, parts, shares, half, held)
+            along(clock, lines, item, (per_row, back), rows, parts, shares, half, held)
             continue
         _around(
             clock,
@@ -264,93 +224,6 @@ def _around(
         clock.compute(owed * clock.join_s_per_byte)
 
 
-@dataclass(frozen=True)
-class Line:
-    """Ranks that a shard passes in one direction: hops along it, and those back home.
-
-    ``way``: 1 to the next rank, -1 to the one before; ``steps``: ranks that a shard meets.
-    """
-
-    links: Links
-    home: Links
-    way: int
-    steps: int
-
-
-def lines_of(spec: HardwareSpec, schedule: str, ranks: int) -> tuple[Line, ...]:
-    """Along which a schedule's shards travel; none where they go all around."""
-    return tuple(
-        Line(links_of(spec, ranks, way), links_of(spec, ranks, -way * steps), way, steps)
-        for way, steps in ways_of(schedule, ranks)
-    )
-
-
-def ways_of(schedule: str, ranks: int) -> tuple[tuple[int, int], ...]:
-    """(way, steps) of each line; none where shards go all around."""
-    ways = ((1, ranks // 2), (-1, (ranks - 1) // 2))
-    return {HALF_RING: ways[:1], BOTH_WAYS: ways}.get(schedule, ())
-
-
-def _along(
-    clock: Clock,
-    lines: Sequence[Line],
-    work: Work,
-    row_bytes: tuple[float, float],
-    rows: int,
-    parts: Sequence[int],
-    shares: Vector | None,
-    half: bool,
-    held: float,
-) -> None:
-    """Chunks travel along lines, and what is accumulated with them goes home from there.
-
-    ``row_bytes``: sent of a row, and sent back; ``half``: two shards meet once, and ``held`` of a
-    chunk of its own a rank computes last.
-    """
-    ranks = clock.links.ranks
-    every, share = np.arange(ranks), np.ones(ranks) if shares is None else shares
-    arriving: list[Vector | None] = [None] * len(lines)
-    own = (0.5 + work.diagonal / 2) / len(parts)
-    start, (sent_of_row, back_of_row) = 0, row_bytes
-    first_bytes = sent_of_row * parts[0] * share
-    posted = [clock.exchange(first_bytes, links=x.links) if x.steps else None for x in lines]
-    for count, following in zip(parts, [*parts[1:], 0], strict=True):
-        part, sent, back = count / rows, sent_of_row * count, back_of_row * count
-        # of the square of a shard, what these columns have on one side of the diagonal
-        beside, diagonal = part * (2 * start + count) / (2 * rows), part * work.diagonal / 2
-        area = beside + diagonal if half else part
-        if half and not work.travel.again:
-            area = own if start else own * (1.0 - held)
-        clock.compute(work.seconds * area * share * share)
-        for step in range(1, ranks // 2 + 1):
-            met: Vector | float = part
-            if half and 2 * step == ranks:
-                first = every < ranks // 2
-                met = np.where(first, beside + diagonal, max(beside - diagonal, 0.0))
-            for k, line in enumerate(lines):
-                if step > line.steps:
-                    continue
-                size = share[(every - line.way * step) % ranks]
-                come, posted[k] = posted[k], None
-                if come is not None:
-                    clock.wait(come)
-                if step < line.steps:
-                    posted[k] = clock.exchange(sent * size, links=line.links)
-                elif following:
-                    posted[k] = clock.exchange(sent_of_row * following * share, links=line.links)
-                clock.compute(back * size * clock.start_s_per_byte if back else 0.0)
-                clock.compute(work.seconds * met * share * size)
-                if back:
-                    joined(clock, arriving[k], back * (size if step > 1 else share))
-                    links = line.links if step < line.steps else line.home
-                    arriving[k] = clock.exchange(back * size, clock.home, links)
-        start += count
-    if half and held:
-        clock.compute(work.seconds * own * held * share * share)
-    for waited in arriving:
-        joined(clock, waited, row_bytes[1] * parts[-1] * share)
-
-
 def _gathered(
     clock: Clock,
     s_per_row: float,
@@ -393,4 +266,4 @@ def _numbers(clock: Clock) -> None:
         clock.wait(clock.together(_collective_s(clock, 8.0)))
 
 
-__all__ = ["COMPUTING", "Line", "Run", "Work", "lines_of", "run", "simulate", "ways_of", "work_of"]
+__all__ = ["COMPUTING", "Run", "run", "simulate"]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cl_compiler.plan.clock import Clock, Vector
-
-if TYPE_CHECKING:
-    from cl_compiler.plan.simulate import Work
+from cl_compiler.plan.work import Work
 
 
 def streamed(
@@ -68,20 +65,13 @@ def _one_chunk(
         posted = clock.exchange(sent * size) if step + 1 < links.circle else None
         clock.compute(seconds * block * size)
         if back and step:
-            joined(clock, arriving, back * size)
+            clock.join(arriving, back * size)
             arriving = clock.exchange(back * size, clock.home)
         if posted is not None:
             clock.wait(posted)
         here = here[before]
-    joined(clock, arriving, back * (1.0 if shares is None else shares))
+    clock.join(arriving, back * (1.0 if shares is None else shares))
     return copied
 
 
-def joined(clock: Clock, arriving: Vector | None, new_bytes: Vector | float) -> None:
-    """Wait for what other ranks accumulated, and join it."""
-    if arriving is not None:
-        clock.wait(arriving)
-        clock.compute(new_bytes * clock.join_s_per_byte)
-
-
-__all__ = ["joined", "streamed"]
+__all__ = ["streamed"]

@@ -16,12 +16,15 @@ from cl_compiler.losses import find
 from cl_compiler.plan.clock import Clock, links_of, links_of_levels
 from cl_compiler.plan.cluster import choose_cluster_plan
 from cl_compiler.plan.exchange import Hop, hiding_rows
+from cl_compiler.plan.lines import lines_of
 from cl_compiler.plan.link_bytes import bytes_per_link
 from cl_compiler.plan.machine import machine_of
 from cl_compiler.plan.overlap import phases_of
 from cl_compiler.plan.report import explain
-from cl_compiler.plan.simulate import lines_of, run, simulate, work_of
+from cl_compiler.plan.simulate import run, simulate
 from cl_compiler.plan.types import Problem, Request
+from cl_compiler.plan.wires import Wires
+from cl_compiler.plan.work import work_of
 from tests.plan.test_simulate import planned, request
 
 # ---- the closed form ----------------------------------------------------------------------------
@@ -101,21 +104,29 @@ def test_messages_in_chunks_raise_it_by_their_latencies():
 CLUSTERS = ("a800x8", "a800-4x8", "rtx4090x2")
 
 
-class Tally(Clock):
-    """Also: bytes over every level's links, by rank."""
+@pytest.fixture
+def tallied(monkeypatch) -> Counter:
+    """Bytes over every level's links, by rank, of what is posted from now on."""
+    sent = Counter()
 
-    def exchange(self, sent_bytes, what="send", links=None):
-        of = links or self.links
-        wires = np.zeros(of.ranks, dtype=int) if of.wires is None else of.wires
-        for rank, size in enumerate(np.broadcast_to(sent_bytes, of.ranks)):
-            self.tallied[rank, int(wires[rank]) // 2 if of.members == 0 else int(wires[rank])] += (
-                size
-            )
-        return super().exchange(sent_bytes, what, links)
+    def tallying(exchange, default):
+        def post(self, sent_bytes, what="send", links=None):
+            of = links or default(self)
+            levels = np.zeros(of.ranks, dtype=int) if of.wires is None else of.wires
+            levels = levels // 2 if of.members == 0 else levels
+            for rank, size in enumerate(np.broadcast_to(sent_bytes, of.ranks)):
+                sent[rank, int(levels[rank])] += size
+            return exchange(self, sent_bytes, what, of)
+
+        return post
+
+    for owner, default in ((Clock, lambda clock: clock.links), (Wires, None)):
+        monkeypatch.setattr(owner, "exchange", tallying(owner.exchange, default))
+    return sent
 
 
 @pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel", "two_level", "both_ways"])
-def test_bytes_per_link_are_those_that_are_simulated(schedule):
+def test_bytes_per_link_are_those_that_are_simulated(schedule, tallied):
     """The busiest link of each kind, statistics not counted; processes are in ``tests/ring``."""
     asked = request("a800-4x8", 2048, schedule)
     plan, program = planned(asked)
@@ -123,13 +134,12 @@ def test_bytes_per_link_are_those_that_are_simulated(schedule):
     work = [
         replace(w, travel=replace(w.travel, vectors=0, folds=0)) for w in work_of(plan, program)
     ]
-    clock = Tally(links_of(spec, ranks), np.ones(ranks))
-    clock.tallied = Counter()
+    clock = Clock(links_of(spec, ranks), np.ones(ranks))
     levels = links_of_levels(spec, ranks) if schedule == "two_level" else ()
     lines = lines_of(spec, schedule, ranks)
     run(clock, schedule, work, 2048, plan.cluster.chunk, 2, 4, levels, lines=lines)
     busiest = Counter()
-    for (_, level), sent in clock.tallied.items():
+    for (_, level), sent in tallied.items():
         busiest[level] = max(busiest[level], sent)
     found = [link.forward_bytes + link.backward_bytes for link in plan.cluster.links]
     assert [link.level for link in plan.cluster.links] == ["node", "device"]

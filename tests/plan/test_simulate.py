@@ -13,9 +13,10 @@ from cl_compiler.losses import find
 from cl_compiler.plan.clock import Clock, Links, links_of
 from cl_compiler.plan.cluster import choose_cluster_plan
 from cl_compiler.plan.other_losses import dense_bytes, inf_cl_bytes, local_rows_bytes
-from cl_compiler.plan.simulate import Run, Work, run, simulate
+from cl_compiler.plan.simulate import Run, run, simulate
 from cl_compiler.plan.travel import Travel
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
+from cl_compiler.plan.work import Work
 
 NEEDS = frozenset({"x", "y", "logit_scale"})
 

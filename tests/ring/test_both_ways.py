@@ -16,11 +16,13 @@ from cl_compiler.losses import find
 from cl_compiler.plan.clock import Clock, links_of
 from cl_compiler.plan.cluster import choose_cluster_plan
 from cl_compiler.plan.exchange import hops_of
+from cl_compiler.plan.lines import lines_of
 from cl_compiler.plan.machine import machine_of
 from cl_compiler.plan.report import explain
-from cl_compiler.plan.simulate import Work, lines_of, run
+from cl_compiler.plan.simulate import run
 from cl_compiler.plan.travel import Travel
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
+from cl_compiler.plan.work import Work
 from cl_compiler.runtime.live_bytes import LiveBytes
 from cl_compiler.runtime.ring import run_ranks
 from tests import losses_zoo as zoo

@@ -19,9 +19,10 @@ from cl_compiler.losses import find
 from cl_compiler.plan.clock import Clock, links_of
 from cl_compiler.plan.record import plan_from_json, plan_to_json
 from cl_compiler.plan.report import explain
-from cl_compiler.plan.simulate import Work, run
+from cl_compiler.plan.simulate import run
 from cl_compiler.plan.travel import HostLink, Travel
 from cl_compiler.plan.types import MemoryBudget, Problem, Request
+from cl_compiler.plan.work import Work
 from cl_compiler.runtime.guard import IN_HOST, Record, check_agreement, check_place
 from cl_compiler.runtime.live_bytes import LiveBytes
 from cl_compiler.runtime.loader import load_source
