@@ -12,7 +12,7 @@ from cl_compiler.lang.ring import BOTH_WAYS, HALF_RING
 WIDTH = 512
 ROW_BYTES = 4 * WIDTH
 RATE_BITS_PER_S = 800e6
-"""Of every link; a slow one has half."""
+"""Of every link; a slow one has half, and each of a rank's own wires."""
 CALIBRATED_ROWS = (384, 1024, 1792, 3584)
 """Rows of the messages that links are calibrated with: 0.8 to 7.3 MB."""
 

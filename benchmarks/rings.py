@@ -59,7 +59,7 @@ from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.resolve import Positives
-from cl_compiler.lang.ring import HALF_RING
+from cl_compiler.lang.ring import HALF_RING, TWO_CIRCLES
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.clock import Clock, Links
@@ -100,6 +100,11 @@ class Group:
     ranks: int
     slow: bool
     own_wires: bool
+
+    @property
+    def bits_per_s(self) -> float:
+        """Of each link; of own wires, of which two are in use, half: both are what one link is."""
+        return RATE_BITS_PER_S / 2 if self.own_wires else RATE_BITS_PER_S
 
 
 def group_of(c: Configuration) -> Group:
@@ -161,6 +166,7 @@ def rank_main(
     dist.init_process_group(
         "gloo", init_method=where, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
+    second = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
     module = shards_of(CALIBRATED_ROWS[0])
     ring = module.Ring(dist.group.WORLD, {"rows": (1,) * ranks})
     links, r2 = fitted_links(ring)
@@ -176,7 +182,8 @@ def rank_main(
         if group != group_of(c):
             continue
         module = shards_of(c.chunk, c.schedule)
-        ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks})
+        groups = {"second": second} if c.schedule in TWO_CIRCLES else {}
+        ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks}, **groups)
         message = c.chunk * ROW_BYTES * float(links.s_per_byte.max()) + float(links.latency_s.max())
         wait_s = float(ring.largest(torch.tensor([c.ratio * message * (1 + c.gradients)])))
         measured = measured_seconds(ring, module, c, partial(_wait, wait_s))
@@ -284,7 +291,7 @@ def measure_group(group: Group, listed: str, loopback: bool) -> dict[str, Any]:
         RuntimeError: a process failed, or took too long.
     """
     ranks = group.ranks
-    rates = [RATE_BITS_PER_S * (0.5 if group.slow and rank == 1 else 1.0) for rank in range(ranks)]
+    rates = [group.bits_per_s * (0.5 if group.slow and rank == 1 else 1.0) for rank in range(ranks)]
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

@@ -14,6 +14,7 @@ from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import Schedule
 from cl_compiler.lang.resolve import Positives
+from cl_compiler.lang.ring import TWO_CIRCLES
 from cl_compiler.units import parse_bytes
 
 DType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -279,6 +280,11 @@ class ClusterPlan:
     def inputs_in_host(self) -> bool:
         """Whether a rank is called with tensors in host memory, and returns gradients there."""
         return self.resident > 0
+
+    @property
+    def two_circles(self) -> bool:
+        """Whether two shards are on their way at the same time, each in a group of its own."""
+        return self.schedule in TWO_CIRCLES
 
     @property
     def hiding_rows(self) -> int:

@@ -77,6 +77,8 @@ class RankGroup:
         self.parent, self.timeout_s, self.convention = parent, float(timeout_s), convention
         self.control = OwnGroup(parent, "gloo", self.timeout_s)
         self._groups = [self.control]
+        self._shards: OwnGroup = self.control
+        self._second: OwnGroup | None = None
         self._posted: Posted | None = None
         self.device = torch.device("cpu")
         """From where shards travel."""
@@ -93,30 +95,54 @@ class RankGroup:
     @property
     def group(self) -> dist.ProcessGroup:
         """The process group in which shards travel."""
-        return self._groups[-1].group
+        return self._shards.group
 
-    def connect(self, device: torch.device) -> None:
-        """Make the group in which shards on a device travel, once.  Every rank calls it.
+    @property
+    def second_group(self) -> dist.ProcessGroup:
+        """That of shards that travel at the same time as others."""
+        assert self._second is not None, "connect makes it"
+        return self._second.group
+
+    def connect(self, device: torch.device, two_circles: bool = False) -> None:
+        """Make the groups in which shards on a device travel, each once.  Every rank calls it.
+
+        ``two_circles``: a second one, so that what passes there waits for nothing in the first.
 
         Raises:
             ArgumentError: this PyTorch cannot send from there.
             GroupError: a rank is gone or late.
         """
-        if device.type == "cpu" or self._posted is not None:
-            return
-        if not dist.is_nccl_available():
-            raise ArgumentError(
-                f"shards on {device} travel through NCCL, and this PyTorch was built without it: "
-                "install one that has it, or give the loss CPU tensors and hardware."
-            )
-        with self.watched():
-            self._groups.append(OwnGroup(self.parent, "nccl", WATCHDOG_S))
+        if device.type != "cpu" and self._posted is None:
+            if not dist.is_nccl_available():
+                raise ArgumentError(
+                    f"shards on {device} travel through NCCL, and this PyTorch was built without "
+                    "it: install one that has it, or give the loss CPU tensors and hardware."
+                )
             self._posted, self.device = Posted(self.timeout_s, device), device
             self._watch.look = self._posted.look_from_thread
-            # Later calls may be without ranks whose shards are empty; the first needs all of them.
-            work = self.group.allreduce([torch.zeros(1, device=device)])
-            self.expect([work])
-            self.settle()
+            self._shards = self._another()
+        if two_circles and self._second is None:
+            self._second = self._another()
+
+    def _another(self) -> OwnGroup:
+        """One more group, in which shards travel."""
+        in_host = self.device.type == "cpu"
+        try:
+            own = OwnGroup(
+                self.parent,
+                "gloo" if in_host else "nccl",
+                self.timeout_s if in_host else WATCHDOG_S,
+            )
+        except GroupError as error:
+            self.fail(error)  # the others may wait in it for ranks that came
+            raise
+        self._groups.append(own)
+        with self.watched():
+            if own.backend == "nccl":
+                # Later calls may be without ranks whose shards are empty; the first needs them all.
+                self.expect([own.group.allreduce([torch.zeros(1, device=self.device)])])
+                self.settle()
+        return own
 
     @property
     def scales(self) -> tuple[float, float]:

@@ -123,16 +123,20 @@ class GroupLoss(CompiledLoss):
         try:
             call, records = self._meet(args, kwargs, sequence)
             variant = self._variant(self._joint(call.signature, records))
+            of = variant.plan.cluster
             if self._on_gpu:
-                of, name = variant.plan.cluster, self.signature.name
-                check_place(name, records, of.schedule, of.inputs_in_host)
-                ranks.connect(self._device_of(call))
+                check_place(self.signature.name, records, of.schedule, of.inputs_in_host)
+            ranks.connect(self._device_of(call), of.two_circles)
             lengths = {
                 "rows": tuple(r.rows for r in records),
                 "cols": tuple(r.cols for r in records),
             }
             ring = guarded_ring(
-                variant.module, ranks, lengths, lambda by: self._meet_again(records, sequence, by)
+                variant.module,
+                ranks,
+                lengths,
+                lambda by: self._meet_again(records, sequence, by),
+                of.two_circles,
             )
             arguments = [call.values[name] for name in variant.module.ARGUMENTS]
             return self._run(variant.module, [ring, *arguments])
@@ -146,7 +150,7 @@ class GroupLoss(CompiledLoss):
     def _device_of(self, call: Call) -> torch.device:
         """Where products are made: where shards are, or what streams them from host memory."""
         given = call.values[self.signature.operands[0][0]].device
-        if given.type != "cpu":
+        if given.type != "cpu" or not self._on_gpu:
             return given
         return torch.device("cuda", torch.cuda.current_device())
 

@@ -18,15 +18,17 @@ def guarded_ring(
     ranks: RankGroup,
     lengths: Mapping[str, Sequence[int]],
     check_backward: Callable[[torch.Tensor], None],
+    two_circles: bool = False,
 ) -> Any:
     """The ring of an emitted file, whose waits raise on every rank when one of them fails.
 
     ``check_backward``: meets the other ranks before a backward; given the value's gradient.
+    ``two_circles``: shards travel in both of the ranks' groups.
     """
-    shard_scale, scalar_scale = ranks.scales
+    scales, second = ranks.scales, {"second": ranks.second_group} if two_circles else {}
     with ranks.registered():
         ring = _guarded(module)(
-            ranks.group, lengths, shard_scale, scalar_scale, ranks.device, ranks.control.group
+            ranks.group, lengths, *scales, ranks.device, ranks.control.group, **second
         )
     ring.ranks, ring.check_backward = ranks, check_backward
     return ring

@@ -7,6 +7,7 @@ it: for tests, and to try a loss on many ranks where there is one machine.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,8 +29,9 @@ class Hub:
 
     def __init__(self, world_size: int, timeout_s: float = 60.0) -> None:
         self.world_size, self.timeout_s = world_size, timeout_s
-        self.channels: dict[tuple[int, int], queue.Queue[list[Tensor]]] = {
-            (a, b): queue.Queue() for a in range(world_size) for b in range(world_size)
+        every = itertools.product(range(world_size), range(world_size), (False, True))
+        self.channels: dict[tuple[int, int, bool], queue.Queue[list[Tensor]]] = {
+            channel: queue.Queue() for channel in every
         }
         self.barrier = threading.Barrier(world_size)
         self.board: list[Any] = [None] * world_size
@@ -40,8 +42,8 @@ class Hub:
         self.broken.set()
         self.barrier.abort()
 
-    def receive(self, source: int, target: int) -> list[Tensor]:
-        """What ``source`` sent to ``target`` next.
+    def receive(self, source: int, target: int, second: bool = False) -> list[Tensor]:
+        """What ``source`` sent to ``target`` next, in one of two groups.
 
         Raises:
             TimeoutError: nothing came in time, or another rank failed.
@@ -49,7 +51,7 @@ class Hub:
         waited = 0.0
         while not self.broken.is_set() and waited < self.timeout_s:
             try:
-                return self.channels[source, target].get(timeout=0.05)
+                return self.channels[source, target, second].get(timeout=0.05)
             except queue.Empty:
                 waited += 0.05
         raise TimeoutError(f"rank {target} got nothing from rank {source}")
@@ -87,7 +89,7 @@ class LoopbackRing:
         self.shard_scale, self.scalar_scale = shard_scale, scalar_scale
         self.device = torch.device(device)
         self.posted_bytes = 0
-        self._expected: dict[int, list[Sequence[Tensor]]] = {}
+        self._expected: dict[tuple[int, bool], list[Sequence[Tensor]]] = {}
 
     def during(
         self, phase: str, factor: Tensor | None = None
@@ -104,11 +106,16 @@ class LoopbackRing:
             work()
 
     def exchange(
-        self, sent: Sequence[Tensor], received: Sequence[Tensor], after: int, before: int
+        self,
+        sent: Sequence[Tensor],
+        received: Sequence[Tensor],
+        after: int,
+        before: int,
+        second: bool = False,
     ) -> list[Post]:
-        """Post: tensors to rank ``after``, others from rank ``before``."""
-        self._send(sent, after)
-        return [self._expect(before, received)]
+        """Post: tensors to rank ``after``, others from rank ``before``, in one of two groups."""
+        self._send(sent, after, second)
+        return [self._expect(before, received, second)]
 
     def gather(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> list[Post]:
         """Post: every rank's ``sent`` into the parts of ``received`` [ranks, ...]."""
@@ -151,25 +158,25 @@ class LoopbackRing:
         """Whether a condition holds on every rank."""
         return bool(self.numbers(float(condition)).all())
 
-    def _send(self, tensors: Sequence[Tensor], target: int) -> None:
+    def _send(self, tensors: Sequence[Tensor], target: int, second: bool = False) -> None:
         # Copied at once: a test that overwrites what is on its way would not notice otherwise.
-        self.hub.channels[self.rank, target].put([t.detach().clone() for t in tensors])
+        self.hub.channels[self.rank, target, second].put([t.detach().clone() for t in tensors])
         if target != self.rank:
             self.posted_bytes += sum(t.numel() * t.element_size() for t in tensors)
 
-    def _expect(self, source: int, into: Sequence[Tensor]) -> Post:
+    def _expect(self, source: int, into: Sequence[Tensor], second: bool = False) -> Post:
         """Post a receive.  Messages match receives in the order of posting, not of waiting."""
-        expected = self._expected.setdefault(source, [])
+        expected = self._expected.setdefault((source, second), [])
         expected.append(into)
 
         def done() -> None:
             while any(posted is into for posted in expected):
-                self._receive(source, expected.pop(0))
+                self._receive(source, expected.pop(0), second)
 
         return done
 
-    def _receive(self, source: int, into: Sequence[Tensor]) -> None:
-        for tensor, came in zip(into, self.hub.receive(source, self.rank), strict=True):
+    def _receive(self, source: int, into: Sequence[Tensor], second: bool) -> None:
+        for tensor, came in zip(into, self.hub.receive(source, self.rank, second), strict=True):
             if tensor.shape != came.shape or tensor.dtype != came.dtype:
                 raise ValueError(
                     f"rank {self.rank} expected {list(tensor.shape)} {tensor.dtype} from rank "

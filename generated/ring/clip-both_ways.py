@@ -70,13 +70,23 @@ class Ring:
     shard_scale, scalar_scale: what gradients of shards, and of scalars, are multiplied by.
     device: from where the group sends: the CPU for Gloo, a GPU for NCCL.
     control: a group of the same ranks that sends single numbers, from the CPU; else ``group`` does.
+    second: a group of the same ranks for what goes against their order; else ``group`` does.
+        What a group sends may wait for what it receives: in two groups both pass at the same time.
     """
 
     def __init__(
-        self, group, lengths, shard_scale=1.0, scalar_scale=1.0, device="cpu", control=None
+        self,
+        group,
+        lengths,
+        shard_scale=1.0,
+        scalar_scale=1.0,
+        device="cpu",
+        control=None,
+        second=None,
     ):
         self.group, self.lengths, self.device = group, lengths, device
         self.control = (group, device) if control is None else (control, "cpu")
+        self.groups = group, group if second is None else second
         self.shard_scale, self.scalar_scale = shard_scale, scalar_scale
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
@@ -89,12 +99,13 @@ class Ring:
         for work in posted:
             work.wait()
 
-    def exchange(self, sent, received, after, before):
+    def exchange(self, sent, received, after, before, second=False):
         """Post: tensors to rank ``after``, others from rank ``before``."""
+        group = self.groups[second]
         # Receives first: a sender waits for word of them, which would queue behind what is sent.
         # The group's own methods: those of torch.distributed take as long again before each step.
-        receives = [self.group.recv([t], before, 0) for t in received if t.numel()]
-        return receives + [self.group.send([t], after, 0) for t in sent if t.numel()]
+        receives = [group.recv([t], before, 0) for t in received if t.numel()]
+        return receives + [group.send([t], after, 0) for t in sent if t.numel()]
 
     def gathered(self, own):
         """[ranks, ...]: every rank's small tensor, in their order, where it was sent from."""
@@ -192,7 +203,7 @@ class _Line:
         """Post: tensors to the rank so many places along the line, others from that far back."""
         ring, there = self.ring, self.way * places
         after, before = (ring.rank + there) % ring.world_size, (ring.rank - there) % ring.world_size
-        return ring.exchange(sent, received, after, before)
+        return ring.exchange(sent, received, after, before, self.way < 0)
 
     def post(self, shard, step, start):
         """Post a shard; the one that is here after so many steps arrives in the free buffer."""

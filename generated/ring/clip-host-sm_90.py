@@ -165,7 +165,7 @@ class Ring:
         """Called before the host waits for the device; a guard may look for ranks that are gone."""
 
     def exchange(self, sent, received, after, before):
-        """Post: tensors to rank ``after``, others from rank ``before``; one group of calls."""
+        """Post: tensors to rank ``after``, others from rank ``before``; one batch of calls."""
         # Receives first: a sender waits for word of them, which would queue behind what is sent.
         operations = [
             dist.P2POp(call, tensor, group=self.group, group_peer=peer)

@@ -158,7 +158,7 @@ class Ring:
             work.wait()
 
     def exchange(self, sent, received, after, before):
-        """Post: tensors to rank ``after``, others from rank ``before``; one group of calls."""
+        """Post: tensors to rank ``after``, others from rank ``before``; one batch of calls."""
         # Receives first: a sender waits for word of them, which would queue behind what is sent.
         operations = [
             dist.P2POp(call, tensor, group=self.group, group_peer=peer)

@@ -71,13 +71,23 @@ class Ring:
     shard_scale, scalar_scale: what gradients of shards, and of scalars, are multiplied by.
     device: from where the group sends: the CPU for Gloo, a GPU for NCCL.
     control: a group of the same ranks that sends single numbers, from the CPU; else ``group`` does.
+    second: a group of the same ranks for what goes around inside nodes; else ``group`` does.
+        What a group sends may wait for what it receives: in two groups both pass at the same time.
     """
 
     def __init__(
-        self, group, lengths, shard_scale=1.0, scalar_scale=1.0, device="cpu", control=None
+        self,
+        group,
+        lengths,
+        shard_scale=1.0,
+        scalar_scale=1.0,
+        device="cpu",
+        control=None,
+        second=None,
     ):
         self.group, self.lengths, self.device = group, lengths, device
         self.control = (group, device) if control is None else (control, "cpu")
+        self.groups = group, group if second is None else second
         self.shard_scale, self.scalar_scale = shard_scale, scalar_scale
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
@@ -90,12 +100,13 @@ class Ring:
         for work in posted:
             work.wait()
 
-    def exchange(self, sent, received, after, before):
+    def exchange(self, sent, received, after, before, second=False):
         """Post: tensors to rank ``after``, others from rank ``before``."""
+        group = self.groups[second]
         # Receives first: a sender waits for word of them, which would queue behind what is sent.
         # The group's own methods: those of torch.distributed take as long again before each step.
-        receives = [self.group.recv([t], before, 0) for t in received if t.numel()]
-        return receives + [self.group.send([t], after, 0) for t in sent if t.numel()]
+        receives = [group.recv([t], before, 0) for t in received if t.numel()]
+        return receives + [group.send([t], after, 0) for t in sent if t.numel()]
 
     def gathered(self, own):
         """[ranks, ...]: every rank's small tensor, in their order, where it was sent from."""
@@ -174,8 +185,9 @@ class _Folds:
 class _Circle:
     """Ranks that pass shards on, in their order, and room for what is on its way among them."""
 
-    def __init__(self, ring, members, chunk, turns, sent, folds):
+    def __init__(self, ring, members, chunk, turns, sent, folds, second=False):
         self.ring, self.chunk, self.ranks = ring, chunk, len(members)
+        self.second = second
         self.mine = mine = members.index(ring.rank)
         self.after, self.before = members[(mine + 1) % self.ranks], members[mine - 1]
         rooms = min(2, (self.ranks - 1) * turns)
@@ -185,7 +197,7 @@ class _Circle:
 
     def exchange(self, sent, received):
         """Post: tensors to the next rank of the circle, others from the one before."""
-        return self.ring.exchange(sent, received, self.after, self.before)
+        return self.ring.exchange(sent, received, self.after, self.before, self.second)
 
     def post(self, shard, rows):
         """Post a shard; the one that follows it, of so many rows, arrives in the free buffer."""
@@ -258,7 +270,9 @@ def _shards(ring, axis, sent, folds=()):
     node, place = divmod(mine, NODE)
     turns = len(range(0, rows, chunk))
     nodes = _Circle(ring, range(place, ring.world_size, NODE), chunk, turns, sent, folds)
-    inside = _Circle(ring, range(node * NODE, (node + 1) * NODE), chunk, 1, sent, folds)
+    inside = _Circle(
+        ring, range(node * NODE, (node + 1) * NODE), chunk, 1, sent, folds, second=True
+    )
     for start, home, shards, parts in nodes.around(lengths[place::NODE], rows, sent, folds):
         here = [min(max(n - start, 0), chunk) for n in lengths[home * NODE : (home + 1) * NODE]]
         for _, owner, shard, part in inside.around(here, max(here), shards, folds.at(parts)):

@@ -227,7 +227,7 @@ def posted(rank: int, schedules: list[str], rows: int, width: int) -> dict[str, 
 
             setattr(ring, name, post)
 
-        counting("exchange", lambda out, into, after, before: [(after, out)])
+        counting("exchange", lambda out, into, after, *_: [(after, out)])
         counting("gather", lambda out, into: [(peer, out) for peer in others])
         # of [ranks, rows, ...] each rank gets its own part; vectors of rows are [ranks, rows]
         counting("swap", lambda out, into: [(p, [t[p] for t in out]) for p in others])

@@ -54,8 +54,8 @@ class Counting(LoopbackRing):
 
     matrix_bytes = 0
 
-    def _send(self, tensors, target):
-        super()._send(tensors, target)
+    def _send(self, tensors, target, second=False):
+        super()._send(tensors, target, second)
         if target != self.rank:
             matrices = [t for t in tensors if t.dim() > 1]
             self.matrix_bytes += sum(t.numel() * t.element_size() for t in matrices)

@@ -129,6 +129,11 @@ def test_ranks_connect_once_and_all_of_them(monkeypatch):
     assert [own.backend for own in made] == ["gloo", "nccl"]
     assert ranks.group is made[1] and ranks.control is made[0]
     assert made[1].calls == [torch.device("meta")] and made[0].calls == []
+    for _ in range(2):
+        ranks.connect(torch.device("meta"), two_circles=True)
+    assert [own.backend for own in made] == ["gloo", "nccl", "nccl"]
+    assert ranks.group is made[1] and ranks.second_group is made[2]
+    assert made[2].calls == [torch.device("meta")]
     ranks.loss = "clip"
     ranks.fail(ValueError("my loader broke"))
     with pytest.raises(GroupError) as caught:
