@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from cl_compiler import compile_loss
 from cl_compiler.errors import GroupError
-from cl_compiler.lang.ring import CANONICAL, HALF_RING
+from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING
 from cl_compiler.runtime import group_loss
 
 TIMEOUT_S = 2.0
@@ -99,6 +99,23 @@ def die(
 def die_along(rank: int, victim: int, step: int, schedule: str, marker: str) -> float:
     """As ``die``, killed while shards travel in another way."""
     return die(rank, victim, step, "SIGKILL", marker, schedule)
+
+
+def die_unconnected(rank: int, victim: int, marker: str) -> None:
+    """``victim`` is killed before it makes the second group of the first call; the others wait."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    loss_fn = compiled(TIMEOUT_S, schedule=BOTH_WAYS)
+    if rank == victim:
+        connect = loss_fn.ranks.connect
+
+        def die_first(*args: object) -> None:
+            Path(marker).write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+            connect(*args)
+
+        loss_fn.ranks.connect = die_first
+    x, y = shards(rank)
+    loss_fn(x, y, logit_scale=10.0)
 
 
 def send_slowly(rank: int) -> tuple[str, float]:

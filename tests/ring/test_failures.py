@@ -293,6 +293,12 @@ def test_a_rank_killed_where_shards_travel_in_another_way(schedule, steps, tmp_p
         survive(2.0, 2, GONE.format(2), 4, ranks.die_along, step, schedule, tmp_path / "at")
 
 
+def test_a_rank_killed_before_it_has_made_the_second_group(tmp_path):
+    """Code is compiled meanwhile, on another rank first."""
+    limit_s = ranks.TIMEOUT_S + SLACK_S
+    survive(limit_s, 1, "rank 1", 3, ranks.die_unconnected, tmp_path / "at")
+
+
 def test_a_stopped_rank(tmp_path):
     limit_s = ranks.TIMEOUT_S + SLACK_S
     args = (ranks.die, 1, "SIGSTOP", tmp_path / "at")
