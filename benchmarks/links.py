@@ -23,9 +23,13 @@ INTERFACE = "eth0"
 """The port of every place; what ``GLOO_SOCKET_IFNAME`` names."""
 _NEW_NETWORK = 0x40000000
 _TOOL_LIMIT_S = 10.0
+_BUCKET = "128kb"
+"""What passes at once after a pause: two of the kernel's segments."""
 _SETTINGS = (
     "tcp_congestion_control=reno",
     "tcp_slow_start_after_idle=0",
+    # Connections take turns: as much of each waits at the port, and no whole message of one.
+    "tcp_limit_output_bytes=131072",
     # Windows that a slow way back for acknowledgements does not exhaust.
     "tcp_rmem=4096 4194304 16777216",
     "tcp_wmem=4096 4194304 16777216",
@@ -59,12 +63,6 @@ class Place:
     def shape(self, kind: str, *settings: str) -> None:
         """Add to what shapes the port."""
         self.run("tc", kind, "add", "dev", INTERFACE, *settings)
-
-    def take_turns(self, parent: str) -> None:
-        """Of what waits there, connections take turns, as in a network card."""
-        never = ("limit", "100000", "target", "10s", "interval", "20s")  # to drop a packet
-        with contextlib.suppress(NoLinksError):
-            self.shape("qdisc", "parent", parent, "fq_codel", *never)
 
 
 def run(*command: str) -> None:
@@ -149,24 +147,20 @@ def _join(
     place.run("ip", "link", "set", "lo", "up")
     place.run("ip", "address", "add", f"{_address(number)}/24", "dev", INTERFACE)
     place.run("ip", "link", "set", INTERFACE, "up")
-    # A bucket of 256 kB: enough for the kernel's segments, a few milliseconds at gigabits.
-    rate, bucket = ("rate", f"{bits_per_s:.0f}bit"), ("burst", "256kb")
+    rate, bucket = ("rate", f"{bits_per_s:.0f}bit"), ("burst", _BUCKET)
     if not others:
         place.shape("qdisc", "root", "handle", "1:", "tbf", *rate, *bucket, "latency", "2s")
-        place.take_turns("1:1")
     else:
         place.shape("qdisc", "root", "handle", "1:", "htb")
     for other in others:
         wire = f"1:{other + 1}"
         place.shape(
-            "class", "parent", "1:", "classid", wire, "htb", *rate, *bucket, "cburst", "256kb"
+            "class", "parent", "1:", "classid", wire, "htb", *rate, *bucket, "cburst", _BUCKET
         )
         to = ("match", "ip", "dst", _address(other))
         place.shape("filter", "parent", "1:", "protocol", "ip", "u32", *to, "flowid", wire)
-        place.take_turns(wire)
     for setting in _SETTINGS:
-        with contextlib.suppress(NoLinksError):  # the machine's own defaults will do
-            place.run("sysctl", "-w", f"net.ipv4.{setting}")
+        place.run("sysctl", "-qw", f"net.ipv4.{setting}")
 
 
 __all__ = ["INTERFACE", "NoLinksError", "Place", "obstacle", "shaped"]
