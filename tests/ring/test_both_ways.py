@@ -56,20 +56,21 @@ def test_losses_on_any_number_of_ranks(name):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_each_neighbour_gets_half(ranks):
-    """Of P-1 shards a pass sends [P/2] on and the rest back; u·e each."""
+    """Of P-1 shards a pass sends [P/2] on and the rest back, in a group of their own; u·e each."""
     rows, width = 48, 24
     plan, module = load(request(BOTH_WAYS, ranks, rows, width), chunk=16)
     u = rows * width
 
     def sent(hub, rank):
-        to: dict[int, int] = {}
+        to: dict[tuple[int, bool], int] = {}
         ring = Counting(hub, rank, {"rows": (rows,) * ranks, "cols": (rows,) * ranks})
         plain = ring._send
 
-        def counted(tensors, target):
+        def counted(tensors, target, second):
             matrices = [t for t in tensors if t.dim() > 1]
-            to[target] = to.get(target, 0) + sum(t.numel() * t.element_size() for t in matrices)
-            plain(tensors, target)
+            size = sum(t.numel() * t.element_size() for t in matrices)
+            to[target, second] = to.get((target, second), 0) + size
+            plain(tensors, target, second)
 
         ring._send = counted
         module.Loss.apply(ring, *arguments(plan.problem))[0].backward()
@@ -83,11 +84,8 @@ def test_each_neighbour_gets_half(ranks):
         2 * (ranks - 1) * u * 4,
     )
     for rank, to in enumerate(run_ranks(ranks, sent)):
-        wanted: dict[int, int] = {}
-        for target, count in (((rank + 1) % ranks, on), ((rank - 1) % ranks, back)):
-            if count:
-                wanted[target] = wanted.get(target, 0) + count
-        assert to == wanted
+        wanted = {((rank + 1) % ranks, False): on, ((rank - 1) % ranks, True): back}
+        assert to == {target: count for target, count in wanted.items() if count}
 
 
 @pytest.mark.full
