@@ -61,8 +61,8 @@ def test_every_schedule_is_as_exact(ranks):
 MISSES = {
     "debiased_clamped": "ring_travel on 2, 0, 1 rows: d tau_plus is off by 4.2e-5, dense by 4.4e-6"
 }
-"""Known to miss, on CPUs with AVX2 and with AVX-512; dense is off by 8.7e-5 with its features in
-another order."""
+"""Known to miss, on CPUs with AVX2 and with AVX-512: terms cancel 200-fold there, and dense is off
+by 8.7e-5 with its features in another order; over many inputs neither is more exact (below)."""
 CASES = [
     pytest.param(c, id=c.name, marks=pytest.mark.xfail(reason=MISSES[c.name], strict=False))
     if c.name in MISSES
@@ -90,6 +90,25 @@ def test_every_loss_is_as_exact(case):
                 if not error <= max(2e-6, 3 * dense_errors[name])
             ]
     assert not worse
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel"])
+def test_what_cancels_is_as_exact_as_dense_pytorch_over_many_inputs(schedule):
+    """Of the loss that misses on one: any other input may favour either, and none of them does."""
+    (name,) = MISSES
+    case = next(c for c in zoo.cases() if c.name == name)
+    source = emit_ring(case, schedule, dtype="float32", width=WIDTH)
+    found, dense_found = [], []
+    for seed in range(100, 140):
+        whole, cut = drawn(Job(name, "", SHARES[3], seed))
+        result = run_group(source, whole, cut, dtype=torch.float32).result
+        found.append(errors(result, whole)["tau_plus"])
+        dense_found.append(errors(dense(whole, torch.float32), whole)["tau_plus"])
+    ours, theirs = (torch.tensor(e, dtype=torch.float64) for e in (found, dense_found))
+    for part in (0.25, 0.5, 0.75, 0.9, 1.0):
+        assert ours.quantile(part) <= max(2e-6, 3 * theirs.quantile(part)), part
+    assert int((ours > 3 * theirs).sum()) <= 2 * int((theirs > 3 * ours).sum())
 
 
 @pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel", "all_gather"])
