@@ -81,7 +81,7 @@ def test_zoo_on_ranks(interpret: Ask, name: str, schedule: str):
         **request, ring=schedule, shares=shares, node=2 if len(shares) % 2 == 0 else len(shares)
     )
     over = {n: e for n, e in found["errors"].items() if e > tolerance(12.0, dtype, n)}
-    if over and dtype != "float32":
+    if over:
         alone = interpret(**request)["errors"]
         over = {n: e for n, e in over.items() if e > 1.01 * alone[n]}
     assert not over, over
