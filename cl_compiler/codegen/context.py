@@ -14,7 +14,7 @@ from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.stages import StagePrinter, StageText
 from cl_compiler.codegen.symbols import narrowed, scaled_in_products, view_text
 from cl_compiler.codegen.whole import WholeStagePrinter
-from cl_compiler.lang.differences import POSITIVES_AT_ONCE
+from cl_compiler.lang.differences import POSITIVES_AT_ONCE, SUMMED_AT_ONCE
 from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
@@ -152,6 +152,7 @@ def build_context(
         "keeps": program.keeps_tiles,
         "whole": program.is_whole,
         "wide": bool(program.wide),
+        "summed_at_once": SUMMED_AT_ONCE,
         "tiled_positives": POSITIVES_AT_ONCE if program.subtracts_positives else 0,
         "unshifted": program.is_unshifted,
         "row_scaled": any(
@@ -363,6 +364,7 @@ def _helpers(statements: str) -> set[str]:
         "_ratio",
         "_finish_logsumexp",
         "_lse_of_softmax",
+        "_sum",
         "_add_logsumexp",
         "_add_softmean",
         "_to_columns",

@@ -60,6 +60,7 @@ RESERVED = frozenset(
         "backward",
         "Loss",
         "TIE_TOLERANCE",
+        "SUMMED_AT_ONCE",
         "x",
         "y",
         "z",

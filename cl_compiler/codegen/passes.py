@@ -43,8 +43,8 @@ class PassText:
     doc: str
     body: list[str]
     params: list[str] = field(default_factory=list)
-    accumulators: list[tuple[str, str, str]] = field(default_factory=list)
-    """(identifier, axis length, initial value)."""
+    accumulators: list[tuple[str, str, str, str]] = field(default_factory=list)
+    """(identifier, axis length, initial value, dtype)."""
     buffers: list[tuple[str, str]] = field(default_factory=list)
     """(identifier, dtype)."""
     row_length: str = ""
@@ -88,6 +88,8 @@ class PassPrinter:
         self.hoisted_by_code: dict[int, dict[str, str]] = {}
         self.local: set[str] = set()
         self.leaves = dict(self.plan.leaves)
+        self.wide_sums = program.wide
+        """Of all sums over tiles, those that are added up in fp64."""
         known: dict[sp.Expr, str] = {}
         self.hoisted: list[tuple[str, sp.Expr, str]] = []
         """(identifier, expression, symbol) of what is evaluated before the sweep."""
@@ -298,7 +300,7 @@ class PassPrinter:
             stop = operand
         return f"{operand}_{side}_tile[:{length}].copy_({stop})"
 
-    def _accumulators(self) -> list[tuple[str, str, str]]:
+    def _accumulators(self) -> list[tuple[str, str, str, str]]:
         result, seen = [], set()
         for a in self.code.instructions:
             if not isinstance(a, Accumulate):
@@ -309,7 +311,8 @@ class PassPrinter:
                 seen.add(target)
                 start = "-math.inf" if a.kind == "max" or target.startswith("max_") else "0.0"
                 axis = LENGTH[self.pass_.grid[1 - a.dim]]
-                result.append((self.names(target), axis, start))
+                dtype = "torch.float64" if target in self.wide_sums else "DTYPE"
+                result.append((self.names(target), axis, start, dtype))
         return result
 
     def _targets(self) -> list[str]:

@@ -246,6 +246,8 @@ class _WholeTilePrinter(TilePrinter):
             logits, weights = (self.tile(value) for value in a.args)
             dtype = ", torch.float64" if wide else ""
             return f"{target} = _lse_of_softmax({logits}, {weights}, {a.dim}{dtype})"
+        if a.kind == "sum" and wide:
+            return f"{target} = _sum({self.tile(a.args[0])}, {a.dim})"
         if a.kind == "total":
             return f"{target} = {self.tile(a.args[0])}.sum()"
         return super().fold(a, target)

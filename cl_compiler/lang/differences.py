@@ -6,8 +6,11 @@ divides by the sum: so there tiles subtract l in two parts, rounded, and what ro
 logits that are bit for bit those that were summed.  And a loss that takes log(e^l - e^p), or
 logaddexp(l, p), weighs its rows by functions of l - p, whose error is as large however close l and
 p are; the dense formula has the sums themselves, each right to 2^-24 of its own.  So what is as
-small as a difference of two statistics is made of statistics in fp64.  Sums are fp32 as in the
-dense formula, and so is all that a tile reads.
+small as a difference of two statistics is made of statistics in fp64.
+
+A scalar's gradient may be a few totals over all pairs, of which little is left, where the dense
+formula adds up what is left of each pair: so the rows' and columns' sums that such totals are made
+of are fp64.  All other sums are fp32 as in the dense formula, and so is all that a tile reads.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from cl_compiler.lang.tile_ir import Compute, Diagonal, Mode, TileProgram, Vecto
 POSITIVES_AT_ONCE = 64
 """Rows whose products with their positives are read off one small tile, where they are to be what
 tiles have there bit for bit; fewer would be multiplied by another kernel."""
+SUMMED_AT_ONCE = 1 << 16
+"""Elements of the only tile there is that are copied to fp64 to be added up; or one row's."""
 
 
 def wide_vectors(plan: SweepPlan, programs: Iterable[TileProgram]) -> frozenset[str]:
@@ -35,7 +40,7 @@ def wide_vectors(plan: SweepPlan, programs: Iterable[TileProgram]) -> frozenset[
     """
     programs = tuple(programs)
     read = {name for code in programs for name in _read(code)}
-    wide = (subtracted(plan) | _split(plan, programs)) - read
+    wide = (subtracted(plan) | cancelling(plan) | _split(plan, programs)) - read
     for node in plan.nodes:
         if plan.is_full(node.name) or node.name in read or not plan.leaves[node.name].axes:
             continue
@@ -72,6 +77,20 @@ def subtracted(plan: SweepPlan) -> set[str]:
                 if symbol.name in known:
                     others = {s.name for s in sp.diff(expr, symbol).free_symbols} & known
                     found |= {symbol.name, *others} if others else set()
+    return found
+
+
+def cancelling(plan: SweepPlan) -> set[str]:
+    """Sums over tiles that a scalar's gradient adds up to several totals, or takes from others."""
+    found: set[str] = set()
+    if plan.gradient is None:
+        return found
+    sums = {
+        n.name for n in plan.gradient.steps if isinstance(n, Reduction) and plan.is_full(n.name)
+    }
+    for expr in plan.gradient.parameters.values():
+        if len(sp.Add.make_args(expr)) > 1:
+            found |= plan.closure([expr], plan.is_full) & sums
     return found
 
 
@@ -135,6 +154,8 @@ def _read(code: TileProgram) -> set[str]:
 
 __all__ = [
     "POSITIVES_AT_ONCE",
+    "SUMMED_AT_ONCE",
+    "cancelling",
     "is_nested",
     "reads_positives",
     "splits_logsumexps",

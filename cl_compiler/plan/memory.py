@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from cl_compiler.lang.differences import POSITIVES_AT_ONCE
+from cl_compiler.lang.differences import POSITIVES_AT_ONCE, SUMMED_AT_ONCE, cancelling
 from cl_compiler.plan.facts import Output, PassFacts, ProgramFacts
 from cl_compiler.plan.sizes import (
     COMPUTE_BYTES,
@@ -142,6 +142,8 @@ def _whole_tiles(facts: ProgramFacts, casts: bool) -> list[Item]:
     if not facts.program.is_whole:
         return []
     grids = {p.grid: p for p in facts.passes}.values()
+    wide = cancelling(facts.program.plan) & facts.program.wide
+    summed = {p.grid for p in facts.program.passes if wide & {r.name for r in p.reductions}}
     floats = sp.Add(*(p.float_buffers * p.m * p.n for p in grids)) * COMPUTE_BYTES
     items = [("tile buffers", floats)]
     items.append(("tile masks", sp.Add(*(p.mask_buffers * p.m * p.n for p in grids))))
@@ -150,6 +152,10 @@ def _whole_tiles(facts: ProgramFacts, casts: bool) -> list[Item]:
     slots = [p.m * largest(q.width for q in p.products) for p in grids if p.is_slots and p.products]
     if slots:
         items.append(("products with slots", largest(slots) * COMPUTE_BYTES))
+    at_once = sp.Integer(SUMMED_AT_ONCE)
+    copies = [least(p.m * p.n, largest([p.n, at_once])) for p in grids if p.grid in summed]
+    if copies:
+        items.append(("rows in fp64", largest(copies) * WIDE_BYTES))
     return items
 
 

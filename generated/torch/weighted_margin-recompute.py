@@ -5,7 +5,7 @@
 # problem   up to M=16384 N=16384 D=512; gradients: logit_scale, margin, weight, x, y
 # schedule  recompute
 # tiles     device 384x768   l3 384x768   l2 384x384   core 64x64
-# memory    predicted peak 68.1 MiB of 256.0 MiB
+# memory    predicted peak 68.2 MiB of 256.0 MiB
 """weighted_margin: value and gradients in tiles; the similarity matrix never exists.
 
 A user's loss: InfoNCE with a margin on the positives and a weight for each row.
@@ -142,8 +142,8 @@ def _backward_sweep_a(x, y, d_x, rows, cols, margin, logit_scale, a1, a2, s3, a0
     row_partial_2: sum over cols
     d_x: plus the products with the gradient tile of sim
     """
-    row_partial = torch.full((rows,), 0.0, dtype=DTYPE)
-    row_partial_2 = torch.full((rows,), 0.0, dtype=DTYPE)
+    row_partial = torch.full((rows,), 0.0, dtype=torch.float64)
+    row_partial_2 = torch.full((rows,), 0.0, dtype=torch.float64)
     step = min(TILE_M, rows)
     width = min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)

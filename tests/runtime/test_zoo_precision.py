@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
+from cl_compiler.lang.differences import cancelling
 from cl_compiler.lang.program import build_program
 from cl_compiler.lang.rewrite import remainder
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import Tile
 from tests import losses_zoo as zoo
 from tests.dense_fp32 import WIDTH, features, in_fp32, limits, misses
-from tests.tiles import emit, run, schedules_of
+from tests.tiles import emit, load, run, schedules_of
 from tests.zoo_case import Case, Sample
 
 CASES = {case.name: case for case in zoo.cases()}
@@ -103,6 +105,20 @@ def test_what_positives_are_subtracted_from_is_as_exact_as_dense_fp32(name: str)
     check(CASES[name], [features(CASES[name], scale, True, seed) for scale, seed in regimes])
 
 
+def test_totals_that_cancel_are_as_exact_as_dense_fp32() -> None:
+    """The gradient of beta is of three totals, each of them much larger."""
+    case = CASES["dual_softmax"]
+    check(case, [features(case, None, True, seed) for seed in (3, 6)])
+
+
+def test_the_only_tile_is_added_up_in_fp64_a_few_rows_at_a_time() -> None:
+    module: Any = load(emit(CASES["dual_softmax"], "dense", dtype="float32", width=WIDTH))
+    tile = torch.randn(37, 53, generator=torch.Generator().manual_seed(0))
+    for module.SUMMED_AT_ONCE in (1, 53 * 5, 53 * 37):
+        for dim in (0, 1):
+            torch.testing.assert_close(module._sum(tile, dim), tile.double().sum(dim))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_every_loss_is_as_exact_as_dense_fp32(name: str) -> None:
@@ -129,6 +145,28 @@ def test_only_what_is_subtracted_is_wider_than_tiles() -> None:
     assert found == {"reduction", "similarity_at_positive"}
     read = {"a_r1"}  # the tile's factor for each row
     assert not read & wide(CASES["debiased"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sums"),
+    {
+        "dual_softmax": {"t2", "t4", "t6", "t7"},
+        "hard_weighted": {"t0", "t2"},
+        "siglip": set(),  # d bias is one total
+        "row_temperature": set(),  # a vector's gradient
+        "recall_at_k": set(),  # totals of vectors that the loss makes anyway
+    }.items(),
+)
+def test_sums_are_wider_than_tiles_where_a_scalars_gradient_is_several(
+    name: str, sums: set[str]
+) -> None:
+    case = CASES[name]
+    assert cancelling(plan_sweeps(case.loss, case.positives, case.needs)) == sums
+    assert sums <= wide(case)
+    for schedule in schedules_of(case):
+        source = emit(case, schedule, dtype="float32", width=WIDTH)
+        found = source.count("0.0, dtype=torch.float64)") + source.count(" = _sum(")
+        assert found == len(sums)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

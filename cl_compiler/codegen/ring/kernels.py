@@ -189,7 +189,7 @@ class LocalKernelPrinter(PassPrinter):
             self.name,
             [found.kernel],
             list(dict.fromkeys([*fixed, *found.read])),
-            base.accumulators,
+            [(name, axis, start) for name, axis, start, _ in base.accumulators],
             folds_of(found.kernel, found.products),
             base.row_length,
             base.col_length,

@@ -162,6 +162,7 @@ class RingPassPrinter(PassPrinter):
         self.lengths: dict[int, str] = {}
         """Side → something of its length: a grid of ids alone has no operands."""
         super().__init__(program, pass_, mode, names, name, cast)
+        self.wide_sums = frozenset()  # they travel as wide as tiles
 
     # -- names -----------------------------------------------------------------------------------
 

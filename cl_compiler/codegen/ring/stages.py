@@ -12,6 +12,8 @@ from cl_compiler.codegen.stages import PassCall, StagePrinter, StageText
 from cl_compiler.codegen.symbols import LENGTH
 from cl_compiler.lang.ir import COLS, ROWS, Reduction, View
 from cl_compiler.lang.program import Pass, Stage
+from cl_compiler.lang.ring import is_local
+from cl_compiler.lang.tile_ir import Mode
 
 _TOTAL = re.compile(r"(\w+) = ring\.total\((.*)\)")
 
@@ -47,6 +49,15 @@ class RingStagePrinter(StagePrinter):
         assert red.logits is not None
         value = printer.text(red.operand)
         return f"_softmean_of_all(ring, {masked(red.logits)}, {value})"
+
+    def _finish(self, pass_: Pass, mode: Mode) -> list[str]:
+        """Also: sums that are added up as wide as tiles, for what is made of them in fp64."""
+        lines = super()._finish(pass_, mode)
+        if is_local(pass_.grid):
+            return lines
+        sums = {r.name for r in pass_.reductions if r.monoid == "sum"}
+        names = [self.names(name) for name in sorted(sums & self.program.wide)]
+        return lines + [f"{name} = {name}.double()" for name in names]
 
     def largest_norm(self, view: View) -> str:
         part = "" if view.prefix is None else f"[:, :{view.prefix}]"
