@@ -59,7 +59,7 @@ from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.resolve import Positives
-from cl_compiler.lang.ring import HALF_RING, TWO_CIRCLES
+from cl_compiler.lang.ring import HALF_RING, TWO_GROUPS
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.clock import Clock, Links
@@ -182,7 +182,7 @@ def rank_main(
         if group != group_of(c):
             continue
         module = shards_of(c.chunk, c.schedule)
-        groups = {"second": second} if c.schedule in TWO_CIRCLES else {}
+        groups = {"second": second} if c.schedule in TWO_GROUPS else {}
         ring = module.Ring(dist.group.WORLD, {"rows": (c.chunk * c.chunks,) * ranks}, **groups)
         message = c.chunk * ROW_BYTES * float(links.s_per_byte.max()) + float(links.latency_s.max())
         wait_s = float(ring.largest(torch.tensor([c.ratio * message * (1 + c.gradients)])))
@@ -351,7 +351,7 @@ def main() -> None:
         ],
         "machine": {
             "cores": os.cpu_count(), "load_before": before, "torch": torch.__version__,
-            "links": "loopback" if arguments.loopback else f"{RATE_BITS_PER_S:.0f} bit/s each",
+            "links": "loopback" if arguments.loopback else f"{RATE_BITS_PER_S:.0f} bit/s of a rank",
         },
         "failures": failures,
         "calibrated": [part["calibrated"] for part in found],

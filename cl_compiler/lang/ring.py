@@ -73,7 +73,7 @@ CANONICAL_CHUNK = 256
 """Rows of a chunk; every shard is a whole number of them."""
 OWNER_COMPUTES = frozenset({"ring_owner", "two_level", BOTH_WAYS, HOST, CANONICAL})
 """Schedules in which no gradient travels."""
-TWO_CIRCLES = frozenset({"two_level", BOTH_WAYS})
+TWO_GROUPS = frozenset({"two_level", BOTH_WAYS})
 """Schedules in which a rank passes on two shards at the same time, each in a group of its own."""
 
 
@@ -268,7 +268,7 @@ __all__ = [
     "HOST",
     "LOCAL_AXES",
     "OWNER_COMPUTES",
-    "TWO_CIRCLES",
+    "TWO_GROUPS",
     "build_ring_program",
     "canonical_obstacle",
     "is_local",

@@ -14,7 +14,7 @@ from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import Schedule
 from cl_compiler.lang.resolve import Positives
-from cl_compiler.lang.ring import TWO_CIRCLES
+from cl_compiler.lang.ring import TWO_GROUPS
 from cl_compiler.units import parse_bytes
 
 DType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -282,9 +282,9 @@ class ClusterPlan:
         return self.resident > 0
 
     @property
-    def two_circles(self) -> bool:
+    def two_groups(self) -> bool:
         """Whether two shards are on their way at the same time, each in a group of its own."""
-        return self.schedule in TWO_CIRCLES
+        return self.schedule in TWO_GROUPS and self.group_size > 2
 
     @property
     def hiding_rows(self) -> int:

@@ -103,10 +103,10 @@ class RankGroup:
         assert self._second is not None, "connect makes it"
         return self._second.group
 
-    def connect(self, device: torch.device, two_circles: bool = False) -> None:
+    def connect(self, device: torch.device, two_groups: bool = False) -> None:
         """Make the groups in which shards on a device travel, each once.  Every rank calls it.
 
-        ``two_circles``: a second one, so that what passes there waits for nothing in the first.
+        ``two_groups``: a second one, so that what passes there waits for nothing in the first.
 
         Raises:
             ArgumentError: this PyTorch cannot send from there.
@@ -121,12 +121,17 @@ class RankGroup:
             self._posted, self.device = Posted(self.timeout_s, device), device
             self._watch.look = self._posted.look_from_thread
             self._shards = self._another()
-        if two_circles and self._second is None:
+        if two_groups and self._second is None:
             self._second = self._another()
 
     def _another(self) -> OwnGroup:
-        """One more group, in which shards travel."""
+        """One more group, in which shards travel.
+
+        Ranks meet first: who waits for another hears there at once that it failed, and why.
+        """
         in_host = self.device.type == "cpu"
+        with self.watched():
+            self.control.all_gather(torch.zeros(1))
         try:
             own = OwnGroup(
                 self.parent,
@@ -134,8 +139,7 @@ class RankGroup:
                 self.timeout_s if in_host else WATCHDOG_S,
             )
         except GroupError as error:
-            self.fail(error)  # the others may wait in it for ranks that came
-            raise
+            raise self.failure(error) from error
         self._groups.append(own)
         with self.watched():
             if own.backend == "nccl":
@@ -379,7 +383,8 @@ class RankGroup:
             own.destroy()
         self._groups.clear()
         self._posted = None
-        del self.control, self._store  # and their connections
+        self._second = None
+        del self.parent, self.control, self._shards, self._store  # and their connections
 
 
 def _quote(rank: int, text: str) -> str:

@@ -126,7 +126,7 @@ class GroupLoss(CompiledLoss):
             of = variant.plan.cluster
             if self._on_gpu:
                 check_place(self.signature.name, records, of.schedule, of.inputs_in_host)
-            ranks.connect(self._device_of(call), of.two_circles)
+            ranks.connect(self._device_of(call), of.two_groups)
             lengths = {
                 "rows": tuple(r.rows for r in records),
                 "cols": tuple(r.cols for r in records),
@@ -136,7 +136,7 @@ class GroupLoss(CompiledLoss):
                 ranks,
                 lengths,
                 lambda by: self._meet_again(records, sequence, by),
-                of.two_circles,
+                of.two_groups,
             )
             arguments = [call.values[name] for name in variant.module.ARGUMENTS]
             return self._run(variant.module, [ring, *arguments])

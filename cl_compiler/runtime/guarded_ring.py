@@ -18,14 +18,14 @@ def guarded_ring(
     ranks: RankGroup,
     lengths: Mapping[str, Sequence[int]],
     check_backward: Callable[[torch.Tensor], None],
-    two_circles: bool = False,
+    two_groups: bool = False,
 ) -> Any:
     """The ring of an emitted file, whose waits raise on every rank when one of them fails.
 
     ``check_backward``: meets the other ranks before a backward; given the value's gradient.
-    ``two_circles``: shards travel in both of the ranks' groups.
+    ``two_groups``: shards travel in both of the ranks' groups.
     """
-    scales, second = ranks.scales, {"second": ranks.second_group} if two_circles else {}
+    scales, second = ranks.scales, {"second": ranks.second_group} if two_groups else {}
     with ranks.registered():
         ring = _guarded(module)(
             ranks.group, lengths, *scales, ranks.device, ranks.control.group, **second

@@ -16,12 +16,15 @@ the other side.
 
 To use it, every rank of a group runs, with its own shard, here of P = 2 ranks:
 
-    ring = Ring(group, {"rows": [M0, M1], "cols": [N0, N1]}, shard_scale, scalar_scale)
+    lengths = {"rows": [M0, M1], "cols": [N0, N1]}
+    ring = Ring(group, lengths, shard_scale, scalar_scale, second=second)
     value, *_ = Loss.apply(ring, x, y, logit_scale)
     value.backward()
 
 M0, N0, M1, ...: of every rank, in the group's order: the same lists on all ranks.  Nothing here
 compares them, or scalars, which are tensors and equal on all ranks; cl_compiler does before a call.
+second: another group of the same ranks, as of dist.new_group(); without it, shards that could pass
+at the same time take turns.
 shard_scale, scalar_scale: float(P), 1.0 if gradients are averaged over ranks afterwards, as DDP and
 FSDP do (cl_compiler's "mean"); 1.0, 1.0 / P if they are added up ("sum"); else 1.0, 1.0 ("global").
 If a rank fails, others wait until the group's timeout, of init_process_group or new_group.

@@ -105,9 +105,10 @@ def test_hops_of_two_levels():
     assert links.s_per_byte.tolist() == pytest.approx(wanted)
 
 
-def test_a_thousand_ranks_take_seconds():
+@pytest.mark.parametrize("schedule", ["ring_owner", "both_ways"])
+def test_a_thousand_ranks_take_seconds(schedule):
     began = time.process_time()
-    asked = request("h100-128x8", 4096, "ring_owner")
+    asked = request("h100-128x8", 4096, schedule)
     plan, program = planned(asked)
     found = simulate(plan, program, asked.hardware)
     assert time.process_time() - began < 10.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -64,17 +66,55 @@ def test_ranks_share_what_they_send_each_by_itself():
     assert wires.end(second).tolist() == pytest.approx([4.0, 4.0, 2.0, 2.0])
 
 
-def test_a_wire_is_never_idle_while_something_waits_for_it():
-    """Any messages to three ranks, of any sizes: all of them have ended when their sum has passed,
-    and none before its own size has."""
-    rng = np.random.default_rng(7)
-    for _ in range(20):
-        links = [hops(places) for places in (1, 2, 3)]
-        _, wires = started(*links)
-        sizes = rng.random((6, RANKS)) * 3
-        sent = [wires.exchange(size, "send", links[rng.integers(3)]) for size in sizes]
-        for message in sent:
-            wires.end(message)
-        ends = np.array([message.end for message in sent])
-        assert ends.max(axis=0) == pytest.approx(sizes.sum(axis=0))
-        assert (ends >= sizes - 1e-12).all()
+def alone_on_its_rank(messages: list, same: np.ndarray, rank: int) -> list[float]:
+    """When each of a rank's messages (queue, ready, seconds alone) ends, all of them known."""
+    left = [float(seconds[rank]) for *_, seconds in messages]
+    ends, now = [np.inf] * len(messages), 0.0
+    while np.inf in ends:
+        heads: dict[int, int] = {}
+        for at, (queue, *_) in enumerate(messages):
+            if ends[at] == np.inf:
+                heads.setdefault(queue, at)
+        ready = {at: float(messages[at][1][rank]) for at in heads.values()}
+        passing = [at for at in heads.values() if ready[at] <= now]
+        turns = {
+            at: sum(same[messages[at][0], messages[other][0], rank] for other in passing)
+            for at in passing
+        }
+        events = [now + left[at] * turns[at] for at in passing]
+        then = min(events + [t for t in ready.values() if t > now])
+        for at in passing:
+            if now + left[at] * turns[at] <= then:
+                ends[at] = then
+            left[at] -= (then - now) / turns[at]
+        now = then
+    return ends
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_program_of_ranks_sends_as_if_all_of_it_were_known(seed):
+    """Uneven sizes, rates, speeds and wires; empty messages; waits in any order."""
+    rng = np.random.default_rng(seed)
+    ranks = int(rng.integers(4, 7))
+    each = [hops(d, 0, ranks, rng.choice([1.0, 2.0], ranks)) for d in (1, -1, 2)[: 1 + seed % 3]]
+    links = [replace(to, wires=rng.integers(0, 2, ranks)) for to in each]
+    clock = Clock(links[0], rng.choice([1.0, 0.5], ranks))
+    wires, posted, waiting = Wires(clock, links), [], []
+    for _ in range(40):
+        act = rng.random()
+        if act < 0.4:
+            clock.compute(rng.random(ranks) * 2)
+        elif act < 0.75 or not waiting:
+            queue, size = int(rng.integers(len(links))), rng.random(ranks) * 3
+            message = wires.exchange(size * (rng.random(ranks) < 0.8), "send", links[queue])
+            posted.append((queue, message.ready.copy(), message.left.copy()))
+            waiting.append((len(posted) - 1, message))
+        else:
+            clock.wait(wires.end(waiting.pop(int(rng.integers(len(waiting))))[1]))
+            assert (wires._now <= clock.now + 1e-12).all()
+    found = {at: (wires.end(message), message.end)[1] for at, message in waiting}
+    same = np.array([[a.wires == b.wires for b in links] for a in links])
+    for rank in range(ranks):
+        wanted = alone_on_its_rank(posted, same, rank)
+        for at, end in found.items():
+            assert end[rank] == pytest.approx(wanted[at], rel=1e-9)

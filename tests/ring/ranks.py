@@ -104,7 +104,7 @@ def die_along(rank: int, victim: int, step: int, schedule: str, marker: str) -> 
 def die_unconnected(rank: int, victim: int, marker: str) -> None:
     """``victim`` is killed before it makes the second group of the first call; the others wait."""
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    loss_fn = compiled(TIMEOUT_S, schedule=BOTH_WAYS)
+    loss_fn = compiled(schedule=BOTH_WAYS)
     if rank == victim:
         connect = loss_fn.ranks.connect
 
@@ -347,7 +347,7 @@ def again_and_again(rank: int, cycles: int, folder: str) -> list[Held]:
     gc.collect()
     assert watched() is None
     assert "cl_compiler watch" not in {thread.name for thread in threading.enumerate()}
-    found, ranks = [], dist.get_world_size()
+    found, closed, ranks = [], [], dist.get_world_size()
     x, y = shards(rank, CYCLE_ROWS, CYCLE_WIDTH)
     gc.freeze()  # what was imported is not looked at in every cycle
     for cycle in range(cycles):
@@ -360,10 +360,12 @@ def again_and_again(rank: int, cycles: int, folder: str) -> list[Held]:
                 world_size=ranks,
                 timeout=timedelta(seconds=20),
             )
-        loss_fn = compiled(memory_budget="64MiB")
+        schedule = ("ring_owner", BOTH_WAYS)[cycle % 2]  # with one group of processes, and with two
+        loss_fn = compiled(memory_budget="64MiB", schedule=schedule)
         loss_fn(x, y, logit_scale=10.0).backward()
         assert loss_fn.plan.cluster.chunk == CYCLE_ROWS
         loss_fn.close()
+        closed.append(loss_fn)
         del loss_fn
         x.grad = y.grad = None
         dist.barrier()

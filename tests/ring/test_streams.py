@@ -101,6 +101,7 @@ def test_ranks_connect_once_and_all_of_them(monkeypatch):
     class Fake:
         def __init__(self, parent, backend, timeout_s):
             self.backend, self.rank, self.world_size, self.calls = backend, 0, 1, []
+            self.met = 0
             self.group = self
             made.append(self)
 
@@ -109,6 +110,9 @@ def test_ranks_connect_once_and_all_of_them(monkeypatch):
             work = Call()
             work.ended.set()
             return work
+
+        def all_gather(self, own):
+            self.met += 1
 
         def get_group_store(self):
             return dist.HashStore()
@@ -130,10 +134,11 @@ def test_ranks_connect_once_and_all_of_them(monkeypatch):
     assert ranks.group is made[1] and ranks.control is made[0]
     assert made[1].calls == [torch.device("meta")] and made[0].calls == []
     for _ in range(2):
-        ranks.connect(torch.device("meta"), two_circles=True)
+        ranks.connect(torch.device("meta"), two_groups=True)
     assert [own.backend for own in made] == ["gloo", "nccl", "nccl"]
     assert ranks.group is made[1] and ranks.second_group is made[2]
     assert made[2].calls == [torch.device("meta")]
+    assert made[0].met == 2, "ranks meet before they make a group"
     ranks.loss = "clip"
     ranks.fail(ValueError("my loader broke"))
     with pytest.raises(GroupError) as caught:

@@ -45,7 +45,13 @@ def _one(rank: int, path: Path, convention: str) -> float:
     whole = [nn.functional.normalize(t, dim=1) for t in whole]
     x, y = (t.split(lengths)[rank].clone().requires_grad_() for t in whole)
     logit_scale = torch.tensor(SCALE, requires_grad=True)
-    file |= {"group": dist.group.WORLD, "x": x, "y": y, "logit_scale": logit_scale}
+    file |= {
+        "group": dist.group.WORLD,
+        "second": dist.new_group(),
+        "x": x,
+        "y": y,
+        "logit_scale": logit_scale,
+    }
     file |= {f"{axis}{r}": lengths[r] for axis in "MN" for r in (0, 1)}
     file["shard_scale"], file["scalar_scale"] = eval(scales, {"P": 2})
     exec(textwrap.dedent(code), file)

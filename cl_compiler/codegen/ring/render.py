@@ -23,7 +23,7 @@ from cl_compiler.codegen.ring.target import target_of
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.lang.ir import COLS, ROWS
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST, TRAVEL, TWO_CIRCLES
+from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST, TRAVEL, TWO_GROUPS
 from cl_compiler.plan.travel import travels_of
 from cl_compiler.plan.types import Plan
 
@@ -99,7 +99,7 @@ def render_ring(
         "two_level": cluster_schedule == "two_level",
         "half": cluster_schedule == HALF_RING,
         "both_ways": cluster_schedule == BOTH_WAYS,
-        "two_circles": cluster_schedule in TWO_CIRCLES,
+        "two_groups": cluster_schedule in TWO_GROUPS,
         "host": cluster_schedule == HOST,
         "adds": cluster_schedule == HOST and find_continued(stages),
         "blocks": [s for s in sweeps if isinstance(s, LocalBlocks)],
