@@ -30,6 +30,7 @@ def emit(
     needs: frozenset[str] | None = None,
     width: int = 6,
     precision: str = "ieee",
+    library: str = "blas",
 ) -> str:
     """The text of the file for one case."""
     needs = case.needs if needs is None else needs
@@ -56,6 +57,7 @@ def emit(
         0,
         0.0,
         4.0,
+        library=library,  # type: ignore[arg-type]
     )
     return render(plan, program, "test")
 

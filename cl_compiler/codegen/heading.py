@@ -50,12 +50,13 @@ def header(plan: Plan, program: Program) -> list[tuple[str, str]]:
     p = plan.problem
     kept = f"; {plan.kept_tiles} tiles kept" if program.keeps_tiles else ""
     accumulate = "fp64" if p.dtype == "float64" else "fp32"
+    by = " by oneDNN" if plan.library == "onednn" else ""
     arguments = ", ".join(program.plan.ir.parameters)
     return [
         ("loss", f"{plan.loss_name}({arguments}); positives: {plan.positives}"),
         (
             "hardware",
-            f"{plan.hardware_name}   {p.dtype} in, {plan.precision} products, "
+            f"{plan.hardware_name}   {p.dtype} in, {plan.precision} products{by}, "
             f"{accumulate} accumulate",
         ),
         (

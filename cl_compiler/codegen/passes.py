@@ -60,6 +60,14 @@ class PassText:
     keep: str = ""
     needs_block: str = ""
     results: list[str] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    """Statements before the loops."""
+    shape: str = "(m, n)"
+    """Of a tile in memory, as the argument of ``view``."""
+    after: list[str] = field(default_factory=list)
+    """Statements that end a tile."""
+    after_rows: list[str] = field(default_factory=list)
+    """Statements that end a block of rows."""
 
 
 class PassPrinter:
@@ -324,9 +332,12 @@ class PassPrinter:
         }
         return list(found)
 
+    def tile_printer(self, code: TileProgram) -> TilePrinter:
+        return TilePrinter(code.buffers, self.scalar, self.vector, self.numbers, self.on_device)
+
     def body(self, code: TileProgram) -> list[str]:
         self.active = code
-        printer = TilePrinter(code.buffers, self.scalar, self.vector, self.numbers, self.on_device)
+        printer = self.tile_printer(code)
         lines: list[str] = []
         for instruction in code.instructions:
             match instruction:

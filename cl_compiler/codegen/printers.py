@@ -317,16 +317,17 @@ class TilePrinter:
         ]
         return f"torch.{c.op}({', '.join(tensors)}, out={out})"
 
-    def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
-        """The similarity tile, its scale and offset in the same call."""
-        out = self.tile(g.value)
+    def alpha_beta(self, g: Gemm, scale: str | None) -> tuple[str, str]:
+        """What a product is multiplied by, and what is added to it; "" for nothing."""
         factors = [] if scale is None or not g.scaled else [self._value(scale)]
         if g.alpha != 1:
             factors.append(self.number(g.alpha))
-        alpha = " * ".join(factors)
-        beta = ""
-        if g.beta != 0:
-            beta = self.number(g.beta)
+        return " * ".join(factors), self.number(g.beta) if g.beta != 0 else ""
+
+    def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
+        """The similarity tile, its scale and offset in the same call."""
+        out = self.tile(g.value)
+        alpha, beta = self.alpha_beta(g, scale)
         if slots:
             lines = [f"torch.bmm({right}, {left}.unsqueeze(2), out={out}.unsqueeze(2))"]
             lines += [f"{out}.mul_({alpha})"] if alpha else []

@@ -44,7 +44,7 @@ class ProductPrinter:
             if to_right:
                 lines += [
                     f"torch.mul({x_i}, {scale}, out=block[:m])",
-                    f"{d_right}.addmm_({tile}.T, block[:m]{extra_right})",
+                    self.product(d_right, right, f"{tile}.T", "block[:m]", extra_right),
                 ]
             return lines
         if to_left:

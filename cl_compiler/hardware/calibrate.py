@@ -147,12 +147,17 @@ def _measure_cpu(module: Any, nominal: HardwareSpec, name: str, timer: _Timer) -
     with timer.one_thread():
         left, right = random(8), random(8)
         overhead = _median_seconds(lambda: left.add_(right), time.thread_time, timer.samples)
+        few, packing = random(8, 8), []
+        if _has_onednn(module):
+            pack = module.ops.mkldnn._reorder_linear_weight
+            seconds = _median_seconds(lambda: pack(few, 8), time.thread_time, timer.samples)
+            packing = [("onednn_pack_s", seconds)]
     gemm = list(_cpu_gemm(module, timer, random))
     gain = timer.gains[1] if len(timer.gains) > 1 else 1.0
     return Calibration(
         fingerprint=name,
         gemm=tuple(gemm),
-        rates=(*_cpu_elementwise(module, timer, random), ("op_overhead_s", overhead)),
+        rates=(*_cpu_elementwise(module, timer, random), ("op_overhead_s", overhead), *packing),
         bandwidths=tuple(_cpu_copies(module, nominal, timer, overhead)),
         thread_gain=gain,
         threads=timer.threads,
@@ -176,6 +181,22 @@ def _cpu_gemm(
             with _cpu_precision(module, "bf16" if dtype == "bfloat16" else "ieee"):
                 calls = timer.rate(_product(module, x, y, out))
             yield dtype, inner, 2.0 * rows * cols * inner * calls
+    for inner in _INNER if _has_onednn(module) else ():
+        x, y = random(rows, inner), random(cols, inner)
+        with _cpu_precision(module, "ieee"):
+            calls = timer.rate(_onednn_product(module, x, y))
+        yield "onednn", inner, 2.0 * rows * cols * inner * calls
+
+
+def _has_onednn(module: Any) -> bool:
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return all(hasattr(module.ops.mkldnn, name) for name in names)
+
+
+def _onednn_product(module: Any, x: torch.Tensor, y: torch.Tensor) -> Call:
+    """x times y transposed, y packed beforehand: what emitted files do."""
+    packed = module.ops.mkldnn._reorder_linear_weight(y, len(x))
+    return lambda: module.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 @contextmanager

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 LevelKind = Literal["cluster", "node", "device", "cache", "core"]
 LEVEL_KINDS: tuple[LevelKind, ...] = ("cluster", "node", "device", "cache", "core")
 DEVICE_KINDS = ("cpu", "cuda", "hip")
-# How a multiplication is done; the accumulator is float32, for float64 operands float64.
-DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16", "fp8")
+# How a multiplication is done; the accumulator is float32, for float64 operands float64.  "float32"
+# is BLAS's, "onednn" the same by oneDNN.
+DTYPES = ("float64", "float32", "onednn", "tf32", "bfloat16", "float16", "fp8")
 
 
 def check_levels(where: str, levels: tuple[Level, ...]) -> None:
@@ -103,8 +104,8 @@ def check_rates(where: str, spec: HardwareSpec) -> None:
                 f"{where}: gemm_efficiency.{inner} is {value}; it is a fraction of "
                 "gemm_flops_per_s, at most 1"
             )
-    for field in ("exp_per_s", "pass_per_s", "op_overhead_s"):
-        check_number(where, field, getattr(spec, field), zero_allowed=field == "op_overhead_s")
+    for field in ("exp_per_s", "pass_per_s", "op_overhead_s", "onednn_pack_s"):
+        check_number(where, field, getattr(spec, field), zero_allowed=not field.endswith("_per_s"))
 
 
 def check_number(where: str, field: str, value: object, *, zero_allowed: bool = False) -> None:

@@ -142,11 +142,13 @@ class HardwareSpec:
         levels: outermost first; exactly one has kind "device".
         links: at most one per level.
         host: DRAM beside the devices; None where the device's own memory is the DRAM.
-        gemm_flops_per_s: (dtype, FLOP/s of one device), sorted by dtype; "float32" is IEEE.
+        gemm_flops_per_s: (dtype, FLOP/s of one device), sorted by dtype; "float32" is IEEE,
+            by BLAS on a CPU, where "onednn" is the same by oneDNN.
         exp_per_s: elementwise exponentials per second of one device.
         pass_per_s: elements per second of one simple elementwise pass (add, multiply) over a
             tile that is in cache (CPU) or in registers (GPU), one device.
         op_overhead_s: fixed cost of launching one operator, seconds.
+        onednn_pack_s: fixed cost of packing rows for "onednn" products, seconds.
         gemm_efficiency: (inner dimension D, fraction of ``gemm_flops_per_s``), sorted by D;
             empty means that the rates hold for every D.
         sources: (field, where it comes from), sorted; one entry of a table is "table.entry".
@@ -166,6 +168,7 @@ class HardwareSpec:
     exp_per_s: float
     pass_per_s: float
     op_overhead_s: float
+    onednn_pack_s: float = 0.0
     gemm_efficiency: tuple[tuple[int, float], ...] = ()
     sources: tuple[tuple[str, str], ...] = ()
     measured: tuple[str, ...] = ()
@@ -237,7 +240,8 @@ class HardwareSpec:
         """Rate of one device's matrix multiplication.
 
         Args:
-            dtype: how it multiplies: "float64", "float32", "tf32", "bfloat16", "float16", "fp8".
+            dtype: how it multiplies: "float64", "float32", "onednn" (float32 by oneDNN), "tf32",
+                "bfloat16", "float16", "fp8".
             inner: the contracted dimension; None asks for the rate of the table alone.
 
         Returns:
@@ -323,6 +327,9 @@ class HardwareSpec:
             rows.append((what, value, self.source_of(field) or ""))
         overhead = format_seconds(self.op_overhead_s)
         rows.append(("operator overhead", overhead, self.source_of("op_overhead_s") or ""))
+        if self.onednn_pack_s:
+            pack = format_seconds(self.onednn_pack_s)
+            rows.append(("packing for oneDNN", pack, self.source_of("onednn_pack_s") or ""))
         return tuple(rows)
 
     # ---- text forms -------------------------------------------------------------------------
@@ -340,6 +347,7 @@ class HardwareSpec:
             "exp_per_s": float(self.exp_per_s),
             "pass_per_s": float(self.pass_per_s),
             "op_overhead_s": float(self.op_overhead_s),
+            "onednn_pack_s": float(self.onednn_pack_s),
             "gemm_efficiency": {str(inner): float(value) for inner, value in self.gemm_efficiency},
             "sources": dict(self.sources),
             "measured": list(self.measured),

@@ -40,12 +40,16 @@ from cl_compiler.plan.types import Problem
 
 gemm_rate = sp.Function("gemm_rate")
 """FLOP/s of a product, of its contracted dimension."""
+onednn_rate = sp.Function("onednn_rate")
+"""The same where oneDNN makes it."""
 seconds_per_byte = sp.Function("seconds_per_byte")
 """Of data that occupies so many bytes, in the innermost memory that holds it."""
 extra_seconds_per_byte = sp.Function("extra_seconds_per_byte")
 """The same beyond what elementwise rates already include."""
 
 EXP_RATE, PASS_RATE, LAUNCH = sp.symbols("exp_per_s pass_per_s op_overhead_s", positive=True)
+PACK = sp.Symbol("onednn_pack_s", nonnegative=True)
+"""Seconds of packing rows, however few, for oneDNN."""
 """Of one byte of each other rank's shard over every link, and of the messages that carry them."""
 DEVICE_RATE = sp.Symbol("B_0", positive=True)
 """Bytes/s of the device's memory; B_1, B_2, … are those of the levels inside it."""
@@ -132,7 +136,8 @@ def _products(
     traffic: list[sp.Expr] = [sp.Integer(0)] * (inner_levels + 1)
     for q in products:
         inner = {"similarity": q.width, "left": p.n, "right": p.m}[q.role]
-        times = [2 * p.area * q.width / gemm_rate(inner)]
+        rate_of = onednn_rate if q in p.by_onednn else gemm_rate
+        times = [2 * p.area * q.width / rate_of(inner)]
         for index, moved in enumerate(_moved(p, q, inner_levels)):
             rate = DEVICE_RATE if index == 0 else level_symbols(index - 1)[2]
             times.append(moved / rate)
@@ -187,6 +192,13 @@ def _copies(p: PassFacts, casts: bool) -> sp.Expr:
     more = sp.Max(0, sides - rated, evaluate=False)
     widths = sp.Add(*(q.width for q in p.products))
     result = p.area * widths * more / PASS_RATE
+    # oneDNN's gradients are new tensors, which are added up, and it multiplies rows once packed.
+    added = sp.Add(*(q.width for q in p.by_onednn if q.role == "right"))
+    result += p.area * added / p.m / PASS_RATE
+    if p.onednn:
+        packed = sp.Add(*p.packed_widths)
+        result += p.rows * packed / PASS_RATE
+        result += count_of(p.rows, p.m) * len(p.packed_widths) * PACK
     if casts:
         row, col = sp.Add(*p.row_operands), sp.Add(*p.col_operands)
         result += p.area * (row / p.n + col / p.m) / PASS_RATE
@@ -258,6 +270,7 @@ def compile_cost(
     cost = cost_of(facts, len(machine.inner), casts=problem.input_bytes < problem.compute_bytes)
     functions: dict[str, Callable[[float], float]] = {
         "gemm_rate": rate,
+        "onednn_rate": machine.onednn_rate,
         "seconds_per_byte": machine.seconds_per_byte,
         "extra_seconds_per_byte": machine.extra_seconds_per_byte,
     }

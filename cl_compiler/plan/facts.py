@@ -13,6 +13,7 @@ from typing import Literal
 
 import sympy as sp
 
+from cl_compiler.lang.buffers import filled_otherwise, made_by_products
 from cl_compiler.lang.ir import SLOTS, Leaf, View
 from cl_compiler.lang.lower import inverse_of
 from cl_compiler.lang.program import Pass, Program
@@ -100,10 +101,19 @@ class PassFacts:
     keep: str
     block_width: sp.Expr
     """Width of the rows that a row scale is applied to, 0 without one."""
+    onednn: bool
+    """Its products are oneDNN's: new tensors, of rows that are packed before."""
+    packed_widths: tuple[sp.Expr, ...]
+    """Columns of each of the rows that are packed for that."""
 
     @property
     def is_slots(self) -> bool:
         return SLOTS in self.grid
+
+    @property
+    def by_onednn(self) -> tuple[Product, ...]:
+        """Its products that oneDNN makes: those with packed rows."""
+        return tuple(q for q in self.products if self.onednn and q.role != "left")
 
     @property
     def has_gradients(self) -> bool:
@@ -151,6 +161,11 @@ class ProgramFacts:
         return any(p.symmetric for p in self.passes)
 
     @property
+    def onednn(self) -> bool:
+        """Whether oneDNN makes any products."""
+        return any(p.onednn for p in self.passes)
+
+    @property
     def spans_rows(self) -> bool:
         return any(p.whole_rows for p in self.passes)
 
@@ -160,17 +175,19 @@ def facts_of(
     extra_operands: Iterable[str] = (),
     *,
     diagonals: sp.Expr = ONE,
+    onednn: bool = False,
 ) -> ProgramFacts:
     """Count a program.
 
     ``extra_operands``: operands whose width is not D; theirs is the symbol ``D_<name>``.
     ``diagonals``: of the grids that half is made of, the share in which tiles of the diagonal are
     made whole.
+    ``onednn``: products of tiles are oneDNN's; those with slots are BLAS's.
     """
     sizes = Sizes(frozenset(extra_operands))
     backward = {id(p) for s in program.backward for p in s.passes}
     passes = tuple(
-        _pass(program, p, "backward" if id(p) in backward else "forward", sizes, diagonals)
+        _pass(program, p, "backward" if id(p) in backward else "forward", sizes, diagonals, onednn)
         for p in program.passes
     )
     forward, late = _vectors(program, sizes)
@@ -195,6 +212,7 @@ def _pass(
     phase: Literal["forward", "backward"],
     sizes: Sizes,
     diagonals: sp.Expr,
+    onednn: bool,
 ) -> PassFacts:
     leaves, tile = program.plan.leaves, p.programs[program.modes[0]]
     rows, cols = sizes.length(p.grid[0]), sizes.length(p.grid[1])
@@ -211,6 +229,7 @@ def _pass(
         if side in p.sides and _is_wanted(program, view)
     )
     remade = p.remake[program.modes[0]].instructions if p.keep == "read" else ()
+    onednn = onednn and not (p.is_slots or p.whole)
     views = [v for s in p.similarities for v in (leaves[s].left,)]
     others = [v for s in p.similarities for v in (leaves[s].right,)]
     work = _work(tile.instructions, p.whole)
@@ -218,6 +237,8 @@ def _pass(
         floats_moved=len(gradients),
         operators=len(gradients) + sum(bool(g.row_scale) for g in tile.gradients),
     )
+    if onednn:  # one side's gradients are made, then added
+        work += Work(operators=sum(q.role == "right" for q in gradients))
     return PassFacts(
         phase,
         p.grid,
@@ -227,7 +248,7 @@ def _pass(
         n,
         tiles,
         area,
-        max(_buffers(p, mode, "t") for mode in p.programs),
+        max(_buffers(p, mode, "t") + onednn * _made_anew(p, mode) for mode in p.programs),
         max(_buffers(p, mode, "m") for mode in p.programs),
         tile.float_buffers + bool(p.keep),
         work,
@@ -240,6 +261,8 @@ def _pass(
         p.whole_rows,
         p.keep,
         D if any(g.row_scale for t in p.programs.values() for g in t.gradients) else sp.Integer(0),
+        onednn,
+        _packed_widths(p, leaves, gradients, sizes) if onednn else (),
     )
 
 
@@ -247,6 +270,29 @@ def _buffers(p: Pass, mode: Mode, kind: str) -> int:
     """Tile buffers of one kind ("t" floats, "m" masks), those that remake a kept tile included."""
     programs = [p.programs[mode], *([p.remake[mode]] if p.keep == "read" else [])]
     return len({b for t in programs for b in t.buffers.values() if b.startswith(kind)})
+
+
+def _made_anew(p: Pass, mode: Mode) -> int:
+    """Buffers that exist beside the new tensors that take their names."""
+    code = p.programs[mode]
+    again = frozenset(p.remake[mode].buffers.values()) if p.keep == "read" else frozenset()
+    return len(made_by_products(code) & (filled_otherwise(code) | again))
+
+
+def _packed_widths(
+    p: Pass, leaves: Mapping[str, Leaf], gradients: Iterable[Product], sizes: Sizes
+) -> tuple[sp.Expr, ...]:
+    """Columns of all rows that are packed: each as often as it is scaled, and transposed."""
+    most: tuple[sp.Expr, ...] = ()
+    for mode, code in p.programs.items():
+        again = p.remake[mode].instructions if p.keep == "read" else ()
+        found = {
+            (leaf.left, leaf.scale if i.scaled else None, i.alpha): sizes.width(leaf.left)
+            for i in (*code.instructions, *again)
+            if isinstance(i, Gemm) and (leaf := leaves[i.similarity])
+        }
+        most = max(most, tuple(found.values()), key=len)
+    return (*most, *(q.width for q in gradients if q.role == "right"))
 
 
 def _is_wanted(program: Program, view: View | None) -> bool:

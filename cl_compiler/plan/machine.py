@@ -25,6 +25,8 @@ RATED_TILE = Tile(512, 1024)
 """The tile with which calibration and presets measure GEMM rates."""
 PASS_BYTES = 12
 """Bytes that an elementwise pass moves per element while its rate is measured."""
+ONEDNN = "onednn"
+"""Of GEMM rates: fp32 products by oneDNN."""
 WAYS = ("auto", "ieee", "bf16", "tf32", "bf16x3", "fp16", "fp8")
 """Of multiplying that the cost model knows; fewer can be compiled (see ``precision``)."""
 
@@ -91,6 +93,7 @@ class Machine:
     exp_per_s: float
     pass_per_s: float
     op_overhead_s: float
+    onednn_pack_s: float
 
     @property
     def ranks(self) -> int:
@@ -101,6 +104,18 @@ class Machine:
         """FLOP/s of products with ``inner`` contracted columns."""
         name, cost = gemm_type(dtype, precision, self.spec)
         return self.spec.gemm_rate(name, max(1, round(inner))) / cost
+
+    def onednn_rate(self, inner: float) -> float:
+        """FLOP/s of fp32 products by oneDNN, 0 where there is no rate of them."""
+        if ONEDNN not in dict(self.spec.gemm_flops_per_s):
+            return 0.0
+        return self.spec.gemm_rate(ONEDNN, max(1, round(inner)))
+
+    def prefers_onednn(self, dtype: str, precision: str, inner: float) -> bool:
+        """Whether oneDNN multiplies fp32 tiles faster than BLAS."""
+        if self.spec.kind != "cpu" or gemm_type(dtype, precision, self.spec) != ("float32", 1):
+            return False
+        return self.onednn_rate(inner) > self.gemm_rate(dtype, precision, inner)
 
     def seconds_per_byte(self, held_bytes: float) -> float:
         """Of streaming data that lives in the innermost memory with room for it."""
@@ -203,6 +218,7 @@ def machine_of(graph: nx.DiGraph) -> Machine:
         node["exp_per_s"],
         node["pass_per_s"],
         node["op_overhead_s"],
+        node["onednn_pack_s"],
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import sympy as sp
 
+from cl_compiler.lang.buffers import ADDED_AT_ONCE
 from cl_compiler.lang.differences import POSITIVES_AT_ONCE, SUMMED_AT_ONCE, cancelling
 from cl_compiler.plan.facts import Output, PassFacts, ProgramFacts
 from cl_compiler.plan.sizes import (
@@ -35,6 +36,8 @@ VECTORS = "statistics (vectors)"
 WIDE_BYTES = 8
 """Of each element of a vector in fp64."""
 AT_POSITIVES = "products at positives"
+PACKED = "rows packed for oneDNN"
+MADE_BY_ONEDNN = "a product made by oneDNN"
 WIDENED = 3
 """Blocks of rows at positives where operands are 16-bit: both in fp32, and their products."""
 COPIED = "contiguous copies of inputs"
@@ -129,12 +132,24 @@ def _tiles(p: PassFacts, casts: bool) -> list[Item]:
         items.append(("a tile that is not kept", SCRATCH * tile * COMPUTE_BYTES))
     if p.block_width != 0:
         items.append(("a scaled block of rows", p.m * p.block_width * COMPUTE_BYTES))
+    if p.onednn:
+        items.append((PACKED, p.m * sp.Add(*p.packed_widths) * COMPUTE_BYTES))
+        items.append((MADE_BY_ONEDNN, _made_beside(p) * COMPUTE_BYTES))
     if casts:
         items.append(("operand tiles in fp32", COMPUTE_BYTES * _operand_elements(p)))
     if p.is_slots and p.has_gradients:
         width = largest(q.width for q in p.products)
         items.append(("products with slots", p.m * width * COMPUTE_BYTES))
     return items
+
+
+def _made_beside(p: PassFacts) -> sp.Expr:
+    """Elements of a product that is made beside all buffers and added, or copied, to its place."""
+    rows = least(sp.Integer(ADDED_AT_ONCE), p.cols) if p.whole_rows else p.n
+    found = [rows * q.width for q in p.by_onednn if q.role != "similarity"]
+    if p.keep:  # a tile that is not kept is made again
+        found.append(p.m * p.n * (SCRATCH if p.keep == "read" else 1))
+    return largest(found) if found else sp.Integer(0)
 
 
 def _whole_tiles(facts: ProgramFacts, casts: bool) -> list[Item]:

@@ -36,6 +36,7 @@ def _summary(plan: Plan, step: str) -> list[str]:
     kept = f", {plan.kept_tiles} kept for the backward" if plan.kept_tiles else ""
     needs = ", ".join(sorted(plan.needs)) or "none"
     share = plan.peak_bytes / plan.budget.device_bytes
+    by = plan.precision + (" by oneDNN" if plan.library == "onednn" else "")
     share_of_ranks, between = "", ""
     if plan.cluster is not None:
         share_of_ranks, between = " on each rank", f"{plan.cluster.schedule}; on a rank "
@@ -47,7 +48,7 @@ def _summary(plan: Plan, step: str) -> list[str]:
         ("gradients", needs),
         (
             "schedule",
-            f"{between}{plan.schedule}: tiles of {plan.tile}{kept}; products in {plan.precision}",
+            f"{between}{plan.schedule}: tiles of {plan.tile}{kept}; products in {by}",
         ),
         (
             "time",

@@ -7,6 +7,8 @@ the one with the fewest bytes is taken.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import networkx as nx
 
 from cl_compiler.lang.program import SCHEDULES, Schedule
@@ -21,6 +23,9 @@ from cl_compiler.units import format_bytes
 
 RESOLUTION = 1e-3
 """Relative difference of predicted seconds below which two plans count as equally fast."""
+CHURN = 5e-3
+"""The same where oneDNN makes tiles: they are new tensors, and of larger ones the allocator keeps
+more than it is asked for."""
 PREFERENCE: tuple[Schedule, ...] = ("dense", "spill", "panel", "retain", "recompute")
 """Which of two plans with equal seconds and equal bytes is taken: the one with fewer passes."""
 
@@ -50,7 +55,7 @@ def choose_plan(
     best = _best_of_each(space)
     if not best:
         raise budget_error(space)
-    chosen = select(list(best.values()))
+    chosen = select(list(best.values()), _resolution(space, best))
     return _plan(space, chosen, _rejected(space, chosen, best))
 
 
@@ -107,10 +112,10 @@ def nearby_plans(
     return tuple(_plan(space, p, ()) for p in points[:most])
 
 
-def select(points: list[Point]) -> Point:
+def select(points: list[Point], resolution: float = RESOLUTION) -> Point:
     """The fastest of some points; of equally fast ones that with the fewest bytes."""
     fastest = min(p.seconds for p in points)
-    near = [p for p in points if p.seconds <= fastest * (1 + RESOLUTION)]
+    near = [p for p in points if p.seconds <= fastest * (1 + resolution)]
     return min(
         near,
         key=lambda p: (p.peak_bytes, PREFERENCE.index(p.schedule), p.tile.rows, p.tile.cols),
@@ -122,8 +127,12 @@ def _best_of_each(space: Space) -> dict[Schedule, Point]:
     for schedule in space.schedules():
         points = list(space.points(schedule))
         if points:
-            best[schedule] = select(points)
+            best[schedule] = select(points, _resolution(space, [schedule]))
     return best
+
+
+def _resolution(space: Space, schedules: Iterable[Schedule]) -> float:
+    return CHURN if all(space.option(s).facts.onednn for s in schedules) else RESOLUTION
 
 
 def _rejected(space: Space, chosen: Point, best: dict[Schedule, Point]) -> tuple[Candidate, ...]:
@@ -227,6 +236,7 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
             (what, s) for what, s in zip(PARTS, point.parts, strict=True) if s > 0
         ),
         peak_phase=phase,
+        library="onednn" if option.facts.onednn else "blas",
         rates=rates_in_words(space.machine.spec, request.problem.dtype, request.precision),
     )
 

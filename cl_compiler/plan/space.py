@@ -213,7 +213,11 @@ class Space:
             problem = self.request.problem
             if self.ring is None:
                 program = build_program(self.sweep_plan, schedule)
-                facts = facts_of(program, problem.operands)
+                onednn = not (program.is_whole or program.subtracts_positives)
+                onednn &= self.machine.prefers_onednn(
+                    problem.dtype, self.request.precision, problem.D
+                )
+                facts = facts_of(program, problem.operands, onednn=onednn)
             else:
                 facts = self.ring.facts(problem.operands)
             casts = problem.input_bytes < problem.compute_bytes
@@ -322,6 +326,7 @@ def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, 
         "exp_per_s": machine.exp_per_s,
         "pass_per_s": machine.pass_per_s,
         "op_overhead_s": machine.op_overhead_s,
+        "onednn_pack_s": machine.onednn_pack_s,
         "B_0": machine.device_bytes_per_s,
         **{f"B_{i}": level.bytes_per_s for i, level in enumerate(machine.inner, 1)},
     }

@@ -318,6 +318,8 @@ class Plan:
     units: float
     """Work in units of 2·M·N·D FLOP, forward and backward together."""
     template: str = "torch"
+    library: Literal["blas", "onednn"] = "blas"
+    """Which multiplies tiles, of PyTorch's tiles on a CPU."""
     notes: tuple[str, ...] = ()
     rejected: tuple[Candidate, ...] = ()
     seconds_by_part: tuple[tuple[str, float], ...] = ()

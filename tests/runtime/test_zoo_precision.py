@@ -27,10 +27,12 @@ SHARING = ("clip", "infonce", "siglip", "nt_xent", "supcon")
 """One shared exponential makes their weights, unless logits are too large for it."""
 
 
-def check(case: Case, samples: list[Sample]) -> None:
+def check(case: Case, samples: list[Sample], library: str = "blas") -> None:
     allowed = [limits(whole) for whole in samples]
     for schedule in schedules_of(case):
-        source = emit(case, schedule, dtype="float32", tile=Tile(12, 17), width=WIDTH)
+        source = emit(
+            case, schedule, dtype="float32", tile=Tile(12, 17), width=WIDTH, library=library
+        )
         for number, whole in enumerate(samples):
             beyond = misses(whole, run(source, in_fp32(whole)), allowed[number])
             assert not beyond, (schedule, number, beyond)
@@ -129,6 +131,29 @@ def test_every_loss_is_as_exact_as_dense_fp32(name: str) -> None:
     case = CASES[name]
     regimes = itertools.product((None, 1.0, 14.3, 100.0), (False, True), range(4))
     check(case, [features(case, *regime) for regime in regimes])
+
+
+BY_ONEDNN = [
+    name
+    for name, case in CASES.items()
+    if not build_program(
+        plan_sweeps(case.loss, case.positives, case.needs), "spill"
+    ).subtracts_positives
+]
+"""What plans may have oneDNN multiply."""
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_products_by_onednn_are_as_exact_as_dense_fp32(name: str) -> None:
+    regimes = itertools.product((None, 100.0), (False, True))
+    check(CASES[name], [features(CASES[name], *regime, 20) for regime in regimes], "onednn")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", BY_ONEDNN)
+def test_every_loss_by_onednn_is_as_exact_as_dense_fp32(name: str) -> None:
+    regimes = itertools.product((None, 1.0, 14.3, 100.0), (False, True), range(4))
+    check(CASES[name], [features(CASES[name], *regime) for regime in regimes], "onednn")
 
 
 def wide(case: Case) -> frozenset[str]:

@@ -1,0 +1,137 @@
+"""Tiles whose products oneDNN makes: the formulas, the layouts, and who gets them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+
+from cl_compiler.hardware import load_hardware
+from cl_compiler.losses import find
+from cl_compiler.plan.requests import request_to_json
+from cl_compiler.plan.search import choose_plan
+from cl_compiler.plan.types import Plan, Tile
+from cl_compiler.runtime.live_bytes import LiveBytes
+from cl_compiler.runtime.measure import planted_pairs
+from cl_compiler.variants import build_variant
+from tests import losses_zoo as zoo
+from tests.plan.requests import request
+from tests.random_losses import draw
+from tests.tiles import emit, errors, load, run, schedules_of
+from tests.zoo_case import Case, sample
+
+ZEN4 = load_hardware("epyc-zen4-2c")
+CASES = {case.name: case for case in zoo.cases()}
+TILES = (Tile(3, 4), Tile(5, 2), Tile(4, 64))
+
+
+def in_float64(source: str) -> str:
+    """The file as it runs where PyTorch has no oneDNN, whose products are fp32 only."""
+    line = "HAS_ONEDNN = _PACK is not None and _MULTIPLY is not None"
+    assert source.count(line) == ("_linear(" in source)
+    return source.replace(line, "HAS_ONEDNN = False")
+
+
+def assert_right(case: Case, seed: int) -> None:
+    rng = Random(seed)
+    for schedule in schedules_of(case):
+        source = in_float64(emit(case, schedule, tile=rng.choice(TILES), library="onednn"))
+        found = errors(run(source, sample(case, seed=seed)), sample(case, seed=seed))
+        assert max(found.values()) < 1e-9, (schedule, found, source)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_zoo(name: str) -> None:
+    assert_right(CASES[name], seed=3)
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_random_losses(first: int) -> None:
+    for seed in range(first, first + 10):
+        assert_right(draw(seed), seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", range(40, 200, 20))
+def test_more_random_losses(first: int) -> None:
+    for seed in range(first, first + 20):
+        assert_right(draw(seed), seed)
+
+
+@pytest.mark.parametrize("name", ["clip", "infonce", "nt_xent", "matryoshka"])
+def test_what_is_not_finite_goes_where_it_goes_with_blas(name: str) -> None:
+    """A row of NaN, an infinite one: oneDNN pads what it packs."""
+    case = CASES[name]
+    for schedule in schedules_of(case):
+        texts = [emit(case, schedule, dtype="float32", library=b) for b in ("blas", "onednn")]
+        for bad in (torch.nan, torch.inf):
+            found = []
+            for text in texts:
+                inputs = sample(case, seed=5)
+                inputs = replace(
+                    inputs, tensors={n: t.detach().float() for n, t in inputs.tensors.items()}
+                )
+                first = next(iter(inputs.tensors.values()))
+                first[1, -1] = bad
+                for tensor in inputs.tensors.values():
+                    tensor.requires_grad_(tensor.dim() == 2)
+                found.append(run(text, inputs))
+            blas, onednn = found
+            assert torch.equal(blas.value.isfinite(), onednn.value.isfinite())
+            for n, gradient in blas.gradients.items():
+                assert torch.equal(gradient.isfinite(), onednn.gradients[n].isfinite()), n
+
+
+def planned(loss: str = "clip", **options: object) -> Plan:
+    return choose_plan(request(find(loss), **{"hardware": ZEN4, **options}))  # type: ignore[arg-type]
+
+
+def test_a_plan_takes_the_faster_library() -> None:
+    assert planned().library == "onednn"
+    assert planned(hardware="xeon-amx-2c").library == "blas"
+    rates = dict(ZEN4.gemm_flops_per_s)
+    slow = replace(ZEN4, gemm_flops_per_s=tuple({**rates, "onednn": rates["float32"]}.items()))
+    assert planned(hardware=slow).library == "blas"
+
+
+def test_what_onednn_cannot_do_is_left_to_blas() -> None:
+    """Products in fp64, or of operands that are rounded; small batches have no loops."""
+    assert planned(dtype="float64", budget="512MiB").library == "blas"
+    assert planned(precision="bf16").library == "blas"
+    small = planned(rows=128, width=64)
+    assert (small.schedule, small.library) == ("dense", "blas")
+
+
+def test_positives_that_are_subtracted_from_tiles_are_made_as_tiles_are() -> None:
+    """They are BLAS's, so the tiles are, too."""
+    case = CASES["debiased_rows"]
+    plan = choose_plan(
+        request(case.loss, ZEN4, rows=4096, width=64, positives=case.positives, needs=case.needs)
+    )
+    assert plan.library == "blas"
+
+
+@pytest.mark.parametrize(
+    ("loss", "schedule"),
+    [("clip", "spill"), ("clip", "retain"), ("infonce", "retain"), ("siglip", "panel")],
+)
+def test_bytes_are_what_was_predicted(loss: str, schedule: str) -> None:
+    m, d = 1300, 96
+    asked = request(
+        find(loss), ZEN4, rows=m, width=d, budget="6MiB", schedule=schedule, positives="paired"
+    )  # fmt: skip
+    plan = choose_plan(asked)
+    assert plan.library == "onednn"
+    module = load(build_variant(asked, request_to_json(asked), "test").source)
+    peaks = []
+    for scale in (14.3, 2000.0):  # a shared exponential; running maxima, which need other buffers
+        x, y = (t.requires_grad_() for t in planted_pairs(m, m, d))
+        parameters = [torch.tensor(v, requires_grad=True) for v in (scale, -5.0)]
+        given = [x, y, *parameters[: len(module.ARGUMENTS) - 2]]
+        with LiveBytes() as live:
+            module.Loss.apply(*given)[0].backward()
+        peaks.append(live.peak_bytes)
+        del live
+    assert plan.peak_bytes == pytest.approx(max(peaks), rel=0.05)
