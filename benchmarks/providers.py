@@ -100,7 +100,8 @@ def prepare(name: str, case: Case, inputs: Mapping[str, Tensor], plan: Plan | No
                 raise Skipped("no compiled provider gave a tile")
             x = inputs["z" if "z" in inputs else "x"].detach()
             y = inputs["z" if "z" in inputs else "y"].detach()
-            return Prepared(lambda: gemm_loop(x, y, plan.tile), has_gradients=False)
+            loop = onednn_loop if plan.library == "onednn" else gemm_loop
+            return Prepared(lambda: loop(x, y, plan.tile), has_gradients=False)
     raise ValueError(f"no provider {name!r}")
 
 
@@ -174,6 +175,23 @@ def gemm_loop(x: Tensor, y: Tensor, tile: Tile) -> None:
     similarity = torch.empty(min(tile.rows, len(x)), min(tile.cols, len(y)), dtype=x.dtype)
     _sweep(x, y, tile, similarity)
     _sweep(x, y, tile, similarity, (torch.zeros_like(x), torch.zeros_like(y)))
+
+
+def onednn_loop(x: Tensor, y: Tensor, tile: Tile) -> None:
+    """The same by oneDNN, but for dX: rows are packed once per block of rows."""
+    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    d_x, d_y = torch.zeros_like(x), torch.zeros_like(y)
+    for backward in (False, True):
+        for i in range(0, len(x), tile.rows):
+            x_i = x[i : i + tile.rows]
+            packed, transposed = pack(x_i, tile.cols), pack(x_i.T, tile.cols) if backward else None
+            for j in range(0, len(y), tile.cols):
+                y_j = y[j : j + tile.cols]
+                s = linear(y_j, packed, None, "none", [], "")
+                if backward:
+                    d_x[i : i + tile.rows].addmm_(s.T, y_j)
+                    d_y[j : j + tile.cols].add_(linear(s, transposed, None, "none", [], ""))
+                del s
 
 
 def _sweep(

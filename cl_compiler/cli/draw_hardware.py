@@ -25,7 +25,7 @@ _FILL = {
 }  # fmt: skip
 _INK, _GREY, _PLAN = "#1b1f24", "#6b717a", "#a04a12"
 _SHADOW = 0.07
-_DTYPES = ("float32", "tf32", "bfloat16", "float16", "fp8")
+_DTYPES = ("float32", "onednn", "tf32", "bfloat16", "float16", "fp8")
 
 
 def draw_hardware_graph(graph: nx.DiGraph, plan: Plan, path_out: Path) -> None:
