@@ -100,6 +100,8 @@ def prepare(name: str, case: Case, inputs: Mapping[str, Tensor], plan: Plan | No
                 raise Skipped("no compiled provider gave a tile")
             x = inputs["z" if "z" in inputs else "x"].detach()
             y = inputs["z" if "z" in inputs else "y"].detach()
+            if plan.library == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+                raise Skipped("this PyTorch has no oneDNN")
             loop = onednn_loop if plan.library == "onednn" else gemm_loop
             return Prepared(lambda: loop(x, y, plan.tile), has_gradients=False)
     raise ValueError(f"no provider {name!r}")

@@ -379,8 +379,6 @@ def _helpers(statements: str) -> set[str]:
     )
     found = {k for k in known if f"{k}(" in statements}
     found |= {"TIE_TOLERANCE"} if "TIE_TOLERANCE" in statements else set()
-    if "_add_linear" in found:
-        found.add("_linear")
     if "_logsubexp" in found:
         found.add("_one_minus_exp")
     return found

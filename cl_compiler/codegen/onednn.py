@@ -31,8 +31,11 @@ class OneDnnProductPrinter(ProductPrinter):
         """oneDNN's make the gradient of columns."""
         if not tile.endswith(".T"):
             return super().product(target, view, tile, operand, extra)
-        is_block = operand.startswith("block")  # made anew for each tile
-        rows = f"{operand}.T" if is_block else self.p.packed(f"{operand}.T", "")
+        rows = f"{operand}.T"
+        if operand != "block[:m]":
+            rows = self.p.packed(rows, "")
+        elif self.p.pass_.whole_rows:  # scaled in this very tile, and multiplied part by part
+            rows = f"_packed({rows}, width)"
         if self.p.pass_.whole_rows:
             return f"_add_linear({target}, {tile}, {rows}{extra})"
         return f"{target}.add_(_linear({tile}, {rows}){extra})"
@@ -44,6 +47,7 @@ class OneDnnTilePrinter(TilePrinter):
     def __init__(self, buffers: Mapping[int, str], of: OneDnnPassPrinter, rebinds: bool) -> None:
         super().__init__(buffers, of.scalar, of.vector, of.numbers)
         self.of, self.rebinds = of, rebinds
+        self.made: set[str] = set()
 
     def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
         """The similarity tile: neither scaled nor shifted afterwards."""
@@ -51,7 +55,11 @@ class OneDnnTilePrinter(TilePrinter):
         alpha, beta = self.alpha_beta(g, scale)
         offset = f", {self.of.offset(beta)}[:m]" if beta else ""
         product = f"_linear({right}, {self.of.packed(left, alpha)}{offset}).T"
-        return f"{out} = {product}" if self.rebinds and out != "kept" else f"{out}.copy_({product})"
+        if not self.rebinds or out == "kept":
+            return f"{out}.copy_({product})"
+        again = f"del {out}\n" if out in self.made else ""
+        self.made.add(out)
+        return f"{again}{out} = {product}"
 
 
 class OneDnnPassPrinter(PassPrinter):
@@ -75,8 +83,8 @@ class OneDnnPassPrinter(PassPrinter):
         """Rows ``x_i``, ``x_i[:, :prefix]`` or those transposed, packed times a factor."""
         key = rows, factor
         if key not in self.packs:
-            number = len(self.packs) + 1
-            self.packs[key] = f"{rows.partition('_i')[0]}_packed{number}_i"
+            operand = rows.removesuffix(".T").partition("[")[0].removesuffix("_i")
+            self.packs[key] = f"{operand}_packed{len(self.packs) + 1}_i"
         return self.packs[key]
 
     def offset(self, number: str) -> str:
@@ -94,7 +102,7 @@ class OneDnnPassPrinter(PassPrinter):
         if self.pass_.keep == "read":  # those of a tile that is made again are copied
             filled |= frozenset(self.pass_.remake[self.mode].buffers.values())
         packs = [
-            f"{name} = _packed({rows}{factor and ' * '}{factor}, width)"
+            f"{name} = _packed({rows if not factor else f'{rows} * ({factor})'}, width)"
             for (rows, factor), name in self.packs.items()
         ]
         return replace(

@@ -49,8 +49,8 @@ _OP_OVERHEAD_S = 2e-6
 # to 1.2 times as fast as BLAS).
 _BF16_GAIN = {"amx_bf16": 2.9, "avx512_bf16": 1.1, "bf16": 1.5}
 
-# oneDNN's float32 products against BLAS's: measured on a Zen 4, PyTorch 2.13, 1.06 to 1.3.  Where a
-# calibration has not measured them, only such a CPU is planned with them.
+# oneDNN's float32 products against BLAS's: measured on a Zen 4, PyTorch 2.13, 1.06 to 1.3.  Where
+# no calibration has measured them, only AMD CPUs with bf16 products plan with them.
 _ONEDNN_GAIN = 1.1
 _ONEDNN_PACK_S = 180e-6
 

@@ -50,7 +50,6 @@ extra_seconds_per_byte = sp.Function("extra_seconds_per_byte")
 EXP_RATE, PASS_RATE, LAUNCH = sp.symbols("exp_per_s pass_per_s op_overhead_s", positive=True)
 PACK = sp.Symbol("onednn_pack_s", nonnegative=True)
 """Seconds of packing rows, however few, for oneDNN."""
-"""Of one byte of each other rank's shard over every link, and of the messages that carry them."""
 DEVICE_RATE = sp.Symbol("B_0", positive=True)
 """Bytes/s of the device's memory; B_1, B_2, … are those of the levels inside it."""
 
@@ -136,7 +135,7 @@ def _products(
     traffic: list[sp.Expr] = [sp.Integer(0)] * (inner_levels + 1)
     for q in products:
         inner = {"similarity": q.width, "left": p.n, "right": p.m}[q.role]
-        rate_of = onednn_rate if q in p.by_onednn else gemm_rate
+        rate_of = onednn_rate if p.onednn and q.role != "left" else gemm_rate
         times = [2 * p.area * q.width / rate_of(inner)]
         for index, moved in enumerate(_moved(p, q, inner_levels)):
             rate = DEVICE_RATE if index == 0 else level_symbols(index - 1)[2]

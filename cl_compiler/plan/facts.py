@@ -13,7 +13,6 @@ from typing import Literal
 
 import sympy as sp
 
-from cl_compiler.lang.buffers import filled_otherwise, made_by_products
 from cl_compiler.lang.ir import SLOTS, Leaf, View
 from cl_compiler.lang.lower import inverse_of
 from cl_compiler.lang.program import Pass, Program
@@ -30,6 +29,7 @@ from cl_compiler.lang.tile_ir import (
     VectorRef,
 )
 from cl_compiler.lang.whole import scale_gradients, taken_at_positives
+from cl_compiler.plan.packing import made_anew, packed_widths
 from cl_compiler.plan.sizes import ONE, TILE_COLS, TILE_ROWS, D, Sizes, count_of, least
 
 
@@ -248,7 +248,7 @@ def _pass(
         n,
         tiles,
         area,
-        max(_buffers(p, mode, "t") + onednn * _made_anew(p, mode) for mode in p.programs),
+        max(_buffers(p, mode, "t") + onednn * made_anew(p, mode) for mode in p.programs),
         max(_buffers(p, mode, "m") for mode in p.programs),
         tile.float_buffers + bool(p.keep),
         work,
@@ -262,7 +262,7 @@ def _pass(
         p.keep,
         D if any(g.row_scale for t in p.programs.values() for g in t.gradients) else sp.Integer(0),
         onednn,
-        _packed_widths(p, leaves, gradients, sizes) if onednn else (),
+        packed_widths(p, leaves, sizes) if onednn else (),
     )
 
 
@@ -270,29 +270,6 @@ def _buffers(p: Pass, mode: Mode, kind: str) -> int:
     """Tile buffers of one kind ("t" floats, "m" masks), those that remake a kept tile included."""
     programs = [p.programs[mode], *([p.remake[mode]] if p.keep == "read" else [])]
     return len({b for t in programs for b in t.buffers.values() if b.startswith(kind)})
-
-
-def _made_anew(p: Pass, mode: Mode) -> int:
-    """Buffers that exist beside the new tensors that take their names."""
-    code = p.programs[mode]
-    again = frozenset(p.remake[mode].buffers.values()) if p.keep == "read" else frozenset()
-    return len(made_by_products(code) & (filled_otherwise(code) | again))
-
-
-def _packed_widths(
-    p: Pass, leaves: Mapping[str, Leaf], gradients: Iterable[Product], sizes: Sizes
-) -> tuple[sp.Expr, ...]:
-    """Columns of all rows that are packed: each as often as it is scaled, and transposed."""
-    most: tuple[sp.Expr, ...] = ()
-    for mode, code in p.programs.items():
-        again = p.remake[mode].instructions if p.keep == "read" else ()
-        found = {
-            (leaf.left, leaf.scale if i.scaled else None, i.alpha): sizes.width(leaf.left)
-            for i in (*code.instructions, *again)
-            if isinstance(i, Gemm) and (leaf := leaves[i.similarity])
-        }
-        most = max(most, tuple(found.values()), key=len)
-    return (*most, *(q.width for q in gradients if q.role == "right"))
 
 
 def _is_wanted(program: Program, view: View | None) -> bool:

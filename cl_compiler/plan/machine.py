@@ -111,11 +111,12 @@ class Machine:
             return 0.0
         return self.spec.gemm_rate(ONEDNN, max(1, round(inner)))
 
-    def prefers_onednn(self, dtype: str, precision: str, inner: float) -> bool:
+    def prefers_onednn(self, dtype: str, precision: str) -> bool:
         """Whether oneDNN multiplies fp32 tiles faster than BLAS."""
         if self.spec.kind != "cpu" or gemm_type(dtype, precision, self.spec) != ("float32", 1):
             return False
-        return self.onednn_rate(inner) > self.gemm_rate(dtype, precision, inner)
+        rates = dict(self.spec.gemm_flops_per_s)
+        return rates.get(ONEDNN, 0.0) > rates["float32"]
 
     def seconds_per_byte(self, held_bytes: float) -> float:
         """Of streaming data that lives in the innermost memory with room for it."""
@@ -252,7 +253,7 @@ def gemm_type(dtype: str, precision: str, spec: HardwareSpec) -> tuple[str, int]
             return "float32", 1
 
 
-def rates_in_words(spec: HardwareSpec, dtype: str, precision: str) -> str:
+def rates_in_words(spec: HardwareSpec, dtype: str, precision: str, *, onednn: bool = False) -> str:
     """Which of the rates that a plan's seconds rest on a calibration measured."""
     product, _ = gemm_type(dtype, precision, spec)
     device = spec.device_level.name
@@ -263,6 +264,8 @@ def rates_in_words(spec: HardwareSpec, dtype: str, precision: str) -> str:
         "elementwise passes": "pass_per_s",
         "launches": "op_overhead_s",
     }
+    if onednn:
+        rates |= {"oneDNN's products": f"gemm_flops_per_s.{ONEDNN}", "packing": "onednn_pack_s"}
     measured = [what for what, field in rates.items() if field in spec.measured]
     nominal = [what for what in rates if what not in measured]
     if not measured or not nominal:

@@ -149,6 +149,8 @@ def _made_beside(p: PassFacts) -> sp.Expr:
     found = [rows * q.width for q in p.by_onednn if q.role != "similarity"]
     if p.keep:  # a tile that is not kept is made again
         found.append(p.m * p.n * (SCRATCH if p.keep == "read" else 1))
+    # Before the first tile there is a copy of the rows that are packed.
+    found.append(p.m * (largest(p.packed_widths) - p.n))
     return largest(found) if found else sp.Integer(0)
 
 

@@ -237,7 +237,12 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
         ),
         peak_phase=phase,
         library="onednn" if option.facts.onednn else "blas",
-        rates=rates_in_words(space.machine.spec, request.problem.dtype, request.precision),
+        rates=rates_in_words(
+            space.machine.spec,
+            request.problem.dtype,
+            request.precision,
+            onednn=option.facts.onednn,
+        ),
     )
 
 

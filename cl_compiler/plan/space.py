@@ -214,9 +214,7 @@ class Space:
             if self.ring is None:
                 program = build_program(self.sweep_plan, schedule)
                 onednn = not (program.is_whole or program.subtracts_positives)
-                onednn &= self.machine.prefers_onednn(
-                    problem.dtype, self.request.precision, problem.D
-                )
+                onednn &= self.machine.prefers_onednn(problem.dtype, self.request.precision)
                 facts = facts_of(program, problem.operands, onednn=onednn)
             else:
                 facts = self.ring.facts(problem.operands)

@@ -15,6 +15,7 @@ logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits
 col_lse: [N] logsumexp over rows of logits
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
+x_packed1_i, ...: a block of rows in oneDNN's own layout; tiles are [m, n], column by column
 """
 
 import math
@@ -81,7 +82,7 @@ def _packed(rows, count):
 
 
 def _linear(left, packed, offset=None):
-    """left @ packed.T + offset, a new tensor, by oneDNN: on this CPU it is faster than BLAS."""
+    """left @ packed.T + offset, a new tensor, by oneDNN if it can: there faster than BLAS."""
     if HAS_ONEDNN:
         return _MULTIPLY(left, packed, offset, "none", [], "")
     return torch.nn.functional.linear(left, packed, offset)
@@ -162,7 +163,7 @@ def _forward_sweep_bounded(x, y, rows, cols, logit_scale, s0):
         i1 = min(i + TILE_M, rows)
         m = i1 - i
         x_i = x[i:i1]
-        x_packed1_i = _packed(x_i * logit_scale.item(), width)
+        x_packed1_i = _packed(x_i * (logit_scale.item()), width)
         for j in range(0, cols, TILE_N):
             j1 = min(j + TILE_N, cols)
             y_j = y[j:j1]
@@ -193,7 +194,7 @@ def _forward_sweep_running(x, y, rows, cols, logit_scale):
         i1 = min(i + TILE_M, rows)
         m = i1 - i
         x_i = x[i:i1]
-        x_packed1_i = _packed(x_i * logit_scale.item(), width)
+        x_packed1_i = _packed(x_i * (logit_scale.item()), width)
         for j in range(0, cols, TILE_N):
             j1 = min(j + TILE_N, cols)
             n = j1 - j
@@ -221,7 +222,7 @@ def _backward_sweep_bounded(x, y, d_x, d_y, rows, cols, b0, a1, logit_scale, s2,
         i1 = min(i + TILE_M, rows)
         m = i1 - i
         x_i = x[i:i1]
-        x_packed1_i = _packed(x_i * logit_scale.item(), width)
+        x_packed1_i = _packed(x_i * (logit_scale.item()), width)
         x_packed2_i = _packed(x_i.T, width)
         for j in range(0, cols, TILE_N):
             j1 = min(j + TILE_N, cols)
@@ -252,7 +253,7 @@ def _backward_sweep_running(x, y, d_x, d_y, rows, cols, logit_scale, a0, a1_2, b
         i1 = min(i + TILE_M, rows)
         m = i1 - i
         x_i = x[i:i1]
-        x_packed1_i = _packed(x_i * logit_scale.item(), width)
+        x_packed1_i = _packed(x_i * (logit_scale.item()), width)
         x_packed2_i = _packed(x_i.T, width)
         for j in range(0, cols, TILE_N):
             j1 = min(j + TILE_N, cols)

@@ -14,7 +14,6 @@ from cl_compiler.plan.requests import request_to_json
 from cl_compiler.plan.search import choose_plan
 from cl_compiler.plan.types import Plan, Tile
 from cl_compiler.runtime.live_bytes import LiveBytes
-from cl_compiler.runtime.measure import planted_pairs
 from cl_compiler.variants import build_variant
 from tests import losses_zoo as zoo
 from tests.plan.requests import request
@@ -113,25 +112,54 @@ def test_positives_that_are_subtracted_from_tiles_are_made_as_tiles_are() -> Non
     assert plan.library == "blas"
 
 
+@pytest.mark.parametrize("name", ["gist_relative", "distillation_two_sweeps", "gist", "clip"])
+def test_no_two_products_have_one_name(name: str) -> None:
+    """A tile is gone before the next one takes its name."""
+    for schedule in ("spill", "recompute"):
+        alive: set[str] = set()
+        for line in emit(CASES[name], schedule, dtype="float32", library="onednn").splitlines():
+            text = line.strip()
+            if text.startswith("def "):
+                alive = set()
+            elif text.startswith("del "):
+                alive -= set(text.removeprefix("del ").split(", "))
+            elif " = _linear(" in text:
+                made = text.partition(" = ")[0]
+                assert made not in alive
+                alive.add(made)
+
+
 @pytest.mark.parametrize(
-    ("loss", "schedule"),
-    [("clip", "spill"), ("clip", "retain"), ("infonce", "retain"), ("siglip", "panel")],
+    ("loss", "schedule", "dtype"),
+    [
+        ("clip", "spill", "float32"),
+        ("clip", "retain", "float32"),
+        ("clip", "spill", "bfloat16"),
+        ("infonce", "retain", "float32"),
+        ("siglip", "panel", "float32"),
+        ("nt_xent", "spill", "float32"),
+    ],
 )
-def test_bytes_are_what_was_predicted(loss: str, schedule: str) -> None:
-    m, d = 1300, 96
+def test_bytes_are_what_was_predicted(loss: str, schedule: str, dtype: str) -> None:
+    case = CASES[loss]
+    rows, width = 1300, 96
+    needs = frozenset(op.name for op in case.loss.operands)
     asked = request(
-        find(loss), ZEN4, rows=m, width=d, budget="6MiB", schedule=schedule, positives="paired"
+        case.loss, ZEN4, rows=rows, width=width, dtype=dtype, budget="6MiB", schedule=schedule,
+        positives=case.positives, needs=needs, precision="ieee",
     )  # fmt: skip
     plan = choose_plan(asked)
     assert plan.library == "onednn"
     module = load(build_variant(asked, request_to_json(asked), "test").source)
     peaks = []
     for scale in (14.3, 2000.0):  # a shared exponential; running maxima, which need other buffers
-        x, y = (t.requires_grad_() for t in planted_pairs(m, m, d))
-        parameters = [torch.tensor(v, requires_grad=True) for v in (scale, -5.0)]
-        given = [x, y, *parameters[: len(module.ARGUMENTS) - 2]]
+        inputs = sample(case, rows, rows, width, seed=1)
+        given = {n: t.detach().to(getattr(torch, dtype)) for n, t in inputs.tensors.items()}
+        given = {n: t.requires_grad_(n in needs) for n, t in given.items()} | inputs.ids
+        values = {n: t.detach() for n, t in inputs.parameters.items()}
+        values |= {"logit_scale": torch.tensor(scale)} if "logit_scale" in values else {}
         with LiveBytes() as live:
-            module.Loss.apply(*given)[0].backward()
+            module.Loss.apply(*({**given, **values}[n] for n in module.ARGUMENTS))[0].backward()
         peaks.append(live.peak_bytes)
         del live
     assert plan.peak_bytes == pytest.approx(max(peaks), rel=0.05)

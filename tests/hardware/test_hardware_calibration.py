@@ -328,3 +328,17 @@ def test_calibrate_stores_and_warns_when_disturbed(
         spec, result = module.calibrate()
     assert calibration_path(result.fingerprint).is_file() and spec.measured
     assert calibration_path(result.fingerprint).is_relative_to(cache)
+
+
+def test_a_guess_of_onednn_goes_where_the_other_library_was_measured() -> None:
+    """A calibration from before, or of a PyTorch without it."""
+    zen4 = load_hardware("epyc-zen4-2c")
+    assert "onednn" in dict(zen4.gemm_flops_per_s)
+    told = replace(FOUND, gemm=(("float32", 512, 2e11),), rates=(("onednn_pack_s", 1e-4),))
+    assert "onednn" not in dict(apply(zen4, told).gemm_flops_per_s)
+    both = replace(told, gemm=(*told.gemm, ("onednn", 512, 3e11)))
+    measured = apply(zen4, both)
+    assert measured.gemm_rate("onednn") == pytest.approx(3e11)
+    assert measured.onednn_pack_s == 1e-4
+    assert {"gemm_flops_per_s.onednn", "onednn_pack_s"} <= set(measured.measured)
+    assert HardwareSpec.from_dict(measured.to_dict()) == measured

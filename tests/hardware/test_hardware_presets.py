@@ -57,8 +57,8 @@ def test_an_extension_that_changes_a_number_says_where_it_has_it_from(name: str)
 def test_numbers_are_of_a_plausible_size(name: str) -> None:
     spec = load_hardware(name)
     device = spec.device_level
-    # A unit that is wrong by a factor of 1000 leaves every one of these ranges; a CPU without matrix
-    # units is at the low end.
+    # A unit that is wrong by a factor of 1000 leaves every one of these ranges; a CPU without
+    # matrix units is at the low end.
     ridge = spec.gemm_rate("bfloat16") / device.bandwidth_bytes_per_s
     assert 5 < ridge < 2000, "FLOP per byte of device memory"
     assert 4 << 30 <= device.memory_bytes <= 512 << 30
