@@ -23,7 +23,7 @@ from cl_compiler.units import format_bytes
 
 RESOLUTION = 1e-3
 """Relative difference of predicted seconds below which two plans count as equally fast."""
-CHURN = 5e-3
+CHURN = 3e-3
 """The same where oneDNN makes tiles: they are new tensors, and of larger ones the allocator keeps
 more than it is asked for."""
 PREFERENCE: tuple[Schedule, ...] = ("dense", "spill", "panel", "retain", "recompute")
