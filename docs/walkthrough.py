@@ -17,8 +17,9 @@ from cl_compiler import lang as cl
 from cl_compiler.codegen.render import render
 from cl_compiler.hardware import load_hardware
 from cl_compiler.lang.ir import Let, LossIR, Reduction
-from cl_compiler.lang.program import Program, Stage, build_program
+from cl_compiler.lang.program import Program, Stage
 from cl_compiler.lang.resolve import fold_scales, resolve
+from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.sweeps import SweepPlan, plan_sweeps
 from cl_compiler.lang.text import describe
 from cl_compiler.lang.tile_ir import Accumulate, Barrier, Compute, Diagonal, Gemm, TileProgram
@@ -63,7 +64,7 @@ def walkthrough() -> str:
         ("`lang/gradient.py`: derivatives of the value", "", gradient_lines(sweeps)),
         ("`lang/sweeps.py`: how often which tiles are made", "", sweep_lines(sweeps)),
         ("`plan/`: schedule and tiles for one machine and budget", "", explain(plan).splitlines()),
-        ("`lang/program.py`: the schedule applied, tile by tile", "", program_lines(program)),
+        ("`lang/schedules.py`: the schedule applied, tile by tile", "", program_lines(program)),
         ("`codegen/`: the file that runs", "python", source_lines(source)),
     ]  # fmt: skip
     parts = [

@@ -170,7 +170,7 @@ import sys
 sys.modules["torch"] = sys.modules["triton"] = None
 from cl_compiler.codegen.render import render
 from cl_compiler.hardware import load_hardware
-from cl_compiler.lang.program import build_program
+from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.report import explain

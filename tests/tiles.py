@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cl_compiler.codegen.render import render
-from cl_compiler.lang.program import Schedule, build_program, valid_schedules
+from cl_compiler.lang.program import Schedule
+from cl_compiler.lang.schedules import build_program, valid_schedules
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
 from cl_compiler.runtime.loader import load_source

@@ -14,8 +14,8 @@ from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.support import obstacle
 from cl_compiler.codegen.triton.workload import Workload
 from cl_compiler.hardware import load_hardware
-from cl_compiler.lang.program import build_program
 from cl_compiler.lang.resolve import Positives
+from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.types import MemoryBudget, Problem, Request, Tile

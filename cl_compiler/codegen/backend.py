@@ -14,7 +14,8 @@ from cl_compiler.codegen.triton.retain import retained
 from cl_compiler.codegen.triton.support import obstacle
 from cl_compiler.codegen.triton.workload import Workload
 from cl_compiler.errors import ScheduleError
-from cl_compiler.lang.program import SCHEDULES, Schedule, build_program, valid_schedules
+from cl_compiler.lang.program import SCHEDULES, Schedule
+from cl_compiler.lang.schedules import build_program, valid_schedules
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan import limits
 from cl_compiler.plan.cluster import group_least_bytes

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.passes import PassPrinter, PassText
+from cl_compiler.codegen.pass_text import PassText
+from cl_compiler.codegen.passes import PassPrinter
 from cl_compiler.codegen.printers import TilePrinter
 from cl_compiler.codegen.products import ProductPrinter
 from cl_compiler.codegen.stages import StagePrinter

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 
 import sympy as sp
 
 from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
+from cl_compiler.codegen.pass_text import PassText
 from cl_compiler.codegen.printers import TilePrinter, VectorPrinter, number
 from cl_compiler.codegen.products import ProductPrinter
 from cl_compiler.codegen.row_blocks import block_statistics
@@ -33,41 +33,6 @@ from cl_compiler.lang.tile_ir import (
     TileRef,
     VectorRef,
 )
-
-
-@dataclass
-class PassText:
-    """What the template needs of one pass in one mode."""
-
-    name: str
-    doc: str
-    body: list[str]
-    params: list[str] = field(default_factory=list)
-    accumulators: list[tuple[str, str, str, str]] = field(default_factory=list)
-    """(identifier, axis length, initial value, dtype)."""
-    buffers: list[tuple[str, str]] = field(default_factory=list)
-    """(identifier, dtype)."""
-    row_length: str = ""
-    col_length: str = ""
-    row_operands: list[str] = field(default_factory=list)
-    col_operands: list[str] = field(default_factory=list)
-    casts: list[tuple[str, str, str]] = field(default_factory=list)
-    """(identifier, tile length, operand) of cast buffers for 16-bit inputs."""
-    remake: list[str] = field(default_factory=list)
-    symmetric: bool = False
-    whole_rows: bool = False
-    slots: bool = False
-    keep: str = ""
-    needs_block: str = ""
-    results: list[str] = field(default_factory=list)
-    before: list[str] = field(default_factory=list)
-    """Statements before the loops."""
-    shape: str = "(m, n)"
-    """Of a tile in memory, as the argument of ``view``."""
-    after: list[str] = field(default_factory=list)
-    """Statements that end a tile."""
-    after_rows: list[str] = field(default_factory=list)
-    """Statements that end a block of rows."""
 
 
 class PassPrinter:

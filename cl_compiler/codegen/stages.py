@@ -10,7 +10,8 @@ import sympy as sp
 
 from cl_compiler.codegen.bounds import bound_text
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.passes import PassPrinter, PassText
+from cl_compiler.codegen.pass_text import PassText
+from cl_compiler.codegen.passes import PassPrinter
 from cl_compiler.codegen.printers import VectorPrinter, bare, spaced
 from cl_compiler.codegen.symbols import (
     LENGTH,

@@ -9,7 +9,8 @@ from functools import partial
 import sympy as sp
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.passes import PassPrinter, PassText
+from cl_compiler.codegen.pass_text import PassText
+from cl_compiler.codegen.passes import PassPrinter
 from cl_compiler.codegen.printers import TilePrinter, VectorPrinter
 from cl_compiler.codegen.products import ProductPrinter
 from cl_compiler.codegen.stages import StagePrinter

@@ -10,16 +10,9 @@ from __future__ import annotations
 from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.ir import BANK, SLOTS, Reduction
 from cl_compiler.lang.lower_pass import by_width, lower_pass
-from cl_compiler.lang.program import (
-    Pass,
-    Program,
-    Side,
-    _backward_names,
-    _forward_names,
-    _needed_sides,
-    _stages,
-    modes_of,
-)
+from cl_compiler.lang.program import Pass, Program, Side
+from cl_compiler.lang.schedules import modes_of
+from cl_compiler.lang.stages import backward_names, forward_names, needed_sides, stages_of
 from cl_compiler.lang.sweeps import Grid, Sweep, SweepPlan
 from cl_compiler.lang.tile_ir import Mode
 
@@ -107,7 +100,7 @@ def _half_obstacle(plan: SweepPlan) -> str:
                 f"it pairs {sweep.grid[0]} with {sweep.grid[1]} in a matrix that is not its own "
                 "transpose; half of the ring is enough for one set with itself"
             )
-        if len(_needed_sides(plan, sweep.gradients)) == 1:
+        if len(needed_sides(plan, sweep.gradients)) == 1:
             return "one side of its matrix takes no gradient, so a tile differs from its transpose"
     return ""
 
@@ -161,7 +154,7 @@ def build_ring_program(
             if canonical:
                 passes += _passes_by_side(plan, modes, sweep)
             elif half and not is_local(sweep.grid):
-                sides = _needed_sides(plan, sweep.gradients)
+                sides = needed_sides(plan, sweep.gradients)
                 passes.append(_make(plan, modes, sweep, sweep.reductions, sides, half=True))
             else:
                 passes += _passes(plan, modes, sweep, owner_computes=owner_computes)
@@ -172,10 +165,10 @@ def build_ring_program(
         plan,
         "recompute" if owner_computes else "spill",
         modes,
-        _stages(plan, 0, forward, _forward_names(plan, fused)),
+        stages_of(plan, 0, forward, forward_names(plan, fused)),
         ()
         if fused or plan.gradient is None
-        else _stages(plan, plan.forward_levels, backward, _backward_names(plan)),
+        else stages_of(plan, plan.forward_levels, backward, backward_names(plan)),
         fused,
     )
 
@@ -183,7 +176,7 @@ def build_ring_program(
 def _passes(
     plan: SweepPlan, modes: tuple[Mode, ...], sweep: Sweep, *, owner_computes: bool
 ) -> list[Pass]:
-    sides = _needed_sides(plan, sweep.gradients)
+    sides = needed_sides(plan, sweep.gradients)
     groups: list[tuple[Side, ...]] = [sides]
     if sweep.symmetric and sides:
         groups = [("left",)]
@@ -197,7 +190,7 @@ def _passes(
 
 def _passes_by_side(plan: SweepPlan, modes: tuple[Mode, ...], sweep: Sweep) -> list[Pass]:
     """A pass for everything that belongs to rows, and one for what belongs to columns."""
-    needed = _needed_sides(plan, sweep.gradients)
+    needed = needed_sides(plan, sweep.gradients)
     if sweep.symmetric and needed:
         needed = ("left",)
     sides: tuple[tuple[Side, str], ...] = (("left", sweep.grid[1]), ("right", sweep.grid[0]))

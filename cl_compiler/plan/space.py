@@ -11,13 +11,8 @@ import sympy as sp
 
 from cl_compiler.errors import ArgumentError, ScheduleError
 from cl_compiler.hardware.graph import hardware_graph as graph_of
-from cl_compiler.lang.program import (
-    SCHEDULES,
-    Program,
-    Schedule,
-    build_program,
-    valid_schedules,
-)
+from cl_compiler.lang.program import SCHEDULES, Program, Schedule
+from cl_compiler.lang.schedules import build_program, valid_schedules
 from cl_compiler.lang.sweeps import SweepPlan, plan_sweeps
 from cl_compiler.plan.cost import CompiledCost, compile_cost
 from cl_compiler.plan.facts import ProgramFacts, facts_of

@@ -13,7 +13,7 @@ from cl_compiler.codegen.render import render
 from cl_compiler.errors import ArgumentError, BudgetError
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
-from cl_compiler.lang.program import build_program
+from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan import MemoryBudget, Problem, Request

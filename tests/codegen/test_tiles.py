@@ -9,7 +9,8 @@ from random import Random
 import pytest
 import torch
 
-from cl_compiler.lang.program import Schedule, valid_schedules
+from cl_compiler.lang.program import Schedule
+from cl_compiler.lang.schedules import valid_schedules
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import Tile
 from tests import losses_zoo as zoo

@@ -17,8 +17,9 @@ from cl_compiler.hardware import Level, load_hardware, preset_names
 from cl_compiler.hardware.graph import hardware_graph
 from cl_compiler.hardware.ranks import one_device
 from cl_compiler.lang.ir import LossIR
-from cl_compiler.lang.program import SCHEDULES, build_program
+from cl_compiler.lang.program import SCHEDULES
 from cl_compiler.lang.ring import CLUSTER_SCHEDULES
+from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses.cross_entropy import clip, infonce
 from cl_compiler.losses.self_supervised import nt_xent

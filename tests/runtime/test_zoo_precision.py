@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cl_compiler.lang.differences import cancelling
-from cl_compiler.lang.program import build_program
 from cl_compiler.lang.rewrite import remainder
+from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import Tile
 from tests import losses_zoo as zoo

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.passes import PassPrinter, PassText
+from cl_compiler.codegen.pass_text import PassText
+from cl_compiler.codegen.passes import PassPrinter
 from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText, tuple_text
 from cl_compiler.codegen.ring.stages import RingStagePrinter
 from cl_compiler.codegen.stages import StageText

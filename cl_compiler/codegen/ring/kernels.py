@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.passes import PassPrinter, PassText
+from cl_compiler.codegen.pass_text import PassText
+from cl_compiler.codegen.passes import PassPrinter
 from cl_compiler.codegen.ring.passes import RingPassPrinter, RingPassText
 from cl_compiler.codegen.ring.stages import RingStagePrinter
 from cl_compiler.codegen.ring.target import Target

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import sympy as sp
 
 from cl_compiler.codegen.names import RESERVED, Names
-from cl_compiler.codegen.passes import PassPrinter, PassText
+from cl_compiler.codegen.pass_text import PassText
+from cl_compiler.codegen.passes import PassPrinter
 from cl_compiler.codegen.symbols import LENGTH
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.ring import is_local

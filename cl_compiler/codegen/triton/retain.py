@@ -14,7 +14,8 @@ from dataclasses import replace
 from cl_compiler.codegen.symbols import LENGTH
 from cl_compiler.codegen.triton.kernels import KernelPrinter
 from cl_compiler.codegen.triton.text import KernelText
-from cl_compiler.lang.program import Pass, Program, Stage, build_program
+from cl_compiler.lang.program import Pass, Program, Stage
+from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.tile_ir import Compute, Diagonal, Gemm, Instruction, TileProgram
 from cl_compiler.plan.types import DTYPE_BYTES, Problem
 

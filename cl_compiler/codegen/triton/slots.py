@@ -12,7 +12,8 @@ from typing import ClassVar
 import sympy as sp
 
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.passes import PassPrinter, PassText
+from cl_compiler.codegen.pass_text import PassText
+from cl_compiler.codegen.passes import PassPrinter
 from cl_compiler.codegen.products import ProductPrinter
 from cl_compiler.codegen.triton.sweep_text import SweepText
 from cl_compiler.lang.ir import SLOTS

@@ -7,7 +7,8 @@ from functools import cache
 from cl_compiler.codegen.triton.core import CoreTile
 from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.support import obstacle
-from cl_compiler.lang.program import Program, Schedule, build_program, valid_schedules
+from cl_compiler.lang.program import Program, Schedule
+from cl_compiler.lang.schedules import build_program, valid_schedules
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
 from tests import losses_zoo as zoo

@@ -12,7 +12,7 @@ from cl_compiler.codegen.triton.panel import STEP, kernel_plan, panels, sides, s
 from cl_compiler.codegen.triton.workload import Workload, gradient_bytes
 from cl_compiler.errors import BudgetError
 from cl_compiler.hardware import load_hardware
-from cl_compiler.lang.program import build_program
+from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Request, Tile

@@ -11,7 +11,7 @@ import torch
 from cl_compiler.codegen.backend import plan_of
 from cl_compiler.codegen.triton.support import obstacle
 from cl_compiler.hardware import load_hardware
-from cl_compiler.lang.program import valid_schedules
+from cl_compiler.lang.schedules import valid_schedules
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
 from cl_compiler.plan import MemoryBudget, Problem, Request

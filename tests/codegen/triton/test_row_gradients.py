@@ -7,7 +7,8 @@ import pytest
 
 from cl_compiler import Problem, compile_loss
 from cl_compiler.codegen.triton.row_gradients import leaving_operands
-from cl_compiler.lang.program import Program, build_program
+from cl_compiler.lang.program import Program
+from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.sweeps import plan_sweeps
 from tests import losses_zoo as zoo
 
