@@ -80,8 +80,8 @@ def cases_of(
     pairs = {
         "clip": ("compiled:spill", "gemm"),
         "infonce": ("compiled:panel", "dense", "gemm"),
-        "siglip": ("compiled:spill", "dense", "gemm"),
-        "nt_xent": ("compiled:spill", "dense", "gemm"),
+        "siglip": ("compiled", "compiled:spill", "dense", "gemm"),
+        "nt_xent": ("compiled", "compiled:spill", "dense", "gemm"),
     }
     for loss, providers in pairs.items():
         found.append(Case("losses", loss, 4096, 4096, 512, few, providers, "48MiB", 5))

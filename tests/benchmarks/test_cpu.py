@@ -180,6 +180,14 @@ def test_verdicts_follow_the_figures():
     }
 
 
+def test_two_threads_are_promised_more_than_one():
+    of = {"group": "headline", "loss": "clip", "N": 8192, "budget": "1MiB"}
+    rows = {"compiled": {"median_s": 1.0}, "dense": {"median_s": 2.0}}
+    cases = [{"case": of | {"threads": threads}, "rows": rows} for threads in (1, 2)]
+    one, two = (c for c in check_claims(cases) if c.measured == 2.0)
+    assert (one.verdict, two.verdict) == ("met", "MISSED")
+
+
 def test_every_group_has_cases():
     assert {case.group for case in cases_of([1, 2])} == set(GROUPS)
     keys = [case.key for case in cases_of([1, 2], long=True)]
