@@ -33,6 +33,10 @@ _KINDS = {
 """Of each kind of event its colour, and what a legend calls it."""
 _LANES = {"compute": (0.0, "device"), "wait": (0.0, "device"), "send": (0.45, "send")}
 """Of each kind its line, and the events that follow one another there; others have their own."""
+_HEIGHT = 0.4
+"""Of a line, where ranks are 1 apart."""
+_TOUCHING_S = 1e-12
+"""Bars that overlap by less follow one another."""
 _FIRST = 80
 """Of a run that is too long to be drawn, the events of a rank that are: told apart by eye."""
 _PIXELS = 1200
@@ -47,6 +51,7 @@ _STYLE = (
 def chart(run: Run, title: str) -> Figure:
     """A Gantt chart: two lines a rank, computing and waiting above what it sends.
 
+    What a rank sends at the same time shares its line's height.
     Of a run of more events than are kept, the first steps, and the title says so.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -61,17 +66,17 @@ def chart(run: Run, title: str) -> Figure:
     axes = figure.add_subplot()
     bars = legible(events)
     apart_s = 3 * max((e.end_s for e in events), default=0.0) / _PIXELS
+    spans = heights(bars)
     for what, (colour, _) in _KINDS.items():
-        top = _LANES.get(what, (0.45, what))[0] - 0.2
-        of = [e for e in bars if e.what == what]
+        of = [(e, span) for e, span in zip(bars, spans, strict=True) if e.what == what]
         corners = [
-            [(1e3 * x, e.rank + top + dy) for x, dy in zip(xs, (0.0, 0.0, 0.4, 0.4), strict=True)]
-            for e in of
+            [(1e3 * x, y) for x, y in zip(xs, (low, low, high, high), strict=True)]
+            for e, (low, high) in of
             for xs in [(e.start_s, e.end_s, e.end_s, e.start_s)]
         ]
         # an edge, and no rounding to pixels: what is narrow is faint, and not gone; a white one
         # where there is room for it, between bars that follow one another
-        edges = ["white" if e.end_s - e.start_s > apart_s else colour for e in of]
+        edges = ["white" if e.end_s - e.start_s > apart_s else colour for e, _ in of]
         shape = PolyCollection(corners, facecolors=colour, edgecolors=edges, linewidths=0.3)
         shape.set_snap(False)
         axes.add_collection(shape)
@@ -87,6 +92,26 @@ def chart(run: Run, title: str) -> Figure:
         handles=legend, ncols=len(legend), fontsize=7, loc="outside lower left", frameon=False
     )
     return figure
+
+
+def heights(bars: Sequence[Event]) -> list[tuple[float, float]]:
+    """Of each bar its lower and upper edge: where several of a rank's line overlap, a part each."""
+    lines: dict[tuple[int, float], list[int]] = {}
+    for index, event in enumerate(bars):
+        top = event.rank + _LANES.get(event.what, (0.45, ""))[0] - _HEIGHT / 2
+        lines.setdefault((event.rank, top), []).append(index)
+    found = [(0.0, 0.0)] * len(bars)
+    for (_, top), line in lines.items():
+        ends: list[float] = []  # of the last bar in each part of the line
+        part = {}
+        for index in sorted(line, key=lambda k: bars[k].start_s):
+            free = (k for k, end in enumerate(ends) if end <= bars[index].start_s + _TOUCHING_S)
+            part[index] = next(free, len(ends))
+            ends[part[index] : part[index] + 1] = [bars[index].end_s]
+        each = _HEIGHT / len(ends)
+        for index in line:
+            found[index] = (top + part[index] * each, top + (part[index] + 1) * each)
+    return found
 
 
 def first_steps(run: Run) -> Sequence[Event]:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from cl_compiler.cli import simulate_report
-from cl_compiler.cli.simulate_report import chart, first_steps, legible
+from cl_compiler.cli.simulate_report import chart, first_steps, heights, legible
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ring import CLUSTER_SCHEDULES
@@ -165,6 +165,23 @@ def test_bars_too_narrow_to_see_are_joined_and_keep_their_lengths():
         assert all(a.end_s <= b.start_s + 1e-9 for a, b in pairwise(lane))
     wide = [e for e in events if e.end_s - e.start_s > pixel_s]
     assert wide and set(wide) <= set(bars)
+
+
+def test_bars_of_the_same_time_do_not_hide_each_other():
+    rng = random.Random(11)
+    bars = []
+    for _ in range(300):
+        start = 20 * rng.random()
+        what = rng.choice(["send", "gradient", "statistics"])
+        bars.append(Event(rng.randrange(3), what, start, start + rng.expovariate(1.0)))
+    bars += [Event(0, "compute", t, t + 1) for t in range(20)]  # one after the other
+    drawn = list(zip(bars, heights(bars), strict=True))
+    for k, (one, (low, high)) in enumerate(drawn):
+        assert low < high
+        for other, (below, above) in drawn[:k]:
+            at_once = min(one.end_s, other.end_s) - max(one.start_s, other.start_s) > 1e-9
+            assert not at_once or min(high, above) - max(low, below) < 1e-9
+    assert {round(high - low, 6) for e, (low, high) in drawn if e.what == "compute"} == {0.4}
 
 
 @pytest.mark.parametrize(
