@@ -154,6 +154,18 @@ def _made_beside(p: PassFacts) -> sp.Expr:
     return largest(found) if found else sp.Integer(0)
 
 
+def churned_bytes(facts: ProgramFacts) -> sp.Expr:
+    """What a sweep allocates and frees again while it runs: what oneDNN makes, and rows packed."""
+    found = [
+        p.m * sp.Add(*p.packed_widths)
+        + p.m * p.n * sum(q.role == "similarity" for q in p.by_onednn)
+        + _made_beside(p)
+        for p in facts.passes
+        if p.onednn
+    ]
+    return COMPUTE_BYTES * largest(found) if found else sp.Integer(0)
+
+
 def _whole_tiles(facts: ProgramFacts, casts: bool) -> list[Item]:
     """Where one tile holds everything, what its function has until it returns."""
     if not facts.program.is_whole:
@@ -272,6 +284,7 @@ __all__ = [
     "VECTORS",
     "CompiledMemory",
     "Phase",
+    "churned_bytes",
     "compile_memory",
     "part_of",
     "phases_of",

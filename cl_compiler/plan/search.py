@@ -55,7 +55,7 @@ def choose_plan(
     best = _best_of_each(space)
     if not best:
         raise budget_error(space)
-    chosen = select(list(best.values()), _resolution(space, best))
+    chosen = select(_with_room(space, best.values()), _resolution(space, best))
     return _plan(space, chosen, _rejected(space, chosen, best))
 
 
@@ -125,10 +125,16 @@ def select(points: list[Point], resolution: float = RESOLUTION) -> Point:
 def _best_of_each(space: Space) -> dict[Schedule, Point]:
     best = {}
     for schedule in space.schedules():
-        points = list(space.points(schedule))
+        points = _with_room(space, space.points(schedule))
         if points:
             best[schedule] = select(points, _resolution(space, [schedule]))
     return best
+
+
+def _with_room(space: Space, points: Iterable[Point]) -> list[Point]:
+    """Those that leave the allocator room, if there are any; else all."""
+    found = list(points)
+    return [p for p in found if space.leaves_room(p)] or found
 
 
 def _resolution(space: Space, schedules: Iterable[Schedule]) -> float:
@@ -143,7 +149,7 @@ def _rejected(space: Space, chosen: Point, best: dict[Schedule, Point]) -> tuple
             continue
         if schedule in best:
             point = best[schedule]
-            result.append(_candidate(point, _slower(point, chosen)))
+            result.append(_candidate(point, _worse(space, point, chosen)))
         elif space.reasons[schedule]:
             result.append(Candidate(schedule, Tile(0, 0), 0, 0, 0.0, space.reasons[schedule]))
         elif space.request.schedule != "auto":
@@ -178,7 +184,7 @@ def _neighbours(space: Space, chosen: Point) -> list[Candidate]:
         counts = option.kept_counts(space.sizes, option.bytes_by_phase, other, space.limit_bytes)
         point = space.point(chosen.schedule, other, counts[-1] if counts else 1)
         fits = point.peak_bytes <= space.limit_bytes
-        reason = _slower(point, chosen) if fits else _too_big(space, point)
+        reason = _worse(space, point, chosen) if fits else _too_big(space, point)
         result.append(_candidate(point, reason))
     return result
 
@@ -187,8 +193,11 @@ def _is_allowed(side: int, length: int) -> bool:
     return side == length or (side > 0 and side % STEP == 0)
 
 
-def _slower(point: Point, chosen: Point) -> str:
-    """Where the time goes that a candidate loses."""
+def _worse(space: Space, point: Point, chosen: Point) -> str:
+    """The room that a candidate leaves too little of, or where the time goes that it loses."""
+    if space.leaves_room(chosen) and not space.leaves_room(point):
+        kept = space.option(point.schedule).allocator_bytes(point.tile)
+        return f"leaves too little for an allocator, which may keep {format_bytes(round(kept))}"
     ratio = point.seconds / chosen.seconds - 1
     if ratio <= RESOLUTION:
         more = point.peak_bytes - chosen.peak_bytes
