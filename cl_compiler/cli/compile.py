@@ -59,7 +59,7 @@ def compile_(
         return
     write(
         f"{'already compiled' if entry.hit else 'compiled'}: "
-        f"{path or 'in memory only, the cache cannot be used'}"
+        f"{path or 'in memory only, as the cache is not used'}"
     )
     for note in entry.plan["notes"]:
         write(f"note: {note}")

@@ -58,5 +58,5 @@ def tune(
         write_json({"path": path, "cached": entry.hit, "plan": dict(entry.plan)})
         return
     write_report(explain(plan_from_json(entry.plan)))
-    where = path or "in memory only, the cache cannot be used"
+    where = path or "in memory only, as the cache is not used"
     write(f"\n{'tuned before' if entry.hit else 'kept'}: {where}")

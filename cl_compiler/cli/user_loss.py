@@ -41,7 +41,7 @@ def find_loss(text: str) -> LossIR:
         try:
             return find(name)
         except LossDefinitionError as error:
-            said = str(error).rpartition("; or pass")[0]
+            said = str(error).partition("; or pass")[0].rstrip(".")
             raise typer.BadParameter(
                 f"--loss: {said}; or name your own as path/to/file.py:name"
             ) from error

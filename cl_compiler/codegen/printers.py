@@ -333,8 +333,8 @@ class TilePrinter:
             lines += [f"{out}.mul_({alpha})"] if alpha else []
             lines += [f"{out}.add_({beta})"] if beta else []
             return "\n".join(lines)
-        if beta:
-            return f"_product({left}, {right}, {alpha or '1.0'}, {beta}, out={out})"
+        if beta or (scale is not None and g.scaled):
+            return f"_product({left}, {right}, {alpha or '1.0'}, {beta or '0.0'}, out={out})"
         if alpha:
             return f"{out}.addmm_({left}, {right}.T, beta=0, alpha={alpha})"
         return f"torch.mm({left}, {right}.T, out={out})"

@@ -260,7 +260,7 @@ class _WholeTilePrinter(TilePrinter):
         self.made.add(out)
         first, *rest = text.split("\n")
         dtype = "torch.bool" if out.startswith("m") else "DTYPE"
-        if first.endswith(f", out={out})"):
+        if first.endswith(f", out={out})") and first.startswith("torch."):
             first = f"{out} = {first.removesuffix(f', out={out})')})"
         elif first.startswith(f"{out}."):
             first = f"{out} = torch.empty({self.shape}, dtype={dtype}){first.removeprefix(out)}"

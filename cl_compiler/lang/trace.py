@@ -29,7 +29,12 @@ def define_loss(
     """
     if function is None:
         return lambda f: define_loss(f, constants=constants)
-    trace = Trace(function.__name__)
+    if not callable(function):
+        raise LossDefinitionError(
+            f"define_loss got {function!r} ({type(function).__name__}), which is no function; "
+            "decorate one whose arguments are sim and scalars, and which returns the loss."
+        )
+    trace = Trace(getattr(function, "__name__", type(function).__name__))
     with tracing(trace):
         args, parameters = {}, []
         for name, parameter in inspect.signature(function).parameters.items():
@@ -56,7 +61,19 @@ def define_loss(
             else:
                 parameters.append(name)
                 args[name] = Expr(trace.leaf(Leaf(name, "parameter", ())))
-        value = value_of(function(**args))
+        returned = function(**args)
+        if returned is None:
+            raise LossDefinitionError(
+                f"{trace.name} returns nothing: end it with `return` and the loss, a scalar."
+            )
+        value = value_of(returned)
+        made = (value, *(e for _, e in trace.outputs))
+        made += tuple(e for red in trace.reductions for e in red.expressions)
+        if any(e.has(sp.zoo, sp.nan) for e in made):
+            raise LossDefinitionError(
+                f"{trace.name} divides by zero, or has a constant that is no number, whatever the "
+                "similarities are; look for a division by a constant that can be 0."
+            )
         if any(e.has(is_self.expr) for e in (value, *(e for _, e in trace.outputs))):
             raise LossDefinitionError(
                 f"{trace.name} uses cl.is_self outside of a reduction, where it has no axes; "

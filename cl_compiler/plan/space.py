@@ -116,7 +116,7 @@ class Option:
         writer, count = self.facts.kept_tile, self.tile_count(sizes, tile)
         if writer is None:
             return (0,)
-        if count == 1:
+        if count == 1 and tile != self.smallest_tile(sizes):
             return ()  # all in one tile is what ``dense`` does
         if max(totals(at(tile, count))) <= limit_bytes - self.allocator_bytes(tile):
             return (count,)

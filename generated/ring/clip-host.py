@@ -394,7 +394,9 @@ def _in_range(shift, sums, terms):
 
 def _product(left, right, alpha, offset, out):
     """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
-    if offset == 0.0:
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
@@ -496,7 +498,7 @@ def _forward_sweep_running(home, shard, parts, begin, row_lse_max, row_lse_sum, 
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             _add_logsumexp(t0, 1, row_lse_max[h:h1], row_lse_sum[h:h1], t1)
             _add_logsumexp(t0, 0, col_lse_max_peer[j:j1], col_lse_sum_peer[j:j1], t0)
 
@@ -560,7 +562,7 @@ def _backward_sweep_a_running(home, shard, begin, first, logit_scale, minus_row_
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             torch.add(t0, minus_row_lse[h:h1, None], out=t1)
             t1.exp_()
             t0.add_(minus_col_lse_peer[j:j1])
@@ -630,7 +632,7 @@ def _backward_sweep_b_running(home, shard, begin, first, logit_scale, minus_col_
             y_j = y[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             torch.add(t0, minus_row_lse_peer[i:i1, None], out=t1)
             t1.exp_()
             t0.add_(minus_col_lse[h:h1])

@@ -284,7 +284,9 @@ def _in_range(shift, sums, terms):
 
 def _product(left, right, alpha, offset, out):
     """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
-    if offset == 0.0:
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
@@ -397,7 +399,7 @@ def _forward_sweep_running(x, shard, parts, row_lse_max, row_lse_sum, logit_scal
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             _add_logsumexp(t0, 1, row_lse_max[i:i1], row_lse_sum[i:i1], t1)
             _add_logsumexp(t0, 0, col_lse_max_peer[j:j1], col_lse_sum_peer[j:j1], t0)
 
@@ -457,7 +459,7 @@ def _backward_sweep_a_running(x, shard, d_x, first, logit_scale, minus_row_lse, 
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             torch.add(t0, minus_row_lse[i:i1, None], out=t1)
             t1.exp_()
             t0.add_(minus_col_lse_peer[j:j1])
@@ -523,7 +525,7 @@ def _backward_sweep_b_running(y, shard, d_y, first, logit_scale, minus_col_lse, 
             y_j = y[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             torch.add(t0, minus_row_lse_peer[i:i1, None], out=t1)
             t1.exp_()
             t0.add_(minus_col_lse[j:j1])

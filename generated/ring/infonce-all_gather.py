@@ -246,7 +246,9 @@ def _in_range(shift, sums, terms):
 
 def _product(left, right, alpha, offset, out):
     """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
-    if offset == 0.0:
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
@@ -352,7 +354,7 @@ def _forward_sweep_running(x, shard, row_lse_max, row_lse_sum, logit_scale):
             n = j1 - j
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             _add_logsumexp(t0, 1, row_lse_max[i:i1], row_lse_sum[i:i1], t0)
 
 
@@ -409,7 +411,7 @@ def _backward_sweep_running(x, shard, parts, d_x, first, logit_scale, minus_row_
             n = j1 - j
             y_j = y_peer[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             t0.add_(minus_row_lse[i:i1, None])
             t0.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):

@@ -224,7 +224,9 @@ def _in_range(shift, sums, terms):
 
 def _product(left, right, alpha, offset, out):
     """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
-    if offset == 0.0:
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
@@ -305,7 +307,7 @@ def _forward_sweep_bounded(
             m1 = m1_buffer[: m * n].view(m, n)
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            t0.addmm_(z_i, z_j.T, beta=0, alpha=logit_scale.item())
+            _product(z_i, z_j, logit_scale.item(), 0.0, out=t0)
             torch.add(t0, minus_row_lse_shift, out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
@@ -351,7 +353,7 @@ def _forward_sweep_running(
             m1 = m1_buffer[: m * n].view(m, n)
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            t0.addmm_(z_i, z_j.T, beta=0, alpha=logit_scale.item())
+            _product(z_i, z_j, logit_scale.item(), 0.0, out=t0)
             t1.copy_(t0)
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):
                 t1.diagonal(k).fill_(-math.inf)
@@ -436,7 +438,7 @@ def _backward_sweep_running(
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t2 = t2_buffer[: m * n].view(m, n)
-            t0.addmm_(z_i, z_j.T, beta=0, alpha=logit_scale.item())
+            _product(z_i, z_j, logit_scale.item(), 0.0, out=t0)
             torch.add(t0, minus_row_lse[i:i1, None], out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, first + j, first + j1, (0,)):

@@ -73,7 +73,9 @@ def _largest_norm(operand):
 
 def _product(left, right, alpha, offset, out):
     """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
-    if offset == 0.0:
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
@@ -206,7 +208,7 @@ def _forward_sweep_running(x, y, store, rows, cols, logit_scale):
             y_j = y[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             kept = (store[t] if t < len(store) else spare)[: m * n].view(m, n)
-            kept.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=kept)
             _add_logsumexp(kept, 1, row_lse_max[i:i1], row_lse_sum[i:i1], t0)
             _add_logsumexp(kept, 0, col_lse_max[j:j1], col_lse_sum[j:j1], t0)
             t += 1
@@ -271,7 +273,7 @@ def _backward_sweep_running(
             t1 = t1_buffer[: m * n].view(m, n)
             kept = (store[t] if t < len(store) else spare)[: m * n].view(m, n)
             if t >= len(store):
-                kept.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+                _product(x_i, y_j, logit_scale.item(), 0.0, out=kept)
             torch.add(kept, a0[i:i1, None], out=t0)
             t0.add_(a1_2[i:i1, None])
             t0.exp_()

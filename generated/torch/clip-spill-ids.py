@@ -79,7 +79,9 @@ def _largest_norm(operand):
 
 def _product(left, right, alpha, offset, out):
     """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
-    if offset == 0.0:
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
@@ -155,7 +157,7 @@ def _forward_sweep_bounded(x, y, rows, cols, logit_scale, s0, row_ids, col_ids):
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t2 = t2_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             torch.add(t0, s0, out=t1)
             t1.exp_()
             row_lse_sum[i:i1].add_(t1.sum(1))
@@ -210,7 +212,7 @@ def _forward_sweep_running(x, y, rows, cols, logit_scale, row_ids, col_ids):
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t2 = t2_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             _add_logsumexp(t0, 1, row_lse_max[i:i1], row_lse_sum[i:i1], t1)
             torch.eq(row_ids[i:i1, None], col_ids[j:j1], out=m0)
             torch.logical_not(m0, out=m1)
@@ -312,7 +314,7 @@ def _backward_sweep_running(
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
             t2 = t2_buffer[: m * n].view(m, n)
-            t0.addmm_(x_i, y_j.T, beta=0, alpha=logit_scale.item())
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0)
             torch.add(t0, a0[i:i1, None], out=t1)
             t1.add_(a1_2[i:i1, None])
             t1.exp_()

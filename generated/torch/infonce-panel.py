@@ -72,7 +72,9 @@ def _largest_norm(operand):
 
 def _product(left, right, alpha, offset, out):
     """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
-    if offset == 0.0:
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
@@ -191,7 +193,7 @@ def _forward_sweep_running(x, y, d_x, d_y, rows, cols, logit_scale, d_row_total)
         n = width
         t0 = t0_buffer[: m * n].view(m, n)
         t1 = t1_buffer[: m * n].view(m, n)
-        t0.addmm_(x_i, y.T, beta=0, alpha=logit_scale.item())
+        _product(x_i, y, logit_scale.item(), 0.0, out=t0)
         _add_logsumexp(t0, 1, row_lse_max[i:i1], row_lse_sum[i:i1], t1)
         row_lse_i = _finish_logsumexp(row_lse_max[i:i1].double(), row_lse_sum[i:i1].double())
         a0_2_i = (-_present(row_lse_i)).to(DTYPE)

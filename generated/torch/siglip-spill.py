@@ -17,6 +17,8 @@ row_partial: [M] sum over cols of (-1 if is_positive else 1)*sigmoid((-logit_bia
     is_positive else logit_bias + logits))
 """
 
+import math
+
 import torch
 
 DTYPE = torch.float32  # of tiles, statistics and accumulators
@@ -46,7 +48,9 @@ class _MatmulPrecision:
 
 def _product(left, right, alpha, offset, out):
     """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
-    if offset == 0.0:
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)

@@ -76,7 +76,9 @@ def _largest_norm(operand):
 
 def _product(left, right, alpha, offset, out):
     """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
-    if offset == 0.0:
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
         out.addmm_(left, right.T, beta=0, alpha=alpha)
     else:
         torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
@@ -160,7 +162,7 @@ def _forward_sweep_bounded(z, rows, cols, logit_scale, s0, ids):
             m1 = m1_buffer[: m * n].view(m, n)
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            t0.addmm_(z_i, z_j.T, beta=0, alpha=logit_scale.item())
+            _product(z_i, z_j, logit_scale.item(), 0.0, out=t0)
             torch.add(t0, s0, out=t1)
             t1.exp_()
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):

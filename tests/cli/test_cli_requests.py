@@ -140,6 +140,7 @@ def test_sizes_that_no_call_could_have(asked, said):
         ({"hardware": "h100x7"}, "^--hardware: no hardware preset is called 'h100x7'"),
         ({"schedule": "spil"}, r"^--schedule 'spil' on \S+: use auto or one of recompute"),
         ({"loss": "klip"}, "^--loss: there is no loss 'klip'. Did you mean 'clip'?.*file.py:name"),
+        ({"loss": "matryoshka"}, "^--loss: 'matryoshka' is a factory.*file.py:name"),
     ],
 )
 def test_an_option_that_cannot_be_read_is_named(asked, said):

@@ -264,9 +264,14 @@ def output_twice(sim):
     return cl.mean(rank, over=cl.rows)
 
 
-@misuse(r"None \(NoneType\) cannot enter a loss expression")
+@misuse(r"no_return returns nothing: end it with `return`")
 def no_return(sim):
     cl.mean(cl.sum(sim, over=cl.cols), over=cl.rows)
+
+
+@misuse(r"division_by_zero divides by zero")
+def division_by_zero(sim):
+    return cl.mean(cl.sum(sim / 0, over=cl.cols), over=cl.rows)
 
 
 @misuse(r"'2' \(str\) cannot enter a loss expression")
@@ -279,6 +284,13 @@ def test_misuse_is_named(name):
     function, message = MISUSES[name]
     with pytest.raises(LossDefinitionError, match=message):
         cl.define_loss(function)
+
+
+def test_what_is_no_function_defines_no_loss():
+    with pytest.raises(
+        LossDefinitionError, match=r"define_loss got 3 \(int\), which is no function"
+    ):
+        cl.define_loss(3)
 
 
 def test_outside_of_a_loss_the_language_is_not_spoken():

@@ -319,6 +319,12 @@ def test_a_requested_schedule_is_used_even_if_it_is_slower() -> None:
         assert plan.seconds >= fastest.seconds * (1 - RESOLUTION)
 
 
+def test_retain_on_request_serves_batches_of_one_tile() -> None:
+    for rows in (1, 7, 64):
+        plan = choose_plan(request(clip, rows=rows, schedule="retain"))
+        assert (plan.schedule, plan.kept_tiles) == ("retain", 1)
+
+
 def test_a_schedule_that_the_loss_cannot_use_is_an_error() -> None:
     with pytest.raises(ScheduleError, match="statistics that a panel of rows cannot complete"):
         choose_plan(request(clip, schedule="panel"))

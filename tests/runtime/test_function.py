@@ -143,6 +143,17 @@ def test_nan_and_infinity_propagate(name: str) -> None:
         assert torch.isnan(value) == torch.isnan(want)
 
 
+@pytest.mark.parametrize("size", [8, 64, 200])
+@pytest.mark.parametrize("schedule", ["dense", "spill", "recompute"])
+def test_a_scale_that_is_nan_is_not_taken_for_one(name: str, schedule: str, size: int) -> None:
+    """As MKL takes such a factor of a product, from 16 rows on."""
+    x, y = features(18, size, size, 24)
+    loss = compile_loss("auto", "16MiB", loss=name, schedule=schedule)
+    value = loss(x, y, **SCALARS[name] | {"logit_scale": float("nan")})
+    value.backward()
+    assert value.isnan() and x.grad.isnan().all() and y.grad.isnan().all()
+
+
 def test_pickled_and_copied_losses_still_work(name: str) -> None:
     x, y = features(9)
     loss = compiled(name)

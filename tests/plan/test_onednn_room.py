@@ -1,0 +1,59 @@
+"""What oneDNN makes are new tensors: plans leave room for what an allocator keeps of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from cl_compiler.hardware import load_hardware
+from cl_compiler.losses.cross_entropy import clip
+from cl_compiler.plan import choose_plan, max_batch
+from cl_compiler.plan.search import RESOLUTION
+from cl_compiler.plan.space import space_of
+from cl_compiler.plan.types import MemoryBudget, Plan, Request
+from tests.plan.requests import request
+
+ZEN4 = load_hardware("epyc-zen4-2c")
+GRADIENTS = 2 * 16384 * 512 * 4
+
+
+def asked(budget: int) -> Request:
+    return replace(request(clip, rows=16384), hardware=ZEN4, budget=MemoryBudget(budget))
+
+
+def beside(plan: Plan, wanted: Request) -> float:
+    option = space_of(wanted, None, None).option(plan.schedule)
+    return option.allocator_bytes(plan.tile)
+
+
+@pytest.mark.parametrize("mib", [68, 80, 96, 128, 256, 512, 1024])
+def test_budgets_hold_what_an_allocator_may_keep(mib: int) -> None:
+    plan = choose_plan(wanted := asked(mib << 20))
+    assert plan.library == "onednn"
+    assert 0 < beside(plan, wanted) <= (mib << 20) - plan.peak_bytes
+
+
+def test_a_budget_without_that_room_is_planned_for_all_the_same() -> None:
+    """Errors name the bytes that are in use, and with those a plan is made."""
+    wanted = asked(1 << 40)
+    least = min(p.peak_bytes for p in space_of(wanted, None, None).points("recompute"))
+    plan = choose_plan(asked(least))
+    assert plan.peak_bytes <= least < plan.peak_bytes + beside(plan, asked(least))
+    assert max_batch(asked(least)) >= 16384
+
+
+def test_what_leaves_too_little_is_rejected_in_words() -> None:
+    plan = choose_plan(asked(GRADIENTS + (12 << 20)))
+    said = [c for c in plan.rejected if "leaves too little for an allocator" in c.reason]
+    assert said and all(c.peak_bytes <= plan.budget.device_bytes for c in said)
+    others = [c for c in plan.rejected if c.peak_bytes and "allocator" not in c.reason]
+    fitting = [c for c in others if "does not fit" not in c.reason]
+    assert all(c.seconds >= plan.seconds * (1 - 3 * RESOLUTION) for c in fitting)
+
+
+def test_what_blas_makes_in_place_needs_none() -> None:
+    plain = tuple(r for r in ZEN4.gemm_flops_per_s if r[0] != "onednn")
+    wanted = replace(asked(96 << 20), hardware=replace(ZEN4, gemm_flops_per_s=plain))
+    plan = choose_plan(wanted)
+    assert plan.library == "blas" and beside(plan, wanted) == 0
