@@ -32,7 +32,7 @@ SPARE = 1 / 64
 
 CHURNED = 1.5
 """Of what comes and goes in a sweep, how much the allocator is left for keeping.  Measured: glibc
-2.36 kept 0.7 to 1.4 times as much, where plans were CLIP's with tiles of 512x512 to 2048x512."""
+2.36 kept 0.7 to 1.4 times as much, with tiles of 512x512 to 2048x512."""
 
 Values = Mapping[str, float]
 

@@ -24,7 +24,7 @@ MOST_REGISTERS = 250
 MOST_ON_HOPPER = 275
 """There factors in bf16 come from shared memory as they lie, and fewer registers hold them."""
 MOST_ON_AMD = 235
-"""There 236 of a running CLIP at D = 256 were two too many for Triton 3.6."""
+"""There 236, of a safe kernel at D = 256 with sums both ways, were two too many for Triton 3.6."""
 REGISTERS_FOR_MORE = 20
 """For the addresses of each further matrix."""
 REGISTERS_OF_A_PLACE = 10
