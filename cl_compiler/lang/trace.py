@@ -67,14 +67,14 @@ def define_loss(
                 f"{trace.name} returns nothing: end it with `return` and the loss, a scalar."
             )
         value = value_of(returned)
-        made = (value, *(e for _, e in trace.outputs))
-        made += tuple(e for red in trace.reductions for e in red.expressions)
-        if any(e.has(sp.zoo, sp.nan) for e in made):
+        results = (value, *(e for _, e in trace.outputs))
+        folded = tuple(e for red in trace.reductions for e in red.expressions)
+        if any(e.has(sp.zoo, sp.nan) for e in (*results, *folded)):
             raise LossDefinitionError(
                 f"{trace.name} divides by zero, or has a constant that is no number, whatever the "
                 "similarities are; look for a division by a constant that can be 0."
             )
-        if any(e.has(is_self.expr) for e in (value, *(e for _, e in trace.outputs))):
+        if any(e.has(is_self.expr) for e in results):
             raise LossDefinitionError(
                 f"{trace.name} uses cl.is_self outside of a reduction, where it has no axes; "
                 "use it in the value or the mask that a reduction folds."

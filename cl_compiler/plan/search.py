@@ -88,7 +88,8 @@ def plan_candidates(
     best = _best_of_each(space)
     if not best:
         raise budget_error(space)
-    return tuple(_plan(space, p, ()) for p in sorted(best.values(), key=lambda p: p.seconds))
+    points = _with_room(space, best.values())
+    return tuple(_plan(space, p, ()) for p in sorted(points, key=lambda p: p.seconds))
 
 
 def nearby_plans(
@@ -108,7 +109,7 @@ def nearby_plans(
     for point in best.values():
         around = [c for c in _neighbours(space, point) if c.peak_bytes <= space.limit_bytes]
         points += [space.point(c.schedule, c.tile, c.kept_tiles) for c in around]
-    points.sort(key=lambda p: p.seconds)
+    points = sorted(_with_room(space, points), key=lambda p: p.seconds)
     return tuple(_plan(space, p, ()) for p in points[:most])
 
 
