@@ -28,6 +28,8 @@ SMALLEST_DOT = 16
 
 OFF_BY = 40
 """Registers by which the estimate of a kernel's is off, either way."""
+REGISTERS_FOR_MORE = 20
+"""For the addresses of each further matrix."""
 
 Columns = Literal["fold", "whole", "reduce"]
 
@@ -101,7 +103,6 @@ def core_tiles(
     """
     tiles = _candidates(problem, precision, arch)
     bytes_ = DTYPE_BYTES[problem.dtype]
-    squeezed = precision == "tf32" and 0 < capability(arch) < 90
     for shape in dict.fromkeys((t.rows, t.cols) for t in tiles):
         alike = [t for t in tiles if (t.rows, t.cols) == shape]
         found = {
@@ -116,27 +117,28 @@ def core_tiles(
                 for mode, tile in found.items()
                 if tile is not None
             }
-            return _without_a_neighbour(pass_, chosen, arch) if squeezed else chosen
+            return _without_a_neighbour(problem, precision, pass_, chosen, arch)
     return dict.fromkeys(modes, tiles[-1])
 
 
 def _without_a_neighbour(
-    pass_: Pass, tiles: dict[Mode, CoreTile], arch: str
+    problem: Problem, precision: str, pass_: Pass, tiles: dict[Mode, CoreTile], arch: str
 ) -> dict[Mode, CoreTile]:
-    """Safe kernels of one matrix's statistics may have all registers if they need over half.
+    """Safe kernels may have all registers where they would else do with half, and spill the rest.
 
-    Left to itself the compiler makes such a kernel do with half, so that two programs fit on a
-    multiprocessor, and spills what is over: 8 bytes in tf32 where rows and columns have sums, with
-    Triton 3.6.  For kernels that run rarely that is no gain.  Others (several matrices, gradients)
-    would take all that there are, and spill of those.
+    Left to itself the compiler has two programs fit on a multiprocessor.  For kernels that run
+    rarely that is no gain: where products are exact on tcgen05's machines (8 bytes spilled by
+    Triton 3.7), and before Hopper in tf32, of one matrix's statistics where rows and columns have
+    sums (8 bytes by 3.6).  Others (several matrices, gradients) would there spill of all.
     """
     if "running" not in tiles or "bounded" not in pass_.programs:
         return tiles
     code, tile = pass_.programs["running"], tiles["running"]
     over = registers(code, tile, arch) - 65536 // (2 * 32 * tile.warps)
-    if pass_.gradients or code.gemms > 1 or not 0 < over <= OFF_BY:
-        return tiles
-    return tiles | {"running": replace(tile, most=255)}
+    squeezed = precision == "tf32" and 0 < capability(arch) < 90
+    squeezed &= not pass_.gradients and code.gemms == 1 and 0 < over <= OFF_BY
+    exact = _is_exact(problem, precision, arch) and capability(arch) >= 100
+    return tiles | {"running": replace(tile, most=255)} if squeezed or exact else tiles
 
 
 def _beside_a_store(code: TileProgram, tile: CoreTile) -> CoreTile:
@@ -157,7 +159,7 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
         128 // bytes_, max(SMALLEST_DOT * 2 // min(bytes_, 2), 1 << (width - 1).bit_length())
     )
     stages = 3 if bytes_ <= 2 else 2
-    if arch.startswith("sm_") and bytes_ == 4 and precision == "ieee":  # no tensor cores
+    if _is_exact(problem, precision, arch):
         return [CoreTile(64, cols, SMALLEST_DOT, 8, 2) for cols in (64, 32)]
     if precision == SPLIT and arch.startswith("sm_") and not 90 <= capability(arch) < 100:
         # there the halves of both operands go through registers
@@ -168,7 +170,8 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
         shapes = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4))
         return [CoreTile(rows, cols, min(depth, 32), w, 2) for rows, cols, w in shapes]
     if capability(arch) < 90:
-        return [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32, 16)]
+        tiles = [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32, 16)]
+        return [*tiles[:-1], replace(tiles[-1], most=255)]
     if capability(arch) >= 100:
         narrow = [CoreTile(128, cols, depth, 8, stages, most=255) for cols in (32, 16)]
         return [*(CoreTile(128, cols, depth, 8, stages) for cols in (128, 64)), *narrow]
@@ -178,6 +181,11 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
     return [*wide, *shared, *narrow]
 
 
+def _is_exact(problem: Problem, precision: str, arch: str) -> bool:
+    """Whether fp32 is multiplied as it is, which NVIDIA's tensor cores cannot."""
+    return capability(arch) > 0 and precision == "ieee" and DTYPE_BYTES[problem.dtype] == 4
+
+
 def _fits(code: TileProgram, tile: CoreTile, arch: str, modes: Sequence[Mode], bytes_: int) -> bool:
     """Whether a kernel has the registers for a tile, by an estimate that is off by ``OFF_BY``.
 
@@ -185,10 +193,34 @@ def _fits(code: TileProgram, tile: CoreTile, arch: str, modes: Sequence[Mode], b
     Four warps of AMD's have a multiprocessor to themselves, and twice the registers.  Products that
     are gone before others are made need none, but ``bytes_`` 4 of an operand's element take them.
     """
-    most = 250 if code.mode == "running" and len(modes) > 1 else 216
+    most = 216
+    if code.mode == "running" and len(modes) > 1:
+        most = 240 if column_sums(arch) == "whole" else 250
     most += 256 * (arch.startswith("gfx") and tile.warps == 4)
-    gone = code.gemms - products_alive(code) if bytes_ <= 2 else 0
-    return registers(code, tile, arch) - gone * tile.rows * tile.cols // (32 * tile.warps) <= most
+    element = tile.rows * tile.cols // (32 * tile.warps)
+    needed = registers(code, tile, arch)
+    if bytes_ <= 2:
+        needed -= element * (code.gemms - products_alive(code))
+    if column_sums(arch) == "whole":
+        needed += _beside_a_row(code, element)
+    elif not has_descriptors(arch) and not code.gradients:
+        needed += REGISTERS_FOR_MORE * max(0, code.gemms - 2)
+    return needed <= most
+
+
+def _beside_a_row(code: TileProgram, element: int) -> int:
+    """What a thread needs besides where it holds a whole row of a product (tcgen05).
+
+    It reads a value of every column: of a second vector, they lie beside those of the first.  Where
+    it sums values beside their gradient, a mask of one waits as bytes while the other is made.
+    """
+    if not code.gradients:
+        return 0
+    if any(isinstance(i, Accumulate) for i in code.instructions):
+        return element // 4 * any(isinstance(i, Compute) and i.is_mask for i in code.instructions)
+    reads = [a for i in code.instructions if isinstance(i, Compute) for a in i.args]
+    columns = {a.name for a in reads if isinstance(a, VectorRef) and a.dim == 1}
+    return element * max(0, len(columns) - 1)
 
 
 def products_alive(code: TileProgram) -> int:

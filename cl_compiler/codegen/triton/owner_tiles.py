@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cl_compiler.codegen.triton.core import (
+    REGISTERS_FOR_MORE,
     SMALLEST_DOT,
     CoreTile,
     capability,
@@ -25,8 +26,6 @@ MOST_ON_HOPPER = 275
 """There factors in bf16 come from shared memory as they lie, and fewer registers hold them."""
 MOST_ON_AMD = 235
 """There 236, of a safe kernel at D = 256 with sums both ways, were two too many for Triton 3.6."""
-REGISTERS_FOR_MORE = 20
-"""For the addresses of each further matrix."""
 REGISTERS_OF_A_PLACE = 10
 """Where positives can be: two rows' addresses, indices, bounds and sums."""
 REGISTERS_OF_A_PIPELINE = 12

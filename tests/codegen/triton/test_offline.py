@@ -30,22 +30,6 @@ SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 ARCHS = ["sm_90", *(pytest.param(a, marks=pytest.mark.full) for a in SHARED_BYTES if a != "sm_90")]
 
 
-KNOWN_SPILLS = {
-    ("squared_hinge", "sm_100"): "72 bytes in the forward",
-    ("squared_hinge_paired", "sm_100"): "72 bytes in the forward",
-    ("mnrl_joint", "sm_100"): "136 bytes in a safe backward",
-    ("gist_relative", "sm_80"): "8 bytes in a forward",
-    ("ieee", "sm_100"): "8 bytes in the safe backward",
-}
-"""What Triton 3.7.1 spills; 3.6 does not."""
-
-
-def expect_known_spills(request: pytest.FixtureRequest, name: str, arch: str) -> None:
-    if (name, arch) in KNOWN_SPILLS:
-        reason = f"Triton 3.7.1: {KNOWN_SPILLS[name, arch]}"
-        request.node.add_marker(pytest.mark.xfail(reason=reason, strict=False))
-
-
 @pytest.fixture(autouse=True, scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Triton's cache would hide what this compiler makes of the code."""
@@ -88,10 +72,7 @@ def test_nothing_spills(name: str, width: int, arch: str):
         ),
     ],
 )  # fmt: skip
-def test_nothing_spills_with_fp32_operands(
-    arch: str, precision: str, request: pytest.FixtureRequest
-):
-    expect_known_spills(request, precision, arch)
+def test_nothing_spills_with_fp32_operands(arch: str, precision: str):
     """In ieee there is no matrix instruction on NVIDIA's, and much less room for a tile."""
     for binary in offline.binaries(CASES["clip"], arch, 512, "float32", precision):
         assert binary.stack_bytes == 0, f"{binary.kernel} spills {binary.stack_bytes} bytes"
@@ -103,8 +84,7 @@ def test_nothing_spills_with_fp32_operands(
 @pytest.mark.full
 @pytest.mark.parametrize("arch", SHARED_BYTES)
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_spills_in_the_zoo(name: str, arch: str, request: pytest.FixtureRequest):
-    expect_known_spills(request, name, arch)
+def test_nothing_spills_in_the_zoo(name: str, arch: str):
     for binary in compiled(name, arch, 512).values():
         if binary.matrix_instructions:  # a count of ids has none
             assert_sound(binary, arch)
