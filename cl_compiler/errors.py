@@ -7,6 +7,8 @@ raises on purpose.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "ArgumentError",
     "BudgetError",
@@ -19,6 +21,7 @@ __all__ = [
     "NonFiniteError",
     "NotPlannedError",
     "ScheduleError",
+    "instead_of",
 ]
 
 
@@ -68,3 +71,17 @@ class GroupError(CompilerError, RuntimeError):
 
 class CacheError(CompilerError, RuntimeError):
     """The cache directory cannot be used as requested."""
+
+
+def instead_of(word: object, known: Iterable[str], what: str = "use one of", most: int = 1) -> str:
+    """For a message: the words to use instead, as ``"did you mean 'clip'? use one of clip, …"``.
+
+    The nearest ``most`` come first, if any is near; capitals make no difference.
+    """
+    from difflib import get_close_matches
+
+    words = list(known)
+    by_lower = {name.lower(): name for name in words}
+    close = get_close_matches(str(word).lower(), by_lower, n=most, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(by_lower[c]) for c in close)}? " if close else ""
+    return f"{hint}{what} {', '.join(words)}"

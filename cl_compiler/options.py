@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cl_compiler.errors import ArgumentError, ScheduleError
+from cl_compiler.errors import ArgumentError, ScheduleError, instead_of
 from cl_compiler.lang.ring import CANONICAL
 from cl_compiler.plan.precision import PRECISIONS
 from cl_compiler.plan.types import MemoryBudget, Problem
@@ -31,9 +31,9 @@ def check_options(
         ArgumentError, ScheduleError: the message names those that are.
     """
     if precision not in PRECISIONS:
-        raise ArgumentError(f"precision={precision!r}: use one of {', '.join(PRECISIONS)}.")
+        raise ArgumentError(f"precision={precision!r}: {instead_of(precision, PRECISIONS)}.")
     if schedule not in ("auto", *schedules):
-        raise ScheduleError(f"schedule={schedule!r}: use auto or one of {', '.join(schedules)}.")
+        raise ScheduleError(f"schedule={schedule!r}: {instead_of(schedule, ['auto', *schedules])}.")
     if nonfinite not in ("propagate", "error"):
         raise ArgumentError(f"nonfinite={nonfinite!r}: use 'propagate' or 'error'.")
     repeats = True if deterministic == CANONICAL else deterministic

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from errno import EDQUOT, ENOSPC
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -100,6 +101,12 @@ class _Commands(TyperGroup):
                 if ctx.params.get("debug") or error.name != "torch":
                     raise
                 typer.echo(f"error: {_WITHOUT_PYTORCH}", err=True)
+                raise typer.Exit(1) from None
+            except OSError as error:
+                if ctx.params.get("debug") or error.errno not in (ENOSPC, EDQUOT):
+                    raise
+                where = error.filename or "the output"
+                typer.echo(f"error: cannot write {where}: {error.strerror}; make room", err=True)
                 raise typer.Exit(1) from None
 
 

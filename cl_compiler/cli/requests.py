@@ -17,7 +17,7 @@ import typer
 
 from cl_compiler.cli.options import DEFAULT_DTYPE, DEFAULT_PROBLEM
 from cl_compiler.cli.output import in_options
-from cl_compiler.errors import ArgumentError, CompilerError
+from cl_compiler.errors import ArgumentError, CompilerError, instead_of
 
 if TYPE_CHECKING:
     from cl_compiler.hardware.spec import HardwareSpec
@@ -277,7 +277,7 @@ def precision_of(text: str, problem: Problem, hardware: HardwareSpec) -> str:
     from cl_compiler.plan.precision import PRECISIONS, products_of
 
     if text not in PRECISIONS:
-        raise typer.BadParameter(f"--precision {text!r}: use one of {', '.join(PRECISIONS)}")
+        raise typer.BadParameter(f"--precision {text!r}: {instead_of(text, PRECISIONS)}")
     return products_of(text, problem.dtype, hardware)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from difflib import get_close_matches
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from cl_compiler.errors import HardwareError
+from cl_compiler.errors import HardwareError, instead_of
 from cl_compiler.units import format_bytes
 
 if TYPE_CHECKING:
@@ -66,10 +65,9 @@ def check_links(where: str, levels: tuple[Level, ...], links: tuple[Link, ...]) 
     joined = [link.level for link in links]
     for name in joined:
         if name not in counts:
-            hint = get_close_matches(str(name), counts, n=1)
             raise HardwareError(
                 f"{where} has a link between {name!r} instances, but no such level; "
-                + (f"did you mean {hint[0]!r}?" if hint else f"levels: {', '.join(counts)}")
+                + instead_of(name, counts, "levels:")
             )
         if joined.count(name) > 1:
             raise HardwareError(f"{where} has two links between {name!r} instances; keep one")

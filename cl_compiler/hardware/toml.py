@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cl_compiler.errors import ArgumentError, HardwareError
+from cl_compiler.errors import ArgumentError, HardwareError, instead_of
 from cl_compiler.hardware.checks import LEVEL_KINDS
 from cl_compiler.hardware.spec import HardwareSpec, Host, Level, Link
 from cl_compiler.units import parse_bytes
@@ -118,11 +117,9 @@ def write_toml(spec: HardwareSpec) -> str:
 def _preset_path(name: str) -> Path:
     names = preset_names()
     if name not in names:
-        close = get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise HardwareError(
-            f"no hardware preset is called {name!r}; {hint}presets: {', '.join(names)}; "
-            'or give "auto" or the path of a .toml file'
+            f"no hardware preset is called {name!r}; "
+            f"{instead_of(name, ['auto', *names], 'known:', most=3)}; or give a .toml file's path"
         )
     return PRESETS / f"{name}.toml"
 
@@ -250,9 +247,9 @@ def _check_keys(
 ) -> None:
     for key in content:
         if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise HardwareError(f"{where} has an unknown field {key!r}; {hint}")
+            raise HardwareError(
+                f"{where} has an unknown field {key!r}; {instead_of(key, known, 'known:')}"
+            )
     missing = [key for key in required if key not in content]
     if missing:
         raise HardwareError(f"{where} lacks {', '.join(missing)}; add what is missing")

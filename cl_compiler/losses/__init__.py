@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cl_compiler.errors import LossDefinitionError
+from cl_compiler.errors import LossDefinitionError, instead_of
 
 if TYPE_CHECKING:
     from cl_compiler.lang.ir import LossIR
@@ -55,12 +55,8 @@ def find(name: str) -> LossIR:
             f"Pass what cl_compiler.losses.{name}(…) returns."
         )
     if name not in SHIPPED:
-        from difflib import get_close_matches
-
-        close = get_close_matches(name, SHIPPED)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise LossDefinitionError(
-            f"there is no loss {name!r}.{hint} Shipped: {', '.join(SHIPPED)}; or pass what "
+            f"there is no loss {name!r}; {instead_of(name, SHIPPED, 'shipped:')}; or pass what "
             "@cl.define_loss returned."
         )
     loss: LossIR = getattr(import_module(f"cl_compiler.losses.{SHIPPED[name]}"), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cl_compiler.errors import ArgumentError, HardwareError
+from cl_compiler.errors import ArgumentError, HardwareError, instead_of
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.plan.types import DType
 
@@ -30,7 +30,7 @@ def products_of(precision: str, dtype: str, spec: HardwareSpec) -> str:
         HardwareError: the machine has no such products.
     """
     if precision not in PRECISIONS:
-        raise ArgumentError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}.")
+        raise ArgumentError(f"precision {precision!r}: {instead_of(precision, PRECISIONS)}.")
     of_inputs, of_machine = _of_inputs(dtype, spec), _of_machine(spec)
     possible = [p for p in of_inputs if p in of_machine]
     if precision == "auto":

@@ -9,7 +9,7 @@ from numbers import Integral
 from types import MappingProxyType
 from typing import Literal
 
-from cl_compiler.errors import ArgumentError, BudgetError
+from cl_compiler.errors import ArgumentError, BudgetError, instead_of
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import Schedule
@@ -51,7 +51,7 @@ class Problem:
             _size(f"operands[{name!r}]", width, 1)
         if self.dtype not in DTYPE_BYTES:
             raise ArgumentError(
-                f"Problem(dtype={self.dtype!r}): use one of {', '.join(DTYPE_BYTES)}."
+                f"Problem(dtype={self.dtype!r}): {instead_of(self.dtype, DTYPE_BYTES)}."
             )
 
     @classmethod
