@@ -28,7 +28,10 @@ from tests.plan.requests import request
             "precision='int4': use one of auto, ieee, bf16, fp16, tf32",
         ),
         ({"nonfinite": "warn"}, "nonfinite='warn': use 'propagate' or 'error'"),
-        ({"schedule": "spil"}, "schedule='spil': use auto or one of recompute"),
+        (
+            {"schedule": "spil"},
+            "schedule='spil': did you mean 'spill'[?] use one of auto, recompute",
+        ),
         ({"problem": (64, 64, 8)}, r"give Problem\(64, 64, 8\)"),
         ({"problem": Problem(64, 64, 8, slots=4)}, "clip has no slots"),
         ({"problem": Problem(64, 64, 8, bank=4)}, "clip has no bank"),
@@ -69,5 +72,5 @@ def test_a_machine_of_several_devices_is_planned_as_a_group() -> None:
     assert "torch.distributed" in loss_fn.source
     with pytest.raises(ArgumentError, match="pass group= on every rank"):
         loss_fn(torch.randn(8, 4), torch.randn(8, 4), logit_scale=1.0)
-    with pytest.raises(ScheduleError, match="use auto or one of ring_owner"):
+    with pytest.raises(ScheduleError, match="use one of auto, ring_owner"):
         compile_loss("h100x8", "1GiB", schedule="spill")

@@ -252,8 +252,8 @@ def request_of(question: Question) -> Request:
     schedules = SCHEDULES if hardware.world_size == 1 else CLUSTER_SCHEDULES
     if question.schedule not in ("auto", *schedules):
         raise typer.BadParameter(
-            f"--schedule {question.schedule!r} on {hardware.name}: use auto or one of "
-            f"{', '.join(schedules)}"
+            f"--schedule {question.schedule!r} on {hardware.name}: "
+            f"{instead_of(question.schedule, ['auto', *schedules])}"
         )
     return Request(
         loss,

@@ -24,6 +24,7 @@ from cl_compiler.cli.ranks import (
 from cl_compiler.cli.requests import ask, check_path, request_of
 from cl_compiler.cli.simulate_report import GANTT_SUFFIXES, draw, write_page
 from cl_compiler.cli.simulate_runs import Found, simulated, steps
+from cl_compiler.errors import instead_of
 from cl_compiler.units import exact_bytes, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -92,9 +93,9 @@ def simulate(
     from cl_compiler.plan.shards import fastest
 
     if schedule not in ("auto", *CLUSTER_SCHEDULES):
-        known = ", ".join(CLUSTER_SCHEDULES)
+        known = instead_of(schedule, ["auto", *CLUSTER_SCHEDULES])
         why = " is not simulated" if schedule == CANONICAL else ""
-        raise typer.BadParameter(f"--schedule {schedule!r}{why}: use auto or one of {known}")
+        raise typer.BadParameter(f"--schedule {schedule!r}{why}: {known}")
     schedules = CLUSTER_SCHEDULES if schedule == "auto" else (schedule,)
     if gantt is not None:
         check_path("--gantt", gantt, GANTT_SUFFIXES)

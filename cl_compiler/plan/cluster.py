@@ -187,7 +187,8 @@ def _usable(
     reasons = ring_schedules(sweeps)
     if not reasons["two_level"] and levels_of(machine, request.group_size) is None:
         reasons["two_level"] = (
-            f"{request.hardware.name} has no nodes of several ranks with links inside and between"
+            f"{request.hardware.name} has not several nodes of several ranks, with links inside "
+            "and between them"
         )
     if request.schedule == "auto" and not reasons[HOST] and not streams(request.hardware):
         reasons[HOST] = "the device's memory is the host's"

@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_version(cli):
         (["inspect", "--diff", "color=red"], "option=value"),
         (["inspect", "--graph", "out.txt"], ".png, .svg, .pdf"),
         (["inspect", "clip-000000000000"], "no such variant"),
-        (["plan", "--loss", "klip"], "Did you mean 'clip'?"),
+        (["plan", "--loss", "klip"], "did you mean 'clip'?"),
         (["plan", "--hardware", "h100x7"], "h100x7"),
         (["bench", "--hardware", "h100x7"], "h100x7"),
         (["plan", "--budget", "much"], "cannot read 'much'"),
@@ -197,3 +198,19 @@ def _read(descriptor: int) -> bytes:
         return os.read(descriptor, 65536)
     except OSError:  # how Linux says that the other end was closed
         return b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", ["plan", "cache list"])
+def test_a_full_disk_is_an_error_and_no_traceback(command):
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "cl_compiler.cli.main", *command.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[0].startswith("error: cannot write the output: ")
+    assert "Traceback" not in run.stderr

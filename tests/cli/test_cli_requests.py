@@ -138,8 +138,14 @@ def test_sizes_that_no_call_could_have(asked, said):
         ({"budget": "much"}, "^--budget: cannot read 'much' as an amount of memory"),
         ({"budget": "disk=1GiB"}, "^--budget: memory budget"),
         ({"hardware": "h100x7"}, "^--hardware: no hardware preset is called 'h100x7'"),
-        ({"schedule": "spil"}, r"^--schedule 'spil' on \S+: use auto or one of recompute"),
-        ({"loss": "klip"}, "^--loss: there is no loss 'klip'. Did you mean 'clip'?.*file.py:name"),
+        (
+            {"schedule": "spil"},
+            r"^--schedule 'spil' on \S+: did you mean 'spill'\? use one of auto, recompute",
+        ),
+        (
+            {"loss": "klip"},
+            "^--loss: there is no loss 'klip'; did you mean 'clip'[?].*file.py:name",
+        ),
         ({"loss": "matryoshka"}, "^--loss: 'matryoshka' is a factory.*file.py:name"),
     ],
 )

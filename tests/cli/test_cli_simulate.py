@@ -195,8 +195,8 @@ def test_bars_of_the_same_time_do_not_hide_each_other():
         ("--problem 0x64", "--problem: 0x64 has a size of 0"),
         ("--hardware h100x1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
         ("--ranks 1", "one rank: nothing is exchanged; use `cl-compiler plan`"),
-        ("--schedule spill", "--schedule 'spill': use auto or one of ring_owner, ring_travel, "),
-        ("--schedule canonical", "'canonical' is not simulated: use auto or one of ring_owner, "),
+        ("--schedule spill", "--schedule 'spill': use one of auto, ring_owner, ring_travel, "),
+        ("--schedule canonical", "'canonical' is not simulated: use one of auto, ring_owner, "),
     ],
 )
 def test_what_could_not_be_written_or_read_is_refused_before_the_work(

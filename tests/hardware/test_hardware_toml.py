@@ -126,8 +126,8 @@ def test_an_unknown_preset_suggests_close_names_and_lists_all() -> None:
         load_hardware("h100-8")
     message = str(caught.value)
     assert "no hardware preset is called 'h100-8'; did you mean" in message
-    assert "h100x8" in message.partition("presets:")[0]
-    assert all(name in message.partition("presets:")[2] for name in preset_names())
+    assert "h100x8" in message.partition("known:")[0]
+    assert all(name in message.partition("known:")[2] for name in preset_names())
     with pytest.raises(HardwareError) as caught:
         load_hardware("zzz")
     assert "did you mean" not in str(caught.value) and "h200-128x8" in str(caught.value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_compiler import compile_loss
+from cl_compiler import lang as cl
 from cl_compiler.api import find_loss
 from cl_compiler.errors import ArgumentError, NoPositiveError, NotPlannedError
 from cl_compiler.lang.reference import evaluate
@@ -150,6 +151,25 @@ def test_a_scale_that_is_nan_is_not_taken_for_one(name: str, schedule: str, size
     x, y = features(18, size, size, 24)
     loss = compile_loss("auto", "16MiB", loss=name, schedule=schedule)
     value = loss(x, y, **SCALARS[name] | {"logit_scale": float("nan")})
+    value.backward()
+    assert value.isnan() and x.grad.isnan().all() and y.grad.isnan().all()
+
+
+@cl.define_loss
+def weighted_both(sim, logit_scale, weight):
+    """A scalar that is only a factor: gradients need not see it in any tile."""
+    s = logit_scale * sim
+    row = cl.logsumexp(s, over=cl.cols) - cl.at_positive(s, on=cl.rows)
+    col = cl.logsumexp(s, over=cl.rows) - cl.at_positive(s, on=cl.cols)
+    return weight * (cl.mean(row, over=cl.rows) + cl.mean(col, over=cl.cols))
+
+
+@pytest.mark.parametrize("size", [8, 200])
+@pytest.mark.parametrize("schedule", ["dense", "spill", "recompute", "retain"])
+def test_a_factor_that_is_nan_reaches_the_gradients(schedule: str, size: int) -> None:
+    x, y = (f.detach().float().requires_grad_() for f in features(19, size, size, 24))
+    loss = compile_loss("auto", "16MiB", loss=weighted_both, schedule=schedule)
+    value = loss(x, y, logit_scale=3.0, weight=torch.tensor(float("nan")))
     value.backward()
     assert value.isnan() and x.grad.isnan().all() and y.grad.isnan().all()
 
