@@ -41,6 +41,7 @@ def render(plan: Plan, program: Program, variant: str, device: str = "cpu") -> s
         "scalar_home": '"cpu", ',
         "beside": "",
         "operand_dtype": "",
+        "whole_rows": False,
     }
     if device != "cpu":
         context["beside"] = f"{context['arguments'][0]}.device, "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cl_compiler.errors import ArgumentError, NonFiniteError
+from cl_compiler.runtime.layouts import STRIDED, begins_well, read_in_place, whole_rows
 from cl_compiler.runtime.signatures import CallSignature, LossSignature
 
 _DTYPES = {
@@ -23,7 +24,6 @@ _DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_STRIDED = torch.strided
 _REMEMBERED = 256
 """Kinds of calls that are recognised, at most."""
 
@@ -95,6 +95,8 @@ class ArgumentChecker:
         for name, value in kwargs.items():
             found.append(name)
             found.append(_kind(value))
+        if self._device_type != "cpu":
+            found += [isinstance(v, Tensor) and begins_well(v) for v in (*args, *kwargs.values())]
         return tuple(found)
 
     def is_known(self, kind: Kind) -> bool:
@@ -131,8 +133,9 @@ class ArgumentChecker:
         copies = 0
         for name, tensor in operands.items():
             ready = tensor.to(dtype)
-            if ready.stride(-1) != 1 or any(s < ready.shape[-1] for s in ready.stride()[:-1]):
-                ready = ready.contiguous()
+            as_it_lies = whole_rows if ready.device.type != "cpu" else read_in_place
+            if not as_it_lies(ready):
+                ready = ready.clone(memory_format=torch.contiguous_format)
             if ready is not tensor:
                 copies += ready.numel() * ready.element_size()
             operands[name] = ready
@@ -356,7 +359,7 @@ def _kind(value: Any) -> Any:
     """What of an argument decides whether it is valid, and what is done with it."""
     if not isinstance(value, Tensor):
         return type(value)
-    if value.layout is not _STRIDED:  # without strides; it will be refused
+    if value.layout is not STRIDED:  # without strides; it will be refused
         return value.layout
     return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
 

@@ -403,6 +403,14 @@ def _whole(length, block):
     return triton.cdiv(length, block) * block
 
 
+def _whole_rows(operand):
+    """The operand as kernels read it: row behind row, from a multiple of 16 bytes on."""
+    in_rows = operand.is_contiguous() and operand.stride(0) == operand.shape[1:].numel()
+    if in_rows and operand.data_ptr() % 16 == 0:
+        return operand
+    return operand.clone(memory_format=torch.contiguous_format)
+
+
 def _add_sums(total, parts):
     """Fold partial sums [k, n] into ``total`` [n]: in order, so that runs agree to the last bit."""
     total.add_(parts.sum(0, dtype=DTYPE))
@@ -1168,7 +1176,9 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ring, x, y, logit_scale):
         with torch.cuda.device_of(x), x.device, ring.during("forward"), _MatmulPrecision():
-            value, outputs, saved = forward(ring, x, y, _scalar(logit_scale))
+            value, outputs, saved = forward(
+                ring, _whole_rows(x), _whole_rows(y), _scalar(logit_scale)
+            )
         ctx.ring = ring
         tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
         ctx.others = {name: t for name, t in saved.items() if name not in tensors}
@@ -1188,7 +1198,11 @@ class Loss(torch.autograd.Function):
             _MatmulPrecision(),
         ):
             saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-            gradients = list(backward(ring, grad_output, saved, x, y, _scalar(logit_scale)))
+            gradients = list(
+                backward(
+                    ring, grad_output, saved, _whole_rows(x), _whole_rows(y), _scalar(logit_scale)
+                )
+            )
             for index, argument in enumerate((x, y, logit_scale)):
                 gradients[index] = _like(gradients[index], argument)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated

@@ -130,6 +130,14 @@ def _whole(length, block):
     return triton.cdiv(length, block) * block
 
 
+def _whole_rows(operand):
+    """The operand as kernels read it: row behind row, from a multiple of 16 bytes on."""
+    in_rows = operand.is_contiguous() and operand.stride(0) == operand.shape[1:].numel()
+    if in_rows and operand.data_ptr() % 16 == 0:
+        return operand
+    return operand.clone(memory_format=torch.contiguous_format)
+
+
 def _shift(bound, terms):
     """What to subtract from logits of at most ``bound``: [] fp64, a whole number in base 2.
 
@@ -884,7 +892,7 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale):
         with _MatmulPrecision():
-            value, outputs, saved = forward(x, y, _scalar(logit_scale))
+            value, outputs, saved = forward(_whole_rows(x), _whole_rows(y), _scalar(logit_scale))
         tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
         ctx.others = {name: t for name, t in saved.items() if name not in tensors}
         ctx.names = list(tensors)
@@ -896,7 +904,9 @@ class Loss(torch.autograd.Function):
         x, y, logit_scale, *tensors = ctx.saved_tensors
         saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
-            d_x, d_y, d_logit_scale = backward(grad_output, saved, x, y, _scalar(logit_scale))
+            d_x, d_y, d_logit_scale = backward(
+                grad_output, saved, _whole_rows(x), _whole_rows(y), _scalar(logit_scale)
+            )
         d_x = _like(d_x, x)
         d_y = _like(d_y, y)
         d_logit_scale = _like(d_logit_scale, logit_scale)

@@ -108,6 +108,14 @@ def _whole(length, block):
     return triton.cdiv(length, block) * block
 
 
+def _whole_rows(operand):
+    """The operand as kernels read it: row behind row, from a multiple of 16 bytes on."""
+    in_rows = operand.is_contiguous() and operand.stride(0) == operand.shape[1:].numel()
+    if in_rows and operand.data_ptr() % 16 == 0:
+        return operand
+    return operand.clone(memory_format=torch.contiguous_format)
+
+
 def _shift(bound, terms):
     """What to subtract from logits of at most ``bound``: [] fp64, a whole number in base 2.
 
@@ -597,7 +605,7 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale):
         with _MatmulPrecision():
-            value, outputs, saved = forward(x, y, _scalar(logit_scale))
+            value, outputs, saved = forward(_whole_rows(x), _whole_rows(y), _scalar(logit_scale))
         ctx.gradients = saved
         ctx.save_for_backward(x, y, logit_scale)
         return (value.to(DTYPE), *outputs)
@@ -608,7 +616,7 @@ class Loss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the first one gave the gradients away
             with torch.no_grad(), _MatmulPrecision():
-                *_, gradients = forward(x, y, _scalar(logit_scale))
+                *_, gradients = forward(_whole_rows(x), _whole_rows(y), _scalar(logit_scale))
         d_x, d_y, d_logit_scale = gradients.values()
         with torch.no_grad():
             for gradient in gradients.values():

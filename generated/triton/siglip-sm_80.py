@@ -137,6 +137,14 @@ def _whole(length, block):
     return triton.cdiv(length, block) * block
 
 
+def _whole_rows(operand):
+    """The operand as kernels read it: row behind row, from a multiple of 16 bytes on."""
+    in_rows = operand.is_contiguous() and operand.stride(0) == operand.shape[1:].numel()
+    if in_rows and operand.data_ptr() % 16 == 0:
+        return operand
+    return operand.clone(memory_format=torch.contiguous_format)
+
+
 def _add_sums(total, parts):
     """Fold partial sums [k, n] into ``total`` [n]: in order, so that runs agree to the last bit."""
     total.add_(parts.sum(0, dtype=DTYPE))
@@ -432,7 +440,9 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale, logit_bias):
         with _MatmulPrecision():
-            value, outputs, saved = forward(x, y, _scalar(logit_scale), _scalar(logit_bias))
+            value, outputs, saved = forward(
+                _whole_rows(x), _whole_rows(y), _scalar(logit_scale), _scalar(logit_bias)
+            )
         ctx.gradients = saved
         ctx.save_for_backward(x, y, logit_scale, logit_bias)
         return (value.to(DTYPE), *outputs)
@@ -443,7 +453,9 @@ class Loss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the first one gave the gradients away
             with torch.no_grad(), _MatmulPrecision():
-                *_, gradients = forward(x, y, _scalar(logit_scale), _scalar(logit_bias))
+                *_, gradients = forward(
+                    _whole_rows(x), _whole_rows(y), _scalar(logit_scale), _scalar(logit_bias)
+                )
         d_x, d_y, d_logit_scale, d_logit_bias = gradients.values()
         with torch.no_grad():
             for gradient in gradients.values():

@@ -117,6 +117,14 @@ def _whole(length, block):
     return triton.cdiv(length, block) * block
 
 
+def _whole_rows(operand):
+    """The operand as kernels read it: row behind row, from a multiple of 16 bytes on."""
+    in_rows = operand.is_contiguous() and operand.stride(0) == operand.shape[1:].numel()
+    if in_rows and operand.data_ptr() % 16 == 0:
+        return operand
+    return operand.clone(memory_format=torch.contiguous_format)
+
+
 def _present(lse):
     """The logsumexp, and +inf where it is empty: its elements then have no weight."""
     return torch.where(lse == -math.inf, math.inf, lse)
@@ -566,7 +574,9 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, logit_scale, margin):
         with _MatmulPrecision():
-            value, outputs, saved = forward(x, y, weight, _scalar(logit_scale), _scalar(margin))
+            value, outputs, saved = forward(
+                _whole_rows(x), _whole_rows(y), weight, _scalar(logit_scale), _scalar(margin)
+            )
         tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
         ctx.others = {name: t for name, t in saved.items() if name not in tensors}
         ctx.names = list(tensors)
@@ -579,7 +589,13 @@ class Loss(torch.autograd.Function):
         saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
         with torch.no_grad(), _MatmulPrecision():
             d_x, d_y, d_logit_scale, d_margin = backward(
-                grad_output, saved, x, y, weight, _scalar(logit_scale), _scalar(margin)
+                grad_output,
+                saved,
+                _whole_rows(x),
+                _whole_rows(y),
+                weight,
+                _scalar(logit_scale),
+                _scalar(margin),
             )
         d_x = _like(d_x, x)
         d_y = _like(d_y, y)

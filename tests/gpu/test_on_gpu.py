@@ -265,6 +265,21 @@ def test_the_host_never_waits(step: Step):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("layout", ["halves of one matrix", "from an odd element on"])
+def test_operands_that_do_not_lie_row_behind_row(step: Step, layout: str):
+    """They are copied, and the copies are in the plan."""
+    want = step()
+    x, y = step.x.detach(), step.y.detach()
+    if layout.startswith("halves"):
+        step.x, step.y = torch.cat([x, y], dim=1).requires_grad_().chunk(2, dim=1)
+    else:
+        flat = [torch.cat([t.new_zeros(1), t.flatten()]).requires_grad_() for t in (x, y)]
+        step.x, step.y = (t[1:].view(x.shape) for t in flat)
+    got = step()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert step.loss_fn.plan.template == "triton"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing_inside_the_loss(dtype: torch.dtype):
     x, y = planted_pairs(512, 512, 64, device=DEVICE)

@@ -92,6 +92,7 @@ def render_ring(
         "scalar_home": '"cpu", ',
         "beside": _beside(device, context["arguments"][0], bool(arch), cluster_schedule == HOST),
         "kernels": kernel_context(plan, arch, context) if arch else {},
+        "whole_rows": bool(arch) and cluster_schedule != HOST,
         "tile": plan.tile,
         "header": header,
         "canonical": canonical,

@@ -33,6 +33,7 @@ def render_triton(
         "products": library_products("cuda", plan.precision),
         "scalar_home": "",
         "beside": "",
+        "whole_rows": True,
     }
     text = environment().get_template("triton/loss.py.jinja").render(context)
     return fit(drop_unused(tidy_text(text)))

@@ -76,6 +76,20 @@ def test_zoo_where_the_guard_trips(interpret: Ask, name: str):
     assert_right(answer, bound=12.0, dtype="float32")
 
 
+@pytest.mark.parametrize("schedule", ["spill", "recompute"])
+@pytest.mark.parametrize("layout", ["apart", "transposed", "shifted"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "hard_negatives"])
+def test_operands_that_do_not_lie_row_behind_row(
+    interpret: Ask, name: str, layout: str, schedule: str
+):
+    """Halves of a wider matrix above all, as ``chunk(2, dim=1)`` makes them."""
+    arch = {"apart": "sm_80", "transposed": "gfx942", "shifted": "sm_90"}[layout]
+    answer = interpret(
+        case=name, dtype="float32", arch=arch, schedule=schedule, layout=layout, seed=12
+    )
+    assert_right(answer, bound=12.0, dtype="float32")
+
+
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 @pytest.mark.parametrize("name", ["clip", "nt_xent"])

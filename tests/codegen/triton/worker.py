@@ -78,6 +78,15 @@ def mend_bfloat16() -> None:
     builder.create_dot = widening_dot
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole": lambda t: t,
+    "apart": lambda t: torch.cat([t, torch.full_like(t, 7.0)], -1)[..., : t.shape[-1]],
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "shifted": lambda t: torch.cat([t.new_full((1,), 7.0), t.flatten()])[1:].view(t.shape),
+}
+"""How the rows of an operand lie in memory."""
+
+
 def draw(request: dict[str, Any]) -> Sample:
     """A sample whose operands are representable in the request's dtype."""
     case = CASES[request["case"]]
@@ -154,7 +163,10 @@ def run_alone(request: dict[str, Any], inputs: Sample) -> Found:
     values: dict[str, Tensor] = {}
     for name, tensor in inputs.tensors.items():
         kind = dtype if tensor.dim() > 1 else torch.float32
-        values[name] = tensor.detach().to(kind).requires_grad_(tensor.requires_grad)
+        value = tensor.detach().to(kind)
+        if tensor.dim() > 1:
+            value = LAYOUTS[request.get("layout", "whole")](value)
+        values[name] = value.requires_grad_(tensor.requires_grad)
     for name, tensor in inputs.parameters.items():
         values[name] = tensor.detach().clone().requires_grad_()
     arguments = {**values, **inputs.ids}
