@@ -11,7 +11,7 @@ from cl_compiler.codegen.ring.backend import fits_group, plan_and_print_ring, pl
 from cl_compiler.codegen.triton.panel import kernel_plan, nearby_panels, smallest_bytes
 from cl_compiler.codegen.triton.render import render_triton
 from cl_compiler.codegen.triton.retain import retained
-from cl_compiler.codegen.triton.support import obstacle
+from cl_compiler.codegen.triton.support import obstacle, obstacle_of_machine
 from cl_compiler.codegen.triton.workload import Workload
 from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.program import SCHEDULES, Schedule
@@ -169,7 +169,8 @@ def _workloads(
             reasons[schedule] = "on request only: its kernels were never timed"
     for schedule in open_ or [_requested(request, sweeps)]:
         program = build_program(sweeps, schedule).narrowed
-        reason = obstacle(request.problem, program, request.precision)
+        reason = obstacle_of_machine(request.hardware.arch)
+        reason = reason or obstacle(request.problem, program, request.precision)
         if reason:
             reasons[schedule] = reason
         else:

@@ -261,6 +261,9 @@ def _unknown_gpu(properties: Any) -> HardwareSpec:
     hip = bool(getattr(properties, "gcnArchName", ""))
     capability = (int(properties.major), int(properties.minor))
     sms = int(properties.multi_processor_count)
+    arch = f"sm_{capability[0]}{capability[1]}"
+    arch = str(properties.gcnArchName).partition(":")[0] if hip else arch
+    multiplies_tf32 = arch == "gfx942" if hip else capability >= (8, 0)
     clock = float(getattr(properties, "clock_rate", 0) or 1.5e6) * 1e3
     lanes = 64 if hip or capability in ((7, 0), (7, 5), (8, 0)) else 128
     tensor = _TENSOR_FLOPS_PER_CLOCK.get(capability, _TENSOR_FLOPS_OTHER) * sms * clock
@@ -277,9 +280,7 @@ def _unknown_gpu(properties: Any) -> HardwareSpec:
     return HardwareSpec(
         name=slug(properties.name),
         kind="hip" if hip else "cuda",
-        arch=str(properties.gcnArchName).partition(":")[0]
-        if hip
-        else f"sm_{capability[0]}{capability[1]}",
+        arch=arch,
         levels=(
             Level(
                 "device", "device", 1, int(properties.total_memory), dram, "PyTorch's properties"
@@ -292,7 +293,7 @@ def _unknown_gpu(properties: Any) -> HardwareSpec:
         gemm_flops_per_s=(
             ("float64", plain / 64),
             ("float32", plain),
-            ("tf32", max(plain, tensor / 2)),
+            *([("tf32", max(plain, tensor / 2))] if multiplies_tf32 else []),
             ("bfloat16", max(plain, tensor)),
             ("float16", max(plain, tensor)),
         ),

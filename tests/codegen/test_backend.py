@@ -25,7 +25,7 @@ from tests import losses_zoo as zoo
 from tests.tiles import errors, run
 from tests.zoo_case import sample
 
-H100 = load_hardware("h100x1")
+H100, A100 = load_hardware("h100x1"), load_hardware("a100x1")
 
 
 def request(loss, dtype="bfloat16", schedule="auto", hardware=H100) -> Request:
@@ -85,6 +85,23 @@ def test_what_triton_does_not_serve_is_printed_in_pytorch():
         assert any("tiles are emitted" in note for note in plan.notes)
         assert re.search(r"with \w+\.device, _MatmulPrecision\(\)", source)
         assert "torch.backends.cuda.matmul" in source and "mkldnn" not in source
+
+
+@pytest.mark.parametrize("group_size", [0, 2])
+def test_a_gpu_before_triton_gets_pytorch(group_size):
+    turing = replace(
+        with_ranks(load_hardware("a100x1"), 2, 2) if group_size else A100, arch="sm_75"
+    )
+    asked = replace(request(find("clip"), "float16", hardware=turing), group_size=group_size)
+    plan, source = built(asked)
+    assert plan.template == "torch" and "triton" not in source
+    assert any("begin with sm_80, and this GPU is sm_75" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_103", "sm_120", "gfx90a", "gfx950"])
+def test_a_gpu_without_a_preset_gets_triton(arch):
+    plan, source = built(request(find("clip"), hardware=replace(A100, arch=arch)))
+    assert plan.template == "triton" and "@triton.jit" in source
 
 
 def test_the_note_speaks_of_the_schedule_that_was_asked_for():

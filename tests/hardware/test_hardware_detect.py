@@ -222,9 +222,12 @@ def test_an_unknown_gpu_is_derived_from_its_counts_and_clocks() -> None:
     assert pcie.device_level.bandwidth_bytes_per_s == pytest.approx(2.04e12, rel=0.01)
     old = properties(name="Tesla V100", major=7, minor=0, multi_processor_count=80)
     assert gpu_spec(old, host).arch == "sm_70"
+    assert "tf32" in dict(pcie.gemm_flops_per_s)
+    assert "tf32" not in dict(gpu_spec(old, host).gemm_flops_per_s)
     amd = properties(name="AMD Radeon PRO", gcnArchName="gfx1100:sramecc-", clock_rate=2500000)
     found = gpu_spec(amd, host)
     assert (found.kind, found.arch) == ("hip", "gfx1100")
+    assert "tf32" not in dict(found.gemm_flops_per_s)  # gfx942 alone has it
 
 
 def test_properties_that_an_older_pytorch_lacks_have_defaults() -> None:

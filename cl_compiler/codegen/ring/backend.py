@@ -8,6 +8,7 @@ from dataclasses import replace
 from cl_compiler.codegen.ring.planning import kernel_planner, kernels_fit
 from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.codegen.ring.target import kernel_obstacle
+from cl_compiler.codegen.triton.support import obstacle_of_machine
 from cl_compiler.errors import BudgetError, ScheduleError
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import CANONICAL
@@ -94,7 +95,8 @@ def _obstacle(request: Request) -> str:
     """Why a group cannot compute in Triton kernels; "" where it can."""
     if request.schedule == CANONICAL:
         return "kernels fold statistics tile by tile, not chunk by chunk in global order"
-    return kernel_obstacle(request.problem, request.precision)
+    reason = obstacle_of_machine(request.hardware.arch)
+    return reason or kernel_obstacle(request.problem, request.precision)
 
 
 __all__ = ["fits_group", "plan_and_print_ring", "plan_group"]

@@ -88,9 +88,15 @@ def has_descriptors(arch: str) -> bool:
 
 
 def capability(arch: str) -> int:
-    """90 of "sm_90", 0 of other vendors' names."""
+    """90 of "sm_90", 0 of other vendors' names.
+
+    89 of consumer Blackwell (sm_120, sm_121): it multiplies as Ada does, without tcgen05, and has
+    as little shared memory.
+    """
     digits = "".join(c for c in arch.removeprefix("sm_") if c.isdigit())
-    return int(digits) if arch.startswith("sm_") else 0
+    if not arch.startswith("sm_") or not digits:
+        return 0
+    return 89 if int(digits) >= 120 else int(digits)
 
 
 def core_tiles(

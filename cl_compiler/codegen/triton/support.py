@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cl_compiler.codegen.triton.core import capability
 from cl_compiler.codegen.triton.eight_bits import obstacle_of_eight_bits
 from cl_compiler.codegen.triton.retain import obstacle_of_retain
 from cl_compiler.codegen.triton.row_panels import obstacle_of_panels
@@ -9,6 +10,13 @@ from cl_compiler.codegen.triton.slots import obstacle_of_slots
 from cl_compiler.lang.program import Program
 from cl_compiler.plan.precision import FP8
 from cl_compiler.plan.types import Problem
+
+
+def obstacle_of_machine(arch: str) -> str:
+    """Why a GPU cannot run Triton kernels; "" where it can."""
+    if arch.startswith("gfx") or capability(arch) >= 80:
+        return ""
+    return f"Triton's products begin with sm_80, and this GPU is {arch or 'unknown'}"
 
 
 def obstacle(problem: Problem, program: Program, precision: str = "auto") -> str:
