@@ -27,7 +27,8 @@ SMALLEST_DOT = 16
 """Rows, columns and depth of the smallest matrix instruction; its depth in fp8 is twice that."""
 
 OFF_BY = 40
-"""Registers by which the estimate of a kernel's is off, either way."""
+"""Registers by which the estimate of what a kernel needs is off, either way; compilers take more
+where there is room."""
 REGISTERS_FOR_MORE = 20
 """For the addresses of each further matrix."""
 
