@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cl_compiler.codegen.triton.context import has_aligned_rows
 from cl_compiler.codegen.triton.core import (
     Columns,
     CoreTile,
     column_sums,
     core_tiles,
-    has_descriptors,
+    reads_by_descriptors,
 )
 from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import Mode
 from cl_compiler.plan.precision import FP8, rounded_operands
-from cl_compiler.plan.types import DTYPE_BYTES, Plan, Problem
+from cl_compiler.plan.types import Plan, Problem
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,7 @@ def target_of(plan: Plan, program: Program, arch: str, core: CoreTile | None) ->
     if reason:
         raise ScheduleError(f"{plan.loss_name} on a group cannot be emitted as Triton: {reason}.")
     widths = {op.name: problem.operands.get(op.name, problem.D) for op in program.plan.ir.operands}
-    descriptors = has_descriptors(arch) and has_aligned_rows(
-        widths.values(), DTYPE_BYTES[problem.dtype]
-    )
+    descriptors = reads_by_descriptors(problem, plan.precision, arch)
     return Target(arch, problem, plan.precision, widths, descriptors, column_sums(arch), core)
 
 

@@ -11,7 +11,7 @@ import sympy as sp
 from cl_compiler.codegen.context import LateText, PositiveText, build_context
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.symbols import operand_scale
-from cl_compiler.codegen.triton.core import CoreTile, column_sums, has_descriptors
+from cl_compiler.codegen.triton.core import CoreTile, column_sums, reads_by_descriptors
 from cl_compiler.codegen.triton.eight_bits import EightBitCopy, copies_of, read_as
 from cl_compiler.codegen.triton.owner_tiles import tiles_of_pass
 from cl_compiler.codegen.triton.retain import (
@@ -94,8 +94,7 @@ def build_triton_context(
         return tiles_of_pass(plan.problem, plan.precision, program, pass_, modes, arch)
 
     copies = copies_of(program, names) if plan.precision == FP8 else {}
-    bytes_ = 1 if copies else DTYPE_BYTES[plan.problem.dtype]
-    descriptors = has_descriptors(arch) and has_aligned_rows(operands.values(), bytes_)
+    descriptors = reads_by_descriptors(plan.problem, plan.precision, arch)
     operands |= {c.copy: operands[op] for op, c in copies.items()}
     printer = SweepPrinter(
         program,
@@ -169,11 +168,6 @@ def _read_positive(p: PositiveText, copies: Mapping[str, EightBitCopy]) -> Posit
     return replace(
         p, left=left, right=right, scale=" * ".join(filter(None, (unit, other, p.scale)))
     )
-
-
-def has_aligned_rows(widths: Iterable[int], bytes_: int) -> bool:
-    """Whether rows of so many elements start at multiples of 16 bytes, as descriptors require."""
-    return all(w * bytes_ % 16 == 0 for w in widths)
 
 
 def _ops(program: Program) -> tuple[Any, ...]:
@@ -318,4 +312,4 @@ def helpers_in(text: str) -> set[str]:
     return found
 
 
-__all__ = ["StageText", "build_triton_context", "has_aligned_rows", "helpers_in"]
+__all__ = ["StageText", "build_triton_context", "helpers_in"]

@@ -29,6 +29,8 @@ SMALLEST_DOT = 16
 OFF_BY = 40
 """Registers by which the estimate of what a kernel needs is off, either way; compilers take more
 where there is room."""
+ADDRESSES, ADDRESSES_OF_DESCRIPTORS = 52, 40
+"""Registers for them, with what else a kernel needs for itself."""
 REGISTERS_FOR_MORE = 20
 """For the addresses of each further matrix."""
 
@@ -88,6 +90,16 @@ def has_descriptors(arch: str) -> bool:
     return arch.startswith("sm_") and capability(arch) >= 90
 
 
+def reads_by_descriptors(problem: Problem, precision: str, arch: str) -> bool:
+    """Whether operands' tiles are copied by descriptors: each row begins at a multiple of 16 bytes.
+
+    The problem's dtype is what is multiplied, after any rounding.
+    """
+    bytes_ = 1 if precision == FP8 else DTYPE_BYTES[problem.dtype]
+    widths = (problem.D, *problem.operands.values())
+    return has_descriptors(arch) and all(width * bytes_ % 16 == 0 for width in widths)
+
+
 def capability(arch: str) -> int:
     """90 of "sm_90", 0 of other vendors' names.
 
@@ -110,11 +122,13 @@ def core_tiles(
     """
     tiles = _candidates(problem, precision, arch)
     bytes_ = DTYPE_BYTES[problem.dtype]
+    pointers = has_descriptors(arch) and not reads_by_descriptors(problem, precision, arch)
     for shape in dict.fromkeys((t.rows, t.cols) for t in tiles):
         alike = [t for t in tiles if (t.rows, t.cols) == shape]
         found = {
             mode: next(
-                (t for t in alike if _fits(pass_.programs[mode], t, arch, modes, bytes_)), None
+                (t for t in alike if _fits(pass_.programs[mode], t, arch, modes, bytes_, pointers)),
+                None,
             )
             for mode in modes
         }
@@ -168,16 +182,19 @@ def _candidates(problem: Problem, precision: str, arch: str) -> list[CoreTile]:
     stages = 3 if bytes_ <= 2 else 2
     if _is_exact(problem, precision, arch):
         return [CoreTile(64, cols, SMALLEST_DOT, 8, 2) for cols in (64, 32)]
-    if precision == SPLIT and arch.startswith("sm_") and not 90 <= capability(arch) < 100:
-        # there the halves of both operands go through registers
-        steps = (min(depth, 32), stages + 1) if capability(arch) < 90 else (SMALLEST_DOT, stages)
+    pointers = not reads_by_descriptors(problem, precision, arch)
+    on_hopper = 90 <= capability(arch) < 100
+    if precision == SPLIT and arch.startswith("sm_") and (pointers or not on_hopper):
+        # there the halves of both operands go through registers, or addresses do
+        steps = (min(depth, 32), stages + 1) if capability(arch) < 100 else (SMALLEST_DOT, stages)
         return [CoreTile(128, cols, steps[0], 8, steps[1]) for cols in (64, 32, 16)]
     if arch.startswith("gfx"):
         # a warp's part has at least 32 rows and columns: of less, eight warps would make copies
         shapes = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4))
         return [CoreTile(rows, cols, min(depth, 32), w, 2) for rows, cols, w in shapes]
-    if capability(arch) < 90:
-        tiles = [CoreTile(128, cols, min(depth, 32), 8, stages + 1) for cols in (128, 64, 32, 16)]
+    depth = min(depth, 32) if pointers else depth  # addresses take registers
+    if pointers and capability(arch) < 100:
+        tiles = [CoreTile(128, cols, depth, 8, stages + 1) for cols in (128, 64, 32, 16)]
         return [*tiles[:-1], replace(tiles[-1], most=255)]
     if capability(arch) >= 100:
         narrow = [CoreTile(128, cols, depth, 8, stages, most=255) for cols in (32, 16)]
@@ -193,24 +210,27 @@ def _is_exact(problem: Problem, precision: str, arch: str) -> bool:
     return capability(arch) > 0 and precision == "ieee" and DTYPE_BYTES[problem.dtype] == 4
 
 
-def _fits(code: TileProgram, tile: CoreTile, arch: str, modes: Sequence[Mode], bytes_: int) -> bool:
+def _fits(
+    code: TileProgram, tile: CoreTile, arch: str, modes: Sequence[Mode], bytes_: int, pointers: bool
+) -> bool:
     """Whether a kernel has the registers for a tile, by an estimate that is off by ``OFF_BY``.
 
     Safe kernels run rarely and may be tight, so that they do not decide the tile that others share.
     Four warps of AMD's have a multiprocessor to themselves, and twice the registers.  Products that
     are gone before others are made need none, but ``bytes_`` 4 of an operand's element take them.
+    ``pointers``: operands come through addresses though the machine has descriptors.
     """
     most = 216
     if code.mode == "running" and len(modes) > 1:
         most = 240 if column_sums(arch) == "whole" else 250
     most += 256 * (arch.startswith("gfx") and tile.warps == 4)
     element = tile.rows * tile.cols // (32 * tile.warps)
-    needed = registers(code, tile, arch)
+    needed = registers(code, tile, arch) + pointers * (ADDRESSES - ADDRESSES_OF_DESCRIPTORS)
     if bytes_ <= 2:
         needed -= element * (code.gemms - products_alive(code))
     if column_sums(arch) == "whole":
         needed += _beside_a_row(code, element)
-    elif not has_descriptors(arch) and not code.gradients:
+    elif 0 < capability(arch) < 90 and not code.gradients:
         needed += REGISTERS_FOR_MORE * max(0, code.gemms - 2)
     return needed <= most
 
@@ -296,7 +316,7 @@ def registers(code: TileProgram, tile: CoreTile, arch: str, flipped: bool = Fals
     whole = column_sums(arch) == "whole"
     if whole:  # a column's sum is a tile, and its maximum crosses threads
         live, column = live + folds * (3 if code.mode == "running" else 2) // 2, 0
-    total = 40 if has_descriptors(arch) else 52  # addresses
+    total = ADDRESSES_OF_DESCRIPTORS if has_descriptors(arch) else ADDRESSES
     total += element * live + column * (columns + folds)
     if folds and (several or code.mode == "running"):
         total += element // 2

@@ -62,6 +62,25 @@ def test_nothing_spills(name: str, width: int, arch: str):
         assert_sound(binary, arch)
 
 
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("sm_100", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "name", ["nt_xent", *(pytest.param(n, marks=pytest.mark.full) for n in ("clip", "matryoshka"))]
+)
+def test_nothing_spills_where_rows_begin_between_multiples_of_16_bytes(name: str, arch: str):
+    """They come through addresses, on machines that have descriptors."""
+    for binary in compiled(name, arch, 100).values():
+        assert_sound(binary, arch)
+        assert binary.counts.get("UTMALDG", 0) == 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["bf16x3", "tf32"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_nothing_spills_of_fp32_operands_whose_rows_begin_anywhere(arch: str, precision: str):
+    for binary in offline.binaries(CASES["nt_xent"], arch, 102, "float32", precision):
+        assert_sound(binary, arch)
+
+
 @pytest.mark.parametrize(
     ("arch", "precision"),
     [
