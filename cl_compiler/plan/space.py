@@ -31,8 +31,10 @@ SPARE = 1 / 64
 """Of the budget, what tiles that are kept for speed alone leave free: allocators round up."""
 
 CHURNED = 1.5
-"""Of what comes and goes in a sweep, how much the allocator is left for keeping.  Measured: glibc
-2.36 kept 0.7 to 1.4 times as much, with tiles of 512x512 to 2048x512."""
+"""Of what comes and goes in a sweep, how much the allocator is left for keeping.
+
+glibc keeps about as much again: with its defaults, ``tests/runtime/test_memory.py`` holds the
+process to its budget."""
 
 Values = Mapping[str, float]
 

@@ -225,7 +225,10 @@ def _fits(
         most = 240 if column_sums(arch) == "whole" else 250
     most += 256 * (arch.startswith("gfx") and tile.warps == 4)
     element = tile.rows * tile.cols // (32 * tile.warps)
-    needed = registers(code, tile, arch) + pointers * (ADDRESSES - ADDRESSES_OF_DESCRIPTORS)
+    needed = registers(code, tile, arch)
+    if pointers:  # which also live through the branch of each diagonal
+        branches = sum(isinstance(i, Diagonal) for i in code.instructions)
+        needed += (1 + branches) * (ADDRESSES - ADDRESSES_OF_DESCRIPTORS)
     if bytes_ <= 2:
         needed -= element * (code.gemms - products_alive(code))
     if column_sums(arch) == "whole":
