@@ -138,6 +138,10 @@ def compile_loss(
         with ranks.closing_on_error():
             ranks.agree(wrong)
             return _on_group(ranks, machine, loss, problem, precision, schedule, nonfinite, asked)
+    if grad_convention != "mean" or timeout_s != TIMEOUT_S:  # without effect, but no nonsense
+        from cl_compiler.runtime.group import check_group_options
+
+        check_group_options(timeout_s, grad_convention)
     if deterministic == CANONICAL:
         schedule = canonical_schedule(schedule, False)
     hardware = load_hardware(hardware_spec)

@@ -73,15 +73,35 @@ class CacheError(CompilerError, RuntimeError):
     """The cache directory cannot be used as requested."""
 
 
+ELSEWHERE = {
+    "simclr": ("nt_xent",),
+    "bf16": ("bfloat16",),
+    "half": ("float16", "fp16"),
+    "fp16": ("float16",),
+    "float16": ("fp16",),
+    "fp32": ("float32", "ieee"),
+    "float32": ("ieee",),
+    "float": ("float32", "ieee"),
+    "full": ("ieee",),
+    "fp64": ("float64", "ieee"),
+    "float64": ("ieee",),
+    "double": ("float64", "ieee"),
+}
+"""What is called otherwise elsewhere → our words for it, of which a list may have one."""
+
+
 def instead_of(word: object, known: Iterable[str], what: str = "use one of", most: int = 1) -> str:
     """For a message: the words to use instead, as ``"did you mean 'clip'? use one of clip, …"``.
 
-    The nearest ``most`` come first, if any is near; capitals make no difference.
+    What is called so elsewhere comes first, or the nearest ``most``, if any is near; capitals make
+    no difference.
     """
     from difflib import get_close_matches
 
     words = list(known)
     by_lower = {name.lower(): name for name in words}
-    close = get_close_matches(str(word).lower(), by_lower, n=most, cutoff=0.5)
+    lower = str(word).lower().removeprefix("torch.")
+    close = [name for name in ELSEWHERE.get(lower, ()) if name in by_lower][:1]
+    close = close or get_close_matches(lower, by_lower, n=most, cutoff=0.65)
     hint = f"did you mean {' or '.join(repr(by_lower[c]) for c in close)}? " if close else ""
     return f"{hint}{what} {', '.join(words)}"

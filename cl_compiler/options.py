@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_compiler.errors import ArgumentError, ScheduleError, instead_of
-from cl_compiler.lang.ring import CANONICAL
+from cl_compiler.lang.ring import CANONICAL, CLUSTER_SCHEDULES
 from cl_compiler.plan.precision import PRECISIONS
 from cl_compiler.plan.types import MemoryBudget, Problem
 from cl_compiler.units import exact_bytes
@@ -32,6 +32,11 @@ def check_options(
     """
     if precision not in PRECISIONS:
         raise ArgumentError(f"precision={precision!r}: {instead_of(precision, PRECISIONS)}.")
+    if schedule in CLUSTER_SCHEDULES and schedule not in schedules:
+        raise ScheduleError(
+            f"schedule={schedule!r} is of a group of ranks, and this process is alone: pass "
+            f"group=, or {instead_of('', ['auto', *schedules])}."
+        )
     if schedule not in ("auto", *schedules):
         raise ScheduleError(f"schedule={schedule!r}: {instead_of(schedule, ['auto', *schedules])}.")
     if nonfinite not in ("propagate", "error"):

@@ -27,7 +27,7 @@ def load_hardware(spec: str | Path | HardwareSpec) -> HardwareSpec:
         return read_toml(spec)
     if not isinstance(spec, str):
         raise HardwareError(
-            f'hardware_spec is a {type(spec).__name__}; give "auto", a preset\'s name, '
+            f'hardware_spec is of type {type(spec).__name__}; give "auto", a preset\'s name, '
             "the path of a .toml file or a HardwareSpec"
         )
     if spec == "auto":

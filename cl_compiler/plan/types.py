@@ -141,7 +141,8 @@ class MemoryBudget:
             unknown = set(budget) - {"device", "host"}
             if unknown or "device" not in budget:
                 raise BudgetError(
-                    f"memory budget {dict(budget)!r}: the keys are 'device' and, if wanted, 'host'."
+                    f"memory budget {dict(budget)!r}: give 'device' and, if wanted, 'host', such "
+                    'as {"device": "512MiB", "host": "4GiB"}.'
                 )
             host = budget.get("host")
             return cls(parse_bytes(budget["device"]), None if host is None else parse_bytes(host))

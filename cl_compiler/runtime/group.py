@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
-from cl_compiler.errors import ArgumentError, CompilerError, GroupError
+from cl_compiler.errors import ArgumentError, CompilerError, GroupError, instead_of
 from cl_compiler.runtime.guard import AFTER_FAILURE, Record, listed
 from cl_compiler.runtime.own_group import WATCHDOG_S, OwnGroup
 from cl_compiler.runtime.streams import Posted
@@ -405,8 +405,9 @@ def check_group_options(timeout_s: Any, convention: Any) -> None:
     if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
         raise ArgumentError(f"timeout_s={timeout_s!r}: give seconds above zero.")
     if convention not in CONVENTIONS:
-        known = ", ".join(CONVENTIONS)
-        raise ArgumentError(f"grad_convention={convention!r}: use one of {known}.")
+        raise ArgumentError(
+            f"grad_convention={convention!r}: {instead_of(convention, CONVENTIONS)}."
+        )
 
 
 class _Watched:

@@ -87,15 +87,14 @@ def test_what_triton_does_not_serve_is_printed_in_pytorch():
         assert "torch.backends.cuda.matmul" in source and "mkldnn" not in source
 
 
+@pytest.mark.parametrize(("arch", "first"), [("sm_75", "sm_80"), ("gfx906", "gfx908")])
 @pytest.mark.parametrize("group_size", [0, 2])
-def test_a_gpu_before_triton_gets_pytorch(group_size):
-    turing = replace(
-        with_ranks(load_hardware("a100x1"), 2, 2) if group_size else A100, arch="sm_75"
-    )
-    asked = replace(request(find("clip"), "float16", hardware=turing), group_size=group_size)
+def test_a_gpu_before_triton_gets_pytorch(group_size, arch, first):
+    old = replace(with_ranks(load_hardware("a100x1"), 2, 2) if group_size else A100, arch=arch)
+    asked = replace(request(find("clip"), "float16", hardware=old), group_size=group_size)
     plan, source = built(asked)
     assert plan.template == "torch" and "triton" not in source
-    assert any("begin with sm_80, and this GPU is sm_75" in note for note in plan.notes)
+    assert any(f"begin with {first}, and this GPU is {arch}" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_103", "sm_120", "gfx90a", "gfx950"])

@@ -135,7 +135,9 @@ def test_an_unknown_preset_suggests_close_names_and_lists_all() -> None:
 
 @pytest.mark.parametrize("value", [None, 8, ["h100x8"]])
 def test_what_is_no_hardware_spec_at_all_is_refused(value: object) -> None:
-    with pytest.raises(HardwareError, match=f"hardware_spec is a {type(value).__name__}; give"):
+    with pytest.raises(
+        HardwareError, match=f"hardware_spec is of type {type(value).__name__}; give"
+    ):
         load_hardware(value)  # type: ignore[arg-type]
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cl_compiler.api import find_loss, loss_signature
+from cl_compiler.runtime.arguments import ArgumentChecker
 from cl_compiler.runtime.layouts import read_in_place, whole_rows
 
 WIDE = torch.randn(6, 16)
@@ -37,3 +39,13 @@ def test_a_copy_is_read_as_it_lies(name: str) -> None:
     operand: Tensor = LAYOUTS[name][0]
     copy = operand.clone(memory_format=torch.contiguous_format)
     assert whole_rows(copy) and torch.equal(copy, operand)
+
+
+def test_a_call_whose_operand_begins_elsewhere_is_another_one_to_kernels() -> None:
+    """What was found of an aligned operand, that it needs no copy, is not taken for its like."""
+    signature = loss_signature(find_loss("clip"))
+    calls = [(WIDE, WIDE), (FLAT[1:].view(6, 16), WIDE), (WIDE, FLAT[1:].view(6, 16))]
+    kinds = {ArgumentChecker(signature, "cuda").kind(call, {"logit_scale": 1.0}) for call in calls}
+    assert len(kinds) == 3
+    on_cpu = {ArgumentChecker(signature, "cpu").kind(call, {"logit_scale": 1.0}) for call in calls}
+    assert len(on_cpu) == 1

@@ -148,9 +148,10 @@ def _without_a_neighbour(
     """Safe kernels may have all registers where they would else do with half, and spill the rest.
 
     Left to itself the compiler has two programs fit on a multiprocessor.  For kernels that run
-    rarely that is no gain: where products are exact on tcgen05's machines (8 bytes spilled by
-    Triton 3.7), and before Hopper in tf32, of one matrix's statistics where rows and columns have
-    sums (8 bytes by 3.6).  Others (several matrices, gradients) would there spill of all.
+    rarely that is no gain: where products are exact on tcgen05's machines, and through addresses on
+    Hopper (8 bytes spilled by Triton 3.7), and before Hopper in tf32, of one matrix's statistics
+    where rows and columns have sums (8 bytes by 3.6).  Others (several matrices, gradients) would
+    there spill of all.
     """
     if "running" not in tiles or "bounded" not in pass_.programs:
         return tiles
@@ -158,7 +159,8 @@ def _without_a_neighbour(
     over = registers(code, tile, arch) - 65536 // (2 * 32 * tile.warps)
     squeezed = precision == "tf32" and 0 < capability(arch) < 90
     squeezed &= not pass_.gradients and code.gemms == 1 and 0 < over <= OFF_BY
-    exact = _is_exact(problem, precision, arch) and capability(arch) >= 100
+    pointers = not reads_by_descriptors(problem, precision, arch)
+    exact = _is_exact(problem, precision, arch) and capability(arch) >= (90 if pointers else 100)
     return tiles | {"running": replace(tile, most=255)} if squeezed or exact else tiles
 
 

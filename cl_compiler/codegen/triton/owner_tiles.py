@@ -12,6 +12,8 @@ from cl_compiler.codegen.triton.core import (
     capability,
     column_sums,
     core_tiles,
+    has_descriptors,
+    reads_by_descriptors,
     registers,
 )
 from cl_compiler.codegen.triton.owner import adding_passes, own_dim, owned_operands
@@ -24,6 +26,9 @@ MOST_REGISTERS = 250
 """To aim for, of 255, by an estimate that is off by up to 40."""
 MOST_ON_HOPPER = 275
 """There factors in bf16 come from shared memory as they lie, and fewer registers hold them."""
+MOST_THROUGH_ADDRESSES = (200, 150)
+"""Where rows begin between multiples of 16 bytes, so that descriptors cannot copy them: on Hopper,
+and where a thread holds a whole row of a product."""
 MOST_ON_AMD = 235
 """There 236, of a safe kernel at D = 256 with sums both ways, were two too many for Triton 3.6."""
 REGISTERS_OF_A_PLACE = 10
@@ -85,6 +90,9 @@ def owner_tile(
     as_it_lies = problem.dtype == "bfloat16" and capability(arch) in HOPPER and made == 1
     limit = MOST_ON_AMD if arch.startswith("gfx") else MOST_REGISTERS
     limit = MOST_ON_HOPPER if as_it_lies else limit - REGISTERS_FOR_MORE * (made - 1)
+    if has_descriptors(arch) and not reads_by_descriptors(problem, precision, arch):
+        tiles = [replace(t, depth=min(t.depth, 32)) for t in tiles if not t.resident]
+        limit = MOST_THROUGH_ADDRESSES[column_sums(arch) == "whole"]
     for tile in tiles:
         programs = [pass_.programs[mode] for mode in modes]
         blocks = tile.part * (tile.rows, tile.cols)[own] // (32 * tile.warps) * len(operands)

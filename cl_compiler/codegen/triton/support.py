@@ -11,12 +11,16 @@ from cl_compiler.lang.program import Program
 from cl_compiler.plan.precision import FP8
 from cl_compiler.plan.types import Problem
 
+AMD = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+"""Beginnings of AMD's architectures that have matrix instructions."""
+
 
 def obstacle_of_machine(arch: str) -> str:
     """Why a GPU cannot run Triton kernels; "" where it can."""
-    if arch.startswith("gfx") or capability(arch) >= 80:
+    if arch.startswith(AMD) or capability(arch) >= 80:
         return ""
-    return f"Triton's products begin with sm_80, and this GPU is {arch or 'unknown'}"
+    first = "gfx908" if arch.startswith("gfx") else "sm_80"
+    return f"Triton's products begin with {first}, and this GPU is {arch or 'unknown'}"
 
 
 def obstacle(problem: Problem, program: Program, precision: str = "auto") -> str:

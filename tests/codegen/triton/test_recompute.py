@@ -237,7 +237,12 @@ needs_disassembler = pytest.mark.skipif(
         for a in SHARED_BYTES
         for w in (128, 256, 768)
     ]
-    + [pytest.param(n, "sm_80", 128, marks=pytest.mark.full) for n in ("dcl_views", "qwen3")],
+    + [pytest.param(n, "sm_80", 128, marks=pytest.mark.full) for n in ("dcl_views", "qwen3")]
+    + [  # rows that descriptors cannot copy
+        pytest.param(n, a, w, marks=pytest.mark.full)
+        for n, w in (("clip", 250), ("nt_xent", 100))
+        for a in ("sm_90", "sm_100")
+    ],
 )
 def test_nothing_spills(name: str, arch: str, width: int):
     for binary in binaries(name, arch, width):

@@ -110,6 +110,17 @@ def test_where_the_guard_trips(interpret: Ask, name: str, schedule: str):
     assert_right(found, bound=12.0, dtype="float32")
 
 
+@pytest.mark.parametrize(("layout", "arch"), [("apart", "sm_80"), ("shifted", "sm_90")])
+@pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel"])
+def test_shards_that_do_not_lie_row_behind_row(
+    interpret: Ask, schedule: str, layout: str, arch: str
+):
+    found = interpret(
+        case="clip", ring=schedule, shares=[1, 2, 1], dtype="float32", arch=arch, layout=layout
+    )
+    assert_right(found, bound=12.0, dtype="float32")
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel"])
 def test_gradients_of_bf16_shards(interpret: Ask, schedule: str, scale: float):

@@ -87,6 +87,18 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 """How the rows of an operand lie in memory."""
 
 
+def laid_out(function: Any, layout: str) -> Any:
+    """An autograd Function whose operands lie so."""
+
+    class Laid:
+        @staticmethod
+        def apply(ring: Any, *arguments: Any) -> Any:
+            lay = LAYOUTS[layout]
+            return function.apply(ring, *(lay(t) if t.dim() > 1 else t for t in arguments))
+
+    return Laid
+
+
 def draw(request: dict[str, Any]) -> Sample:
     """A sample whose operands are representable in the request's dtype."""
     case = CASES[request["case"]]
@@ -197,6 +209,8 @@ def run_on_ranks(request: dict[str, Any], inputs: Sample) -> Found:
     def watch(module: ModuleType) -> None:
         if request["ring"] == HOST:
             pretend(setattr, late=bool(request.get("late", True)))(module)
+        if "layout" in request:
+            module.Loss = laid_out(module.Loss, request["layout"])  # type: ignore[attr-defined]
         if hasattr(module, "_in_range"):
             judge = module._in_range
 
