@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from cl_compiler.api import find_loss, loss_signature
+from cl_compiler.codegen.render import environment
 from cl_compiler.runtime.arguments import ArgumentChecker
 from cl_compiler.runtime.layouts import read_in_place, whole_rows
 
@@ -39,6 +42,17 @@ def test_a_copy_is_read_as_it_lies(name: str) -> None:
     operand: Tensor = LAYOUTS[name][0]
     copy = operand.clone(memory_format=torch.contiguous_format)
     assert whole_rows(copy) and torch.equal(copy, operand)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_emitted_files_copy_what_the_checker_would(name: str) -> None:
+    """They stand alone, so each has the rule in its own words."""
+    emitted: dict[str, Any] = {"torch": torch}
+    exec(environment().get_template("triton/whole_rows.py.jinja").render(), emitted)
+    operand = LAYOUTS[name][0]
+    ready = emitted["_whole_rows"](operand)
+    assert (ready is operand) == whole_rows(operand)
+    assert whole_rows(ready) and torch.equal(ready, operand)
 
 
 def test_a_call_whose_operand_begins_elsewhere_is_another_one_to_kernels() -> None:

@@ -26,9 +26,8 @@ MOST_REGISTERS = 250
 """To aim for, of 255, by an estimate that is off by up to 40."""
 MOST_ON_HOPPER = 275
 """There factors in bf16 come from shared memory as they lie, and fewer registers hold them."""
-MOST_THROUGH_ADDRESSES = (200, 150)
-"""Where rows begin between multiples of 16 bytes, so that descriptors cannot copy them: on Hopper,
-and where a thread holds a whole row of a product."""
+MOST_THROUGH_ADDRESSES = 150
+"""Where rows begin between multiples of 16 bytes, so that descriptors cannot copy them."""
 MOST_ON_AMD = 235
 """There 236, of a safe kernel at D = 256 with sums both ways, were two too many for Triton 3.6."""
 REGISTERS_OF_A_PLACE = 10
@@ -92,7 +91,7 @@ def owner_tile(
     limit = MOST_ON_HOPPER if as_it_lies else limit - REGISTERS_FOR_MORE * (made - 1)
     if has_descriptors(arch) and not reads_by_descriptors(problem, precision, arch):
         tiles = [replace(t, depth=min(t.depth, 32)) for t in tiles if not t.resident]
-        limit = MOST_THROUGH_ADDRESSES[column_sums(arch) == "whole"]
+        limit = MOST_THROUGH_ADDRESSES
     for tile in tiles:
         programs = [pass_.programs[mode] for mode in modes]
         blocks = tile.part * (tile.rows, tile.cols)[own] // (32 * tile.warps) * len(operands)

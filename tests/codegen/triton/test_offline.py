@@ -112,6 +112,13 @@ def test_nothing_spills_in_the_zoo(name: str, arch: str):
             assert_sound(binary, arch)
 
 
+@pytest.mark.full
+@pytest.mark.xfail(reason="Triton 3.7.1: 8 bytes in the safe forward", strict=False)
+def test_nothing_spills_of_rows_of_odd_length_in_fp32():
+    for binary in offline.binaries(CASES["clip"], "sm_89", 99, "float32", "bf16x3"):
+        assert_sound(binary, "sm_89")
+
+
 def test_forward_has_one_exponential_for_both_directions():
     binary = compiled("clip", "sm_90", 512)["_forward_sweep_bounded_kernel"]
     assert binary.tile == Tile(128, 128)

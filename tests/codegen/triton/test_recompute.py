@@ -250,6 +250,14 @@ def test_nothing_spills(name: str, arch: str, width: int):
 
 
 @needs_disassembler
+@pytest.mark.full
+@pytest.mark.xfail(reason="Triton 3.7.1: 16 to 48 bytes in the backward's kernels", strict=False)
+def test_nothing_spills_of_rows_of_odd_length():
+    for binary in binaries("clip", "sm_80", 99):
+        assert_sound(binary, "sm_80")
+
+
+@needs_disassembler
 def test_owned_operands_in_registers_leave_room_for_the_rest():
     """On Ampere, where they are loaded once, and rows keep what rounding takes off positives."""
     for binary in binaries("clip", "sm_80", 128, mode="bounded"):
