@@ -68,7 +68,7 @@ def cases_of(
     found = []
     for count in threads:
         n = 16384 if count > 1 or long else 8192
-        budget = "96MiB" if n == 16384 else "48MiB"
+        budget = "128MiB" if n == 16384 else "48MiB"
         found.append(Case("headline", "clip", n, n, 512, count, trio, budget, 7))
     everybody = (*trio, "open_clip", "chunked", "torch_compile")
     found.append(Case("providers", "clip", 8192, 8192, 512, many, everybody, "48MiB", 3))

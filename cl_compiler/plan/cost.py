@@ -3,8 +3,9 @@
 Operators run one after the other, so their times add up:
 
 * a matrix product takes the longer of its FLOP and, at every level of memory, of moving the
-  operands of that level's blocks into it; small tiles also pay for the copies of operands that a
-  product multiplies from;
+  operands of that level's blocks into it; a CPU, whose rates are measured with operands in its
+  caches, waits for those that its caches do not hold; small tiles also pay for the copies of
+  operands that a product multiplies from;
 * an elementwise pass takes its rate, and what its buffers' memory is slower than the memory that
   the rate was measured with;
 * every operator is launched; every shard of another rank is moved.
@@ -46,6 +47,8 @@ seconds_per_byte = sp.Function("seconds_per_byte")
 """Of data that occupies so many bytes, in the innermost memory that holds it."""
 extra_seconds_per_byte = sp.Function("extra_seconds_per_byte")
 """The same beyond what elementwise rates already include."""
+waiting_per_byte = sp.Function("waiting_per_byte")
+"""Seconds that products wait for a byte of operands, of which a sweep streams so many bytes."""
 
 EXP_RATE, PASS_RATE, LAUNCH = sp.symbols("exp_per_s pass_per_s op_overhead_s", positive=True)
 PACK = sp.Symbol("onednn_pack_s", nonnegative=True)
@@ -85,18 +88,19 @@ class Cost:
     traffic: tuple[sp.Expr, ...]
 
 
-def cost_of(facts: ProgramFacts, inner_levels: int, *, casts: bool) -> Cost:
+def cost_of(facts: ProgramFacts, inner_levels: int, *, casts: bool, overlaps: bool = True) -> Cost:
     """Add up the passes of a program.
 
     ``inner_levels``: how many levels with memory are inside the device.
     ``casts``: inputs are 16-bit, so tiles of operands are widened.
+    ``overlaps``: products run while their operands come from the device's memory.
     """
     parts = [sp.Integer(0)] * len(PARTS)
     traffic = [sp.Integer(0)] * (inner_levels + 1)
     flops: sp.Expr = sp.Integer(0)
     for p in facts.passes:
         for share, work, products in _shares(p):
-            seconds, moved = _products(p, products, inner_levels)
+            seconds, moved = _products(p, products, inner_levels, overlaps)
             area, tiles = share * p.area, share * p.tiles
             parts[0] += share * seconds
             parts[1] += area * work.exps / EXP_RATE
@@ -128,7 +132,7 @@ def _shares(p: PassFacts) -> list[tuple[sp.Expr, Work, tuple[Product, ...]]]:
 
 
 def _products(
-    p: PassFacts, products: tuple[Product, ...], inner_levels: int
+    p: PassFacts, products: tuple[Product, ...], inner_levels: int, overlaps: bool
 ) -> tuple[sp.Expr, list[sp.Expr]]:
     """(seconds, bytes served by each level) of a pass's products."""
     seconds: sp.Expr = sp.Integer(0)
@@ -137,12 +141,24 @@ def _products(
         inner = {"similarity": q.width, "left": p.n, "right": p.m}[q.role]
         rate_of = onednn_rate if p.onednn and q.role != "left" else gemm_rate
         times = [2 * p.area * q.width / rate_of(inner)]
-        for index, moved in enumerate(_moved(p, q, inner_levels)):
-            rate = DEVICE_RATE if index == 0 else level_symbols(index - 1)[2]
-            times.append(moved / rate)
-            traffic[index] += moved
+        moved = _moved(p, q, inner_levels)
+        rates = [DEVICE_RATE, *(level_symbols(index)[2] for index in range(inner_levels))]
+        alongside = slice(0 if overlaps else 1, None)
+        times += [b / rate for b, rate in zip(moved[alongside], rates[alongside], strict=True)]
         seconds += sp.Max(*times, evaluate=False)
+        if not overlaps:
+            seconds += moved[0] * waiting_per_byte(_streamed(p))
+        traffic = [t + b for t, b in zip(traffic, moved, strict=True)]
     return seconds, traffic
+
+
+def _streamed(p: PassFacts) -> sp.Expr:
+    """Bytes that a row of tiles goes through: its buffers, and operands of all columns with their
+    gradients.
+    """
+    gradients = sp.Add(*(q.width for q in p.products if q.role == "right"))
+    operands = sp.Add(*p.col_operands) * INPUT_BYTES + gradients * COMPUTE_BYTES
+    return p.cols * operands + p.m * p.n * p.held * COMPUTE_BYTES
 
 
 def _moved(p: PassFacts, q: Product, inner_levels: int) -> list[sp.Expr]:
@@ -266,12 +282,18 @@ def compile_cost(
     def rate(inner: float) -> float:
         return machine.gemm_rate(problem.dtype, precision, inner)
 
-    cost = cost_of(facts, len(machine.inner), casts=problem.input_bytes < problem.compute_bytes)
+    cost = cost_of(
+        facts,
+        len(machine.inner),
+        casts=problem.input_bytes < problem.compute_bytes,
+        overlaps=machine.spec.kind != "cpu",
+    )
     functions: dict[str, Callable[[float], float]] = {
         "gemm_rate": rate,
         "onednn_rate": machine.onednn_rate,
         "seconds_per_byte": machine.seconds_per_byte,
         "extra_seconds_per_byte": machine.extra_seconds_per_byte,
+        "waiting_per_byte": machine.waiting_per_byte,
     }
     return CompiledCost(cost, tape_of(cost.parts, functions))
 

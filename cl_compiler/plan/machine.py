@@ -133,6 +133,14 @@ class Machine:
         """
         return max(0.0, self.seconds_per_byte(held_bytes) - 1 / (PASS_BYTES * self.pass_per_s))
 
+    def waiting_per_byte(self, held_bytes: float) -> float:
+        """Seconds for which products wait for a byte of such data.
+
+        Their rate was measured with operands in the caches, and includes moving them from there.
+        """
+        outermost = 1 / self.inner[0].bytes_per_s if self.inner else 0.0
+        return max(0.0, self.seconds_per_byte(held_bytes) - outermost)
+
     def sub_tiles(self, tile: Tile, element_bytes: int) -> tuple[Tile, ...]:
         """The block that one instance of each inner level works on, from the outside in.
 

@@ -23,9 +23,6 @@ from cl_compiler.units import format_bytes
 
 RESOLUTION = 1e-3
 """Relative difference of predicted seconds below which two plans count as equally fast."""
-CHURN = 3e-3
-"""The same where oneDNN makes tiles: they are new tensors, and of larger ones the allocator keeps
-more than it is asked for."""
 PREFERENCE: tuple[Schedule, ...] = ("dense", "spill", "panel", "retain", "recompute")
 """Which of two plans with equal seconds and equal bytes is taken: the one with fewer passes."""
 
@@ -55,7 +52,7 @@ def choose_plan(
     best = _best_of_each(space)
     if not best:
         raise budget_error(space)
-    chosen = select(_with_room(space, best.values()), _resolution(space, best))
+    chosen = select(_with_room(space, best.values()))
     return _plan(space, chosen, _rejected(space, chosen, best))
 
 
@@ -113,10 +110,10 @@ def nearby_plans(
     return tuple(_plan(space, p, ()) for p in points[:most])
 
 
-def select(points: list[Point], resolution: float = RESOLUTION) -> Point:
+def select(points: list[Point]) -> Point:
     """The fastest of some points; of equally fast ones that with the fewest bytes."""
     fastest = min(p.seconds for p in points)
-    near = [p for p in points if p.seconds <= fastest * (1 + resolution)]
+    near = [p for p in points if p.seconds <= fastest * (1 + RESOLUTION)]
     return min(
         near,
         key=lambda p: (p.peak_bytes, PREFERENCE.index(p.schedule), p.tile.rows, p.tile.cols),
@@ -128,7 +125,7 @@ def _best_of_each(space: Space) -> dict[Schedule, Point]:
     for schedule in space.schedules():
         points = _with_room(space, space.points(schedule))
         if points:
-            best[schedule] = select(points, _resolution(space, [schedule]))
+            best[schedule] = select(points)
     return best
 
 
@@ -136,10 +133,6 @@ def _with_room(space: Space, points: Iterable[Point]) -> list[Point]:
     """Those that leave the allocator room, if there are any; else all."""
     found = list(points)
     return [p for p in found if space.leaves_room(p)] or found
-
-
-def _resolution(space: Space, schedules: Iterable[Schedule]) -> float:
-    return CHURN if all(space.option(s).facts.onednn for s in schedules) else RESOLUTION
 
 
 def _rejected(space: Space, chosen: Point, best: dict[Schedule, Point]) -> tuple[Candidate, ...]:

@@ -11,7 +11,7 @@ from cl_compiler.losses.cross_entropy import clip, infonce
 from cl_compiler.losses.self_supervised import nt_xent
 from cl_compiler.losses.sigmoid import siglip
 from cl_compiler.plan import Plan, Request, choose_plan
-from cl_compiler.plan.cost import PARTS
+from cl_compiler.plan.cost import PARTS, waiting_per_byte
 from cl_compiler.plan.space import Point, space_of
 from cl_compiler.plan.types import Tile
 from tests.plan.requests import EPYC, XEON, request, with_gemm
@@ -141,6 +141,28 @@ def test_a_tile_that_leaves_the_cache_pays_for_it_and_one_that_fits_does_not() -
     # Two buffers of 512x1024 floats fill the L2 caches of both cores exactly.
     assert beyond(Tile(512, 1024)) == 0
     assert 0 < beyond(Tile(1024, 1024)) < beyond(Tile(8192, 8192))
+
+
+def test_products_wait_for_operands_that_the_caches_do_not_hold() -> None:
+    """Of 4,096 rows and their gradients 16 MiB: the caches hold them. Of 65,536: 256 MiB."""
+
+    def products(rows: int, tile: Tile, **more: object) -> float:
+        space = space_of(request(clip, rows=rows, schedule="spill", **more), None, None)
+        return space.point("spill", tile, 0).parts[PARTS.index("matrix products")]
+
+    small, large = Tile(512, 1024), Tile(1024, 2048)
+    assert products(4096, small, hardware=EPYC) == products(4096, large, hardware=EPYC)
+    assert products(65536, small, hardware=EPYC) > 1.01 * products(65536, large, hardware=EPYC)
+    on_gpu = space_of(request(clip, "h100x1", schedule="spill"), None, None).option("spill").cost
+    assert not any(part.has(waiting_per_byte) for part in on_gpu.cost.parts)
+
+
+def test_larger_problems_get_larger_tiles_where_the_budget_has_room() -> None:
+    few, many = (
+        choose_plan(request(clip, EPYC, rows, schedule="spill", budget="1GiB")).tile
+        for rows in (4096, 65536)
+    )
+    assert many.rows * many.cols > few.rows * few.cols
 
 
 def test_thin_tiles_copy_more_operand_per_pair() -> None:

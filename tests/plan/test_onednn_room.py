@@ -9,7 +9,7 @@ import pytest
 from cl_compiler.hardware import load_hardware
 from cl_compiler.losses.cross_entropy import clip
 from cl_compiler.plan import choose_plan, max_batch, plan_candidates
-from cl_compiler.plan.search import CHURN, nearby_plans
+from cl_compiler.plan.search import RESOLUTION, nearby_plans
 from cl_compiler.plan.space import space_of
 from cl_compiler.plan.types import MemoryBudget, Plan, Request
 from tests.plan.requests import request
@@ -57,7 +57,7 @@ def test_what_leaves_too_little_is_rejected_in_words() -> None:
     assert said and all(c.peak_bytes <= plan.budget.device_bytes for c in said)
     others = [c for c in plan.rejected if c.peak_bytes and "allocator" not in c.reason]
     fitting = [c for c in others if "does not fit" not in c.reason]
-    assert all(c.seconds >= plan.seconds * (1 - CHURN) for c in fitting)
+    assert all(c.seconds >= plan.seconds * (1 - RESOLUTION) for c in fitting)
 
 
 def test_what_blas_makes_in_place_needs_none() -> None:
