@@ -237,10 +237,11 @@ class Workload:
         items.append(("partial statistics", _partial_bytes(pass_, cores, rows, cols)))
         if pass_.has_barrier:  # a block of products; the rows' operand times a factor, and rounded
             items.append(("a block of products", round((4 + element) * rows * max(found.widths))))
-        if self.request.problem.dtype == "float16" and pass_.has_barrier:
-            items.append(("an operand in bf16", round(2 * found.cols * max(found.widths))))
+        longest = max(found.rows, found.cols)
+        if pass_.gradients and self._multiplied == "float16":
+            items.append(("an operand in bf16", round(2 * longest * max(found.widths))))
         if pass_.gradients and self.request.precision == SPLIT:
-            longest = max(found.rows, found.cols)  # two bf16 numbers and an fp32 rest
+            # two bf16 numbers and an fp32 rest
             items.append(("an operand split in bf16", round(8 * longest * max(found.widths))))
         return items
 
@@ -280,6 +281,12 @@ class Workload:
             return 1
         problem, operands = self.request.problem, owned_operands(self.program.plan, pass_, own)
         return max(-(-problem.operands.get(o, problem.D) // core.part) for o in operands)
+
+    @property
+    def _multiplied(self) -> str:
+        """The dtype of operands that gradients, in bf16 where that has 16 bits, meet."""
+        problem = self.request.problem
+        return rounded_operands(problem.dtype, self.request.precision) or problem.dtype
 
     @cached_property
     def _rounded(self) -> list[tuple[str, int]]:

@@ -90,6 +90,18 @@ def test_every_byte_of_clip_is_what_its_file_allocates():
     assert w.peak_bytes(tile) == sum(items.values()) + vectors
 
 
+def test_operands_in_fp16_are_copied_to_meet_a_panel_in_bf16():
+    """One at a time, the rows or columns of a panel: cuBLAS multiplies equal types."""
+    tile = Tile(2048, 4096)
+    of = {dtype: dict(workload(rows=4096, dtype=dtype, precision=precision).footprint(tile).items)
+          for dtype, precision in (("bfloat16", "bf16"), ("float16", "fp16"))}  # fmt: skip
+    assert "an operand in bf16" not in of["bfloat16"]
+    assert of["float16"].pop("an operand in bf16") == 4096 * 512 * 2
+    assert of["float16"] == of["bfloat16"]
+    rounded = workload(rows=4096, dtype="float32", precision="fp16").footprint(tile).items
+    assert dict(rounded)["an operand in bf16"] == 4096 * 512 * 2
+
+
 def test_a_budget_that_no_panel_fits_goes_to_pytorch_or_says_what_would_do():
     w = workload(rows=1 << 14)
     request = replace(w.request, budget=MemoryBudget(smallest_bytes(w) - 1))
