@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -15,9 +16,22 @@ if TYPE_CHECKING:
 LevelKind = Literal["cluster", "node", "device", "cache", "core"]
 LEVEL_KINDS: tuple[LevelKind, ...] = ("cluster", "node", "device", "cache", "core")
 DEVICE_KINDS = ("cpu", "cuda", "hip")
+GPU_ARCH = re.compile(r"sm_\d{2,3}[af]?|gfx[0-9a-f]{3,4}")
+"""How compilers write what they compile for."""
 # How a multiplication is done; the accumulator is float32, for float64 operands float64.  "float32"
 # is BLAS's, "onednn" the same by oneDNN.
 DTYPES = ("float64", "float32", "onednn", "tf32", "bfloat16", "float16", "fp8")
+
+
+def check_arch(where: str, kind: str, arch: str) -> None:
+    """That a kind of device is known, and a GPU named as compilers name it."""
+    if kind not in DEVICE_KINDS:
+        raise HardwareError(f"{where} has kind {kind!r}; use one of {', '.join(DEVICE_KINDS)}")
+    if kind != "cpu" and not GPU_ARCH.fullmatch(arch):
+        raise HardwareError(
+            f"{where} has arch {arch!r}, and kernels are compiled for it; write it as compilers "
+            "do, such as 'sm_90' or 'gfx942'"
+        )
 
 
 def check_levels(where: str, levels: tuple[Level, ...]) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 
 from cl_compiler.errors import HardwareError
 from cl_compiler.hardware.checks import (
-    DEVICE_KINDS,
     DTYPES,
     LEVEL_KINDS,
     LevelKind,
+    check_arch,
     check_integer,
     check_levels,
     check_links,
@@ -177,10 +177,7 @@ class HardwareSpec:
         where = f"hardware {self.name!r}"
         check_text("a hardware spec", "name", self.name)
         check_text(where, "arch", self.arch)
-        if self.kind not in DEVICE_KINDS:
-            raise HardwareError(
-                f"{where} has kind {self.kind!r}; use one of {', '.join(DEVICE_KINDS)}"
-            )
+        check_arch(where, self.kind, self.arch)
         # One order for what has none, so that equal machines compare and hash equal.
         for field in ("gemm_flops_per_s", "gemm_efficiency", "sources"):
             object.__setattr__(self, field, tuple(sorted(map(tuple, getattr(self, field)))))

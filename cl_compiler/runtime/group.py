@@ -43,7 +43,12 @@ def process_group(group: Any, mesh: Any) -> dist.ProcessGroup:
     if group is not None and mesh is not None:
         raise ArgumentError("give group= or mesh=, not both: a 1-D mesh is a group.")
     if mesh is not None:
-        if getattr(mesh, "ndim", None) != 1:
+        if not hasattr(mesh, "get_group"):
+            raise ArgumentError(
+                f"mesh={mesh!r} is no DeviceMesh; give one of torch.distributed.init_device_mesh, "
+                "or pass a ProcessGroup as group=."
+            )
+        if mesh.ndim != 1:
             raise ArgumentError(
                 f"mesh={mesh!r}: a loss lives on one dimension of a mesh; pass mesh['dp'], or what "
                 "the data-parallel dimension is called."

@@ -69,6 +69,8 @@ def test_a_source_is_found_for_one_entry_or_for_its_table() -> None:
     ("change", "message"),
     [
         ({"kind": "tpu"}, "kind 'tpu'; use one of cpu, cuda, hip"),
+        ({"kind": "cuda", "arch": "sm90"}, "arch 'sm90', and kernels .* such as 'sm_90'"),
+        ({"kind": "hip", "arch": "mi300"}, "arch 'mi300', and kernels .* such as .* 'gfx942'"),
         ({"name": " "}, "name is ' '"),
         ({"levels": (L2, DEVICE, CORE)}, "order l2 .*outermost first: cluster > node > device"),
         ({"levels": (L2, CORE)}, "0 levels of kind 'device'"),

@@ -72,6 +72,7 @@ def partial_groups(rank: int) -> dict[str, Any]:
     found["mesh"] = error(compiled(mesh=mesh["data"]), rank, [rank // 2 * 2, rank // 2 * 2 + 1])
     for name, where in (
         ("2-D mesh", {"mesh": mesh}),
+        ("no mesh", {"mesh": "WORLD"}),
         ("no member", {"group": pairs[1 - rank % 2]}),
     ):
         try:

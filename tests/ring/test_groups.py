@@ -36,6 +36,7 @@ def test_groups_of_some_ranks():
         assert "ArgumentError" in wrong and "precision='wrong'" in wrong
         assert rank == 2 or "rank 2: " in wrong
         assert "ArgumentError" in found.pop("2-D mesh")
+        assert "is no DeviceMesh" in found.pop("no mesh")
         assert "ArgumentError" in found.pop("no member")
         assert max(found.values()) < 2e-6, found
 
