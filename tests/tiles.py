@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_compiler.codegen.render import render
+from cl_compiler.lang.base_two import in_base_two
 from cl_compiler.lang.program import Schedule
 from cl_compiler.lang.schedules import build_program, valid_schedules
 from cl_compiler.lang.sweeps import plan_sweeps
@@ -32,11 +33,14 @@ def emit(
     width: int = 6,
     precision: str = "ieee",
     library: str = "blas",
+    exponential: str = "exp",
 ) -> str:
     """The text of the file for one case."""
     needs = case.needs if needs is None else needs
     sweeps = plan_sweeps(case.loss, case.positives, needs)
     program = build_program(sweeps, schedule)
+    if exponential == "exp2":
+        program = in_base_two(program)
     tile = Tile(ROW_TILE, COL_TILE) if tile is None else tile
     if any(p.symmetric for p in program.passes):
         tile = Tile(tile.rows, tile.rows)
@@ -59,6 +63,7 @@ def emit(
         0.0,
         4.0,
         library=library,  # type: ignore[arg-type]
+        exponential=exponential,  # type: ignore[arg-type]
     )
     return render(plan, program, "test")
 

@@ -14,6 +14,7 @@ from cl_compiler.codegen.triton.retain import retained
 from cl_compiler.codegen.triton.support import obstacle, obstacle_of_machine
 from cl_compiler.codegen.triton.workload import Workload
 from cl_compiler.errors import ScheduleError
+from cl_compiler.lang.base_two import in_base_two
 from cl_compiler.lang.program import SCHEDULES, Schedule
 from cl_compiler.lang.schedules import build_program, valid_schedules
 from cl_compiler.lang.sweeps import SweepPlan
@@ -45,6 +46,8 @@ def plan_and_print(request: Request, sweeps: SweepPlan, variant: str) -> tuple[P
 def print_plan(plan: Plan, request: Request, sweeps: SweepPlan, variant: str) -> str:
     """The text of the file that runs one of a request's plans."""
     program = build_program(sweeps, plan.schedule)
+    if plan.exponential == "exp2":
+        program = in_base_two(program)
     if plan.template == "triton":
         return render_triton(plan, program, variant, request.hardware.arch)
     return render(plan, program, variant, device="cuda" if _is_gpu(request) else "cpu")

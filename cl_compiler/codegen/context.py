@@ -379,6 +379,7 @@ def _helpers(statements: str) -> set[str]:
     )
     found = {k for k in known if f"{k}(" in statements}
     found |= {"TIE_TOLERANCE"} if "TIE_TOLERANCE" in statements else set()
+    found |= {"LOG2E"} if "exp2" in statements else set()
     if "_logsubexp" in found:
         found.add("_one_minus_exp")
     return found

@@ -11,6 +11,7 @@ from sympy.printing.str import StrPrinter
 
 from cl_compiler.lang.resolve import ONE_TO_ONE
 from cl_compiler.lang.tile_ir import (
+    LOG2E,
     Accumulate,
     Compute,
     Diagonal,
@@ -238,6 +239,8 @@ class TilePrinter:
         """A scalar that multiplies a tile, or is added to it."""
         if expr.is_number:
             return number(expr)
+        if expr == LOG2E:
+            return "LOG2E"
         text = self.scalar(expr)
         return text if self.is_python(expr) else self._value(text)
 
@@ -247,7 +250,9 @@ class TilePrinter:
 
     def _is_literal(self, ref: Ref) -> bool:
         """Whether a scalar's text is a Python number."""
-        number = isinstance(ref, ScalarRef) and (ref.expr.is_number or self.is_python(ref.expr))
+        number = isinstance(ref, ScalarRef) and (
+            ref.expr.is_number or ref.expr == LOG2E or self.is_python(ref.expr)
+        )
         return bool(number)
 
     def ref(self, ref: Ref) -> str:
@@ -257,7 +262,8 @@ class TilePrinter:
             case VectorRef(name=name, dim=dim):
                 return self.vector(name, dim)
             case ScalarRef(expr=expr):
-                return number(expr) if expr.is_number else self.scalar(expr)
+                known = expr.is_number or expr == LOG2E
+                return self.number(expr) if known else self.scalar(expr)
 
     def compute(self, c: Compute) -> str:
         """One elementwise operation, in place where a buffer is taken over."""
@@ -308,7 +314,7 @@ class TilePrinter:
                     return f"{out}.div_({args[1]})"
                 if args[0] == "1.0":
                     return f"torch.reciprocal({args[1]}, out={out})"
-            case "exp" | "sigmoid" | "neg" | "square" | "log" | "sqrt" | "expm1" | "abs":
+            case "exp" | "exp2" | "sigmoid" | "neg" | "square" | "log" | "sqrt" | "expm1" | "abs":
                 if args[0] == out:
                     return f"{out}.{c.op}_()"
         tensors = [
@@ -322,7 +328,11 @@ class TilePrinter:
         factors = [] if scale is None or not g.scaled else [self._value(scale)]
         if g.alpha != 1:
             factors.append(self.number(g.alpha))
-        return " * ".join(factors), self.number(g.beta) if g.beta != 0 else ""
+        beta = self.number(g.beta) if g.beta != 0 else ""
+        if g.log2e:
+            factors.append("LOG2E")
+            beta = f"{beta} * LOG2E" if beta else ""
+        return " * ".join(factors), beta
 
     def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
         """The similarity tile, its scale and offset in the same call."""

@@ -213,19 +213,21 @@ def _cpu_precision(module: Any, precision: str) -> Iterator[None]:
 
 def _cpu_elementwise(
     module: Any, timer: _Timer, random: Callable[..., Any]
-) -> tuple[tuple[str, float], tuple[str, float]]:
-    """Elements per second of exp, and of the mean of an addition and a multiplication."""
+) -> tuple[tuple[str, float], ...]:
+    """Elements per second of exp and exp2, and of the mean of an addition and a multiplication."""
     tile, other, out = random(*_TILE), random(*_TILE), module.empty(*_TILE)
     row, column = random(_TILE[0], 1), random(1, _TILE[1])
     elements = tile.numel()
     exponential = timer.rate(lambda: module.exp(tile, out=out))
+    binary = timer.rate(lambda: module.exp2(tile, out=out))
     # The two passes of a gradient tile: a broadcast sum, and a product in place of a fresh tile
     # (multiplying in place again and again would end in denormals).
     add = timer.rate(lambda: module.add(row, column, out=out))
     multiply = timer.rate(lambda: module.mul(tile, other, out=out))
-    return ("exp_per_s", elements * exponential), (
-        "pass_per_s",
-        elements * 2 / (1 / add + 1 / multiply),
+    return (
+        ("exp_per_s", elements * exponential),
+        ("exp2_per_s", elements * binary),
+        ("pass_per_s", elements * 2 / (1 / add + 1 / multiply)),
     )
 
 

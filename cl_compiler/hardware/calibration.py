@@ -33,7 +33,7 @@ __all__ = [
 
 _FORMAT = 1
 _REFERENCE_D = 512
-_RATES = {"exp_per_s", "pass_per_s", "op_overhead_s", "onednn_pack_s"}
+_RATES = {"exp_per_s", "exp2_per_s", "pass_per_s", "op_overhead_s", "onednn_pack_s"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Calibration:
     Attributes:
         fingerprint: of the machine and its software.
         gemm: (dtype, inner dimension D, FLOP/s) of 512 x 1024 x D products.
-        rates: (field of ``HardwareSpec``, value): exp_per_s, pass_per_s, op_overhead_s,
-            onednn_pack_s, as far as they were measured.
+        rates: (field of ``HardwareSpec``, value): exp_per_s, exp2_per_s, pass_per_s,
+            op_overhead_s, onednn_pack_s, as far as they were measured.
         bandwidths: (level, bytes/s of one instance), reads plus writes of a copy; "host_link" is
             host to device.
         thread_gain: rate of all threads over the rate of one, float32 GEMM; 1 for a GPU.
@@ -187,6 +187,8 @@ def apply(spec: HardwareSpec, result: Calibration, said: str = "") -> HardwareSp
             source=f"{host.source}; link {said}",
         )
         measured.add("host.link_bandwidth_bytes_per_s")
+    # A guess goes where what it would be compared with was measured.
+    exp2 = 0.0 if "exp_per_s" in scalars else spec.exp2_per_s
     return replace(
         spec,
         levels=levels,
@@ -194,6 +196,7 @@ def apply(spec: HardwareSpec, result: Calibration, said: str = "") -> HardwareSp
         gemm_flops_per_s=tuple(rates.items()),
         gemm_efficiency=tuple(efficiency.items()) or spec.gemm_efficiency,
         exp_per_s=scalars.get("exp_per_s", spec.exp_per_s),
+        exp2_per_s=scalars.get("exp2_per_s", exp2),
         pass_per_s=scalars.get("pass_per_s", spec.pass_per_s),
         op_overhead_s=scalars.get("op_overhead_s", spec.op_overhead_s),
         onednn_pack_s=scalars.get("onednn_pack_s", spec.onednn_pack_s),

@@ -116,8 +116,9 @@ def check_rates(where: str, spec: HardwareSpec) -> None:
                 f"{where}: gemm_efficiency.{inner} is {value}; it is a fraction of "
                 "gemm_flops_per_s, at most 1"
             )
-    for field in ("exp_per_s", "pass_per_s", "op_overhead_s", "onednn_pack_s"):
-        check_number(where, field, getattr(spec, field), zero_allowed=not field.endswith("_per_s"))
+    required = ("exp_per_s", "pass_per_s")
+    for field in (*required, "op_overhead_s", "onednn_pack_s", "exp2_per_s"):
+        check_number(where, field, getattr(spec, field), zero_allowed=field not in required)
 
 
 def check_number(where: str, field: str, value: object, *, zero_allowed: bool = False) -> None:

@@ -145,6 +145,8 @@ class HardwareSpec:
         gemm_flops_per_s: (dtype, FLOP/s of one device), sorted by dtype; "float32" is IEEE,
             by BLAS on a CPU, where "onednn" is the same by oneDNN.
         exp_per_s: elementwise exponentials per second of one device.
+        exp2_per_s: the same to base 2, 0 where unknown; a CPU whose tiles are fp32 evaluates
+            exponentials that way where it is the faster one.
         pass_per_s: elements per second of one simple elementwise pass (add, multiply) over a
             tile that is in cache (CPU) or in registers (GPU), one device.
         op_overhead_s: fixed cost of launching one operator, seconds.
@@ -169,6 +171,7 @@ class HardwareSpec:
     pass_per_s: float
     op_overhead_s: float
     onednn_pack_s: float = 0.0
+    exp2_per_s: float = 0.0
     gemm_efficiency: tuple[tuple[int, float], ...] = ()
     sources: tuple[tuple[str, str], ...] = ()
     measured: tuple[str, ...] = ()
@@ -319,9 +322,14 @@ class HardwareSpec:
         if self.gemm_efficiency:
             text = ", ".join(f"{inner}: {value:.2f}" for inner, value in self.gemm_efficiency)
             rows.append(("gemm efficiency at D", text, self.source_of("gemm_efficiency") or ""))
-        for field, what in (("exp_per_s", "exponentials"), ("pass_per_s", "elementwise pass")):
-            value = f"{getattr(self, field) / 1e9:.2f} G/s"
-            rows.append((what, value, self.source_of(field) or ""))
+        for field, what in (
+            ("exp_per_s", "exponentials"),
+            ("exp2_per_s", "exponentials, base 2"),
+            ("pass_per_s", "elementwise pass"),
+        ):
+            if getattr(self, field):
+                value = f"{getattr(self, field) / 1e9:.2f} G/s"
+                rows.append((what, value, self.source_of(field) or ""))
         overhead = format_seconds(self.op_overhead_s)
         rows.append(("operator overhead", overhead, self.source_of("op_overhead_s") or ""))
         if self.onednn_pack_s:
@@ -345,6 +353,7 @@ class HardwareSpec:
             "pass_per_s": float(self.pass_per_s),
             "op_overhead_s": float(self.op_overhead_s),
             "onednn_pack_s": float(self.onednn_pack_s),
+            "exp2_per_s": float(self.exp2_per_s),
             "gemm_efficiency": {str(inner): float(value) for inner, value in self.gemm_efficiency},
             "sources": dict(self.sources),
             "measured": list(self.measured),

@@ -27,6 +27,7 @@ _OPTIONAL: dict[str, Any] = {
     "links": [],
     "host": None,
     "onednn_pack_s": 0.0,
+    "exp2_per_s": 0.0,
     "gemm_efficiency": {},
     "sources": {},
     "measured": [],
@@ -85,6 +86,7 @@ def spec_from_dict(content: dict[str, Any]) -> HardwareSpec:
         pass_per_s=full["pass_per_s"],
         op_overhead_s=full["op_overhead_s"],
         onednn_pack_s=full["onednn_pack_s"],
+        exp2_per_s=full["exp2_per_s"],
         gemm_efficiency=tuple(
             (_dimension(where, key), value) for key, value in full["gemm_efficiency"].items()
         ),

@@ -8,6 +8,9 @@ from typing import Literal
 
 import sympy as sp
 
+LOG2E = sp.Symbol("LOG2E")
+"""log2(e), a constant of the emitted file."""
+
 Mode = Literal["plain", "bounded", "running", "whole"]
 """plain: no logsumexp.  bounded: one shared exponential, shifted by a bound of the logits.
 running: running maxima, safe for any logits.  whole: all pairs in one tile, and softmaxes of whole
@@ -44,6 +47,7 @@ class Gemm:
     """``value = alpha · left @ right.T + beta``; alpha and beta are scalars.
 
     ``scaled``: the similarity's own scale multiplies the product, too.
+    ``log2e``: log2(e) multiplies it all, for exponentials to base 2.
     """
 
     value: int
@@ -51,6 +55,7 @@ class Gemm:
     alpha: sp.Expr
     beta: sp.Expr
     scaled: bool = True
+    log2e: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,7 @@ class TileProgram:
 SLOW_OPS = frozenset(
     {
         "exp",
+        "exp2",
         "log",
         "sigmoid",
         "softplus",

@@ -51,6 +51,7 @@ waiting_per_byte = sp.Function("waiting_per_byte")
 """Seconds that products wait for a byte of operands, of which a sweep streams so many bytes."""
 
 EXP_RATE, PASS_RATE, LAUNCH = sp.symbols("exp_per_s pass_per_s op_overhead_s", positive=True)
+EXP2_RATE = sp.Symbol("exp2_per_s", positive=True)
 PACK = sp.Symbol("onednn_pack_s", nonnegative=True)
 """Seconds of packing rows, however few, for oneDNN."""
 DEVICE_RATE = sp.Symbol("B_0", positive=True)
@@ -103,7 +104,7 @@ def cost_of(facts: ProgramFacts, inner_levels: int, *, casts: bool, overlaps: bo
             seconds, moved = _products(p, products, inner_levels, overlaps)
             area, tiles = share * p.area, share * p.tiles
             parts[0] += share * seconds
-            parts[1] += area * work.exps / EXP_RATE
+            parts[1] += area * (work.exps / EXP_RATE + work.exp2s / EXP2_RATE)
             parts[2] += area * work.passes / PASS_RATE
             parts[3] += area * _beyond_cache(p, work)
             parts[5] += tiles * work.operators * LAUNCH

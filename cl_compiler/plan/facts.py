@@ -37,7 +37,8 @@ from cl_compiler.plan.sizes import ONE, TILE_COLS, TILE_ROWS, D, Sizes, count_of
 class Work:
     """What happens to one element of a tile, and to one tile.
 
-    ``exps``, ``passes``: elementwise passes that evaluate a transcendental function, and others.
+    ``exps``, ``passes``: elementwise passes that evaluate a transcendental function, and others;
+    ``exp2s``: those that evaluate an exponential to base 2.
     ``floats_moved``, ``masks_moved``: elements read or written by them and by the products.
     ``operators``: operators launched per tile.  ``gemms``: tiles of similarities made.
     """
@@ -48,6 +49,7 @@ class Work:
     masks_moved: int = 0
     operators: int = 0
     gemms: int = 0
+    exp2s: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -57,6 +59,7 @@ class Work:
             self.masks_moved + other.masks_moved,
             self.operators + other.operators,
             self.gemms + other.gemms,
+            self.exp2s + other.exp2s,
         )
 
 
@@ -322,11 +325,12 @@ def _work_of(instruction: Instruction, whole: bool) -> Work:
             moved = 1 + sum(isinstance(a, TileRef) for a in args)
             views = [a for a in args if whole and isinstance(a, VectorRef) and a.dim == 0]
             return Work(
-                exps=int(slow),
+                exps=int(slow and op != "exp2"),
                 passes=int(not slow),
                 floats_moved=0 if is_mask else moved,
                 masks_moved=moved if is_mask else 0,
                 operators=1 + len(views),
+                exp2s=int(op == "exp2"),
             )
         case Accumulate(kind=kind):
             exps, passes, moved, operators = _FOLDS[kind]

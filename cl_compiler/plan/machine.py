@@ -94,6 +94,7 @@ class Machine:
     pass_per_s: float
     op_overhead_s: float
     onednn_pack_s: float
+    exp2_per_s: float
 
     @property
     def ranks(self) -> int:
@@ -117,6 +118,10 @@ class Machine:
             return False
         rates = dict(self.spec.gemm_flops_per_s)
         return rates.get(ONEDNN, 0.0) > rates["float32"]
+
+    def prefers_exp2(self, dtype: str) -> bool:
+        """Whether exponentials of tiles are evaluated to base 2: rates are those of fp32."""
+        return self.spec.kind == "cpu" and dtype != "float64" and self.exp2_per_s > self.exp_per_s
 
     def seconds_per_byte(self, held_bytes: float) -> float:
         """Of streaming data that lives in the innermost memory with room for it."""
@@ -228,6 +233,7 @@ def machine_of(graph: nx.DiGraph) -> Machine:
         node["pass_per_s"],
         node["op_overhead_s"],
         node["onednn_pack_s"],
+        node["exp2_per_s"],
     )
 
 
@@ -261,7 +267,9 @@ def gemm_type(dtype: str, precision: str, spec: HardwareSpec) -> tuple[str, int]
             return "float32", 1
 
 
-def rates_in_words(spec: HardwareSpec, dtype: str, precision: str, *, onednn: bool = False) -> str:
+def rates_in_words(
+    spec: HardwareSpec, dtype: str, precision: str, *, onednn: bool = False, exp2: bool = False
+) -> str:
     """Which of the rates that a plan's seconds rest on a calibration measured."""
     product, _ = gemm_type(dtype, precision, spec)
     device = spec.device_level.name
@@ -272,6 +280,8 @@ def rates_in_words(spec: HardwareSpec, dtype: str, precision: str, *, onednn: bo
         "elementwise passes": "pass_per_s",
         "launches": "op_overhead_s",
     }
+    if exp2:
+        rates |= {"exponentials to base 2": "exp2_per_s"}
     if onednn:
         rates |= {"oneDNN's products": f"gemm_flops_per_s.{ONEDNN}", "packing": "onednn_pack_s"}
     measured = [what for what, field in rates.items() if field in spec.measured]

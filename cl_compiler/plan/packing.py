@@ -26,7 +26,7 @@ def packed_widths(p: Pass, leaves: Mapping[str, Leaf], sizes: Sizes) -> tuple[sp
     for mode, code in p.programs.items():
         again = p.remake[mode].instructions if p.keep == "read" else ()
         found = {
-            (leaf.left, leaf.scale if i.scaled else None, i.alpha): sizes.width(leaf.left)
+            (leaf.left, leaf.scale if i.scaled else None, i.alpha, i.log2e): sizes.width(leaf.left)
             for i in (*code.instructions, *again)
             if isinstance(i, Gemm) and (leaf := leaves[i.similarity])
         }

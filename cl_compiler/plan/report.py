@@ -37,6 +37,7 @@ def _summary(plan: Plan, step: str) -> list[str]:
     needs = ", ".join(sorted(plan.needs)) or "none"
     share = plan.peak_bytes / plan.budget.device_bytes
     by = plan.precision + (" by oneDNN" if plan.library == "onednn" else "")
+    by += ", exponentials to base 2" if plan.exponential == "exp2" else ""
     share_of_ranks, between = "", ""
     if plan.cluster is not None:
         share_of_ranks, between = " on each rank", f"{plan.cluster.schedule}; on a rank "

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import networkx as nx
 
+from cl_compiler.lang.base_two import has_exp2
 from cl_compiler.lang.program import SCHEDULES, Schedule
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan.cost import PARTS
@@ -215,6 +216,7 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
     request, option = space.request, space.option(point.schedule)
     values = space.values(option, point.tile, point.kept_tiles)
     phase, memory = option.memory.breakdown(values)
+    exp2 = has_exp2(option.facts.program)
     sizes = space.sizes
     unit = 2.0 * sizes["M"] * sizes["N"] * sizes["D"]
     return Plan(
@@ -240,11 +242,13 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
         ),
         peak_phase=phase,
         library="onednn" if option.facts.onednn else "blas",
+        exponential="exp2" if exp2 else "exp",
         rates=rates_in_words(
             space.machine.spec,
             request.problem.dtype,
             request.precision,
             onednn=option.facts.onednn,
+            exp2=exp2,
         ),
     )
 

@@ -11,6 +11,7 @@ import sympy as sp
 
 from cl_compiler.errors import ArgumentError, ScheduleError
 from cl_compiler.hardware.graph import hardware_graph as graph_of
+from cl_compiler.lang.base_two import in_base_two
 from cl_compiler.lang.program import SCHEDULES, Program, Schedule
 from cl_compiler.lang.schedules import build_program, valid_schedules
 from cl_compiler.lang.sweeps import SweepPlan, plan_sweeps
@@ -225,6 +226,8 @@ class Space:
                 program = build_program(self.sweep_plan, schedule)
                 onednn = not (program.is_whole or program.subtracts_positives)
                 onednn &= self.machine.prefers_onednn(problem.dtype, self.request.precision)
+                if self.machine.prefers_exp2(problem.dtype):
+                    program = in_base_two(program)
                 facts = facts_of(program, problem.operands, onednn=onednn)
             else:
                 facts = self.ring.facts(problem.operands)
@@ -341,6 +344,7 @@ def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, 
         "pass_per_s": machine.pass_per_s,
         "op_overhead_s": machine.op_overhead_s,
         "onednn_pack_s": machine.onednn_pack_s,
+        "exp2_per_s": machine.exp2_per_s or machine.exp_per_s,
         "B_0": machine.device_bytes_per_s,
         **{f"B_{i}": level.bytes_per_s for i, level in enumerate(machine.inner, 1)},
     }

@@ -321,6 +321,8 @@ class Plan:
     template: str = "torch"
     library: Literal["blas", "onednn"] = "blas"
     """Which multiplies tiles, of PyTorch's tiles on a CPU."""
+    exponential: Literal["exp", "exp2"] = "exp"
+    """Which function of PyTorch's tiles evaluates them."""
     notes: tuple[str, ...] = ()
     rejected: tuple[Candidate, ...] = ()
     seconds_by_part: tuple[tuple[str, float], ...] = ()

@@ -342,3 +342,14 @@ def test_a_guess_of_onednn_goes_where_the_other_library_was_measured() -> None:
     assert measured.onednn_pack_s == 1e-4
     assert {"gemm_flops_per_s.onednn", "onednn_pack_s"} <= set(measured.measured)
     assert HardwareSpec.from_dict(measured.to_dict()) == measured
+
+
+def test_a_guess_of_exponentials_to_base_2_goes_where_those_to_base_e_were_measured() -> None:
+    facts = replace(cpu_facts(), model="AMD EPYC", arch="x86-avx512", features=("avx512_bf16",))
+    zen4 = cpu_spec(facts, 2)
+    assert zen4.exp2_per_s > zen4.exp_per_s
+    told = replace(FOUND, rates=(("exp_per_s", 1e9),))
+    assert apply(zen4, told).exp2_per_s == 0
+    both = apply(zen4, replace(told, rates=(*told.rates, ("exp2_per_s", 3e9))))
+    assert (both.exp_per_s, both.exp2_per_s) == (1e9, 3e9)
+    assert "exp2_per_s" in both.measured
