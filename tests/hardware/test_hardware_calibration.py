@@ -345,8 +345,7 @@ def test_a_guess_of_onednn_goes_where_the_other_library_was_measured() -> None:
 
 
 def test_a_guess_of_exponentials_to_base_2_goes_where_those_to_base_e_were_measured() -> None:
-    facts = replace(cpu_facts(), model="AMD EPYC", arch="x86-avx512", features=("avx512_bf16",))
-    zen4 = cpu_spec(facts, 2)
+    zen4 = load_hardware("epyc-zen4-2c")
     assert zen4.exp2_per_s > zen4.exp_per_s
     told = replace(FOUND, rates=(("exp_per_s", 1e9),))
     assert apply(zen4, told).exp2_per_s == 0
