@@ -11,7 +11,6 @@ from sympy.printing.str import StrPrinter
 
 from cl_compiler.lang.resolve import ONE_TO_ONE
 from cl_compiler.lang.tile_ir import (
-    LOG2E,
     Accumulate,
     Compute,
     Diagonal,
@@ -239,8 +238,6 @@ class TilePrinter:
         """A scalar that multiplies a tile, or is added to it."""
         if expr.is_number:
             return number(expr)
-        if expr == LOG2E:
-            return "LOG2E"
         text = self.scalar(expr)
         return text if self.is_python(expr) else self._value(text)
 
@@ -250,9 +247,7 @@ class TilePrinter:
 
     def _is_literal(self, ref: Ref) -> bool:
         """Whether a scalar's text is a Python number."""
-        number = isinstance(ref, ScalarRef) and (
-            ref.expr.is_number or ref.expr == LOG2E or self.is_python(ref.expr)
-        )
+        number = isinstance(ref, ScalarRef) and (ref.expr.is_number or self.is_python(ref.expr))
         return bool(number)
 
     def ref(self, ref: Ref) -> str:
@@ -262,8 +257,7 @@ class TilePrinter:
             case VectorRef(name=name, dim=dim):
                 return self.vector(name, dim)
             case ScalarRef(expr=expr):
-                known = expr.is_number or expr == LOG2E
-                return self.number(expr) if known else self.scalar(expr)
+                return number(expr) if expr.is_number else self.scalar(expr)
 
     def compute(self, c: Compute) -> str:
         """One elementwise operation, in place where a buffer is taken over."""

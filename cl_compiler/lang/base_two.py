@@ -1,7 +1,8 @@
 """Exponentials of tiles to base 2, where a machine evaluates those faster.
 
-``exp(t) = exp2(log2(e) · t)``.  A product of operands that only exponentials read carries the
-factor, which then costs nothing; any other tile is multiplied by it first.
+``exp(t) = exp2(log2(e) · t)``, and a product of operands carries the factor for nothing where only
+an exponential reads it.  That is done for all of a program or for none of it: sums of exponentials
+and the weights that are divided by them cancel only if both are rounded alike.
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import sympy as sp
-
 from cl_compiler.lang.buffers import reads_of, writes_of
+from cl_compiler.lang.lower_pass import bounded_logits
 from cl_compiler.lang.program import Pass, Program, Stage
 from cl_compiler.lang.tile_ir import (
-    LOG2E,
     Compute,
     Diagonal,
     Gemm,
@@ -25,22 +24,31 @@ from cl_compiler.lang.tile_ir import (
     TileRef,
 )
 
+MODE: Mode = "bounded"
+"""Running maxima are subtracted from tiles, which products cannot carry."""
+
 
 def in_base_two(program: Program) -> Program:
-    """The same program.
+    """The program with its shared exponentials to base 2; itself where some cannot be.
 
-    One that is a single tile stays as it is, and one that subtracts positives from sums of what
-    tiles hold: vectors' exponentials, to base e, would not cancel those of tiles.
+    Nor where positives are subtracted from sums of what tiles hold: vectors' exponentials, to base
+    e, would not cancel those of tiles.  Nor with several shifts: where one of them is not safe, the
+    backward follows running maxima though some sums are of shared exponentials.
     """
-    if program.is_whole or program.subtracts_positives:
+    if MODE not in program.modes or program.subtracts_positives:
+        return program
+    if len(set(bounded_logits(program.plan).values())) > 1:
+        return program
+    codes = [c for p in program.passes for m in (p.programs, p.remake) if (c := m.get(MODE))]
+    if not all(_is_carried(code) for code in codes):
         return program
     forward, backward = (tuple(map(_stage, s)) for s in (program.forward, program.backward))
     return replace(program, forward=forward, backward=backward)
 
 
 def has_exp2(program: Program) -> bool:
-    """Whether some exponential of it is to base 2."""
-    codes = (c for p in program.passes for m in (p.programs, p.remake) for c in m.values())
+    """Whether exponentials of it are to base 2."""
+    codes = (c for p in program.passes for c in p.programs.values())
     return any(isinstance(i, Compute) and i.op == "exp2" for c in codes for i in c.instructions)
 
 
@@ -49,67 +57,66 @@ def _stage(stage: Stage) -> Stage:
 
 
 def _pass(p: Pass) -> Pass:
-    def all_of(codes: Mapping[Mode, TileProgram]) -> dict[Mode, TileProgram]:
-        return {mode: _tile_program(code) for mode, code in codes.items()}
+    def shared(codes: Mapping[Mode, TileProgram]) -> dict[Mode, TileProgram]:
+        return {m: _tile_program(code) if m == MODE else code for m, code in codes.items()}
 
     return replace(
         p,
-        programs=all_of(p.programs),
-        remake=all_of(p.remake),
-        rounded=all_of(p.rounded),
-        rounded_remake=all_of(p.rounded_remake),
+        programs=shared(p.programs),
+        remake=shared(p.remake),
+        rounded=shared(p.rounded),
+        rounded_remake=shared(p.rounded_remake),
     )
 
 
 def _tile_program(code: TileProgram) -> TileProgram:
-    scaled = _scaled(code)
-    carried = {i.value for i in code.instructions if isinstance(i, Gemm)} & scaled
-    buffers = dict(code.buffers)
-    instructions: list[Instruction] = []
-    fresh = max(buffers, default=0)
-    for i in code.instructions:
-        if isinstance(i, Gemm) and i.value in carried:
-            instructions.append(replace(i, log2e=True))
-        elif isinstance(i, Compute) and i.op == "exp":
-            argument = i.args[0]
-            if not (isinstance(argument, TileRef) and argument.value in scaled):
-                fresh += 1
-                buffers[fresh] = buffers[i.value]
-                instructions.append(Compute(fresh, "mul", (argument, ScalarRef(LOG2E))))
-                argument = TileRef(fresh)
-            instructions.append(replace(i, op="exp2", args=(argument,)))
-        else:
-            instructions.append(i)
-    return replace(code, instructions=tuple(instructions), buffers=buffers)
+    carrying = {g for g, _ in _paths(code)}
+    return replace(code, instructions=tuple(_changed(i, carrying) for i in code.instructions))
 
 
-def _scaled(code: TileProgram) -> set[int]:
-    """Products that only exponentials read, and what is made of them on the way there."""
+def _changed(i: Instruction, carrying: set[int]) -> Instruction:
+    if isinstance(i, Gemm) and i.value in carrying:
+        return replace(i, log2e=True)
+    return replace(i, op="exp2") if isinstance(i, Compute) and i.op == "exp" else i
+
+
+def _is_carried(code: TileProgram) -> bool:
+    """Whether every exponential is of a product that nothing but exponentials reads."""
+    wanted = {i.value for i in code.instructions if isinstance(i, Compute) and i.op == "exp"}
+    return wanted == {made for _, exps in _paths(code) for made in exps}
+
+
+def _paths(code: TileProgram) -> Iterator[tuple[int, set[int]]]:
+    """Products that only exponentials read, and those."""
     readers: dict[int, list[Instruction]] = {}
     for i in code.instructions:
         for value in reads_of(i):
             readers.setdefault(value, []).append(i)
     roots = {g.value for g in code.gradients} | {code.kept}
-    result: set[int] = set()
     for i in code.instructions:
         if isinstance(i, Gemm):
-            chain = list(_chain(i.value, readers))
-            if None not in chain and not roots & set(chain):
-                result.update(v for v in chain if v is not None)
-    return result
+            exps = _exponentials(i.value, readers, roots)
+            if exps:
+                yield i.value, exps
 
 
-def _chain(value: int, readers: Mapping[int, list[Instruction]]) -> Iterator[int | None]:
-    """A value and those that equal it but where they are infinite; None if else it is read."""
-    yield value
+def _exponentials(
+    value: int, readers: Mapping[int, list[Instruction]], roots: set[int | None]
+) -> set[int]:
+    """Exponentials of a value; none if something else reads it, too."""
+    found: set[int] = set()
     for reader in readers.get(value, ()):
-        if isinstance(reader, Compute) and reader.op == "exp":
-            continue
         made = writes_of(reader)
-        if made is not None and _fills_infinity(reader, value):
-            yield from _chain(made, readers)
+        if isinstance(reader, Compute) and reader.op == "exp":
+            found.add(reader.value)
+        elif made is not None and _fills_infinity(reader, value):
+            more = _exponentials(made, readers, roots)
+            if not more:
+                return set()
+            found |= more
         else:
-            yield None
+            return set()
+    return set() if value in roots else found
 
 
 def _fills_infinity(reader: Instruction, value: int) -> bool:
@@ -118,7 +125,7 @@ def _fills_infinity(reader: Instruction, value: int) -> bool:
         case Diagonal(base=base, how="fill", expr=expr):
             return base == value and bool(expr.is_infinite)
         case Compute(op="fill_where", args=(TileRef(value=base), _, ScalarRef(expr=expr))):
-            return base == value and isinstance(expr, sp.Expr) and bool(expr.is_infinite)
+            return base == value and bool(expr.is_infinite)
     return False
 
 

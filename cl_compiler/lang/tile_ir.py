@@ -8,9 +8,6 @@ from typing import Literal
 
 import sympy as sp
 
-LOG2E = sp.Symbol("LOG2E")
-"""log2(e), a constant of the emitted file."""
-
 Mode = Literal["plain", "bounded", "running", "whole"]
 """plain: no logsumexp.  bounded: one shared exponential, shifted by a bound of the logits.
 running: running maxima, safe for any logits.  whole: all pairs in one tile, and softmaxes of whole

@@ -104,7 +104,7 @@ def _add_logsumexp(logits, dim, maximum, total, scratch):
     new = torch.maximum(maximum, logits.amax(dim))
     base = torch.where(new.isinf(), 0.0, new)
     total.mul_(torch.exp(maximum - base))
-    torch.sub(logits, base.unsqueeze(dim), out=scratch).mul_(LOG2E).exp2_()
+    torch.sub(logits, base.unsqueeze(dim), out=scratch).exp_()
     total.add_(scratch.sum(dim))
     maximum.copy_(new)
 
@@ -264,12 +264,10 @@ def _backward_sweep_running(x, y, d_x, d_y, rows, cols, logit_scale, a0, a1_2, b
             t0 = _linear(y_j, x_packed1_i).T
             torch.add(t0, a0[i:i1, None], out=t1)
             t1.add_(a1_2[i:i1, None])
-            t1.mul_(LOG2E)
-            t1.exp2_()
+            t1.exp_()
             t0.add_(b2[j:j1])
             t0.add_(b3[j:j1])
-            t0.mul_(LOG2E)
-            t0.exp2_()
+            t0.exp_()
             t1.add_(t0)
             for k, _, _, _, _ in _crossings(i, i1, j, j1, (0,)):
                 t1.diagonal(k).add_(-2.0)
