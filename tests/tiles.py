@@ -13,6 +13,7 @@ from cl_compiler.codegen.render import render
 from cl_compiler.lang.base_two import in_base_two
 from cl_compiler.lang.program import Schedule
 from cl_compiler.lang.schedules import build_program, valid_schedules
+from cl_compiler.lang.strips import in_strips
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
 from cl_compiler.runtime.loader import load_source
@@ -34,6 +35,7 @@ def emit(
     precision: str = "ieee",
     library: str = "blas",
     exponential: str = "exp",
+    strip: int = 0,
 ) -> str:
     """The text of the file for one case."""
     needs = case.needs if needs is None else needs
@@ -41,6 +43,9 @@ def emit(
     program = build_program(sweeps, schedule)
     if exponential == "exp2":
         program = in_base_two(program)
+    if library == "onednn":
+        program = in_strips(program)
+        strip = strip or 64
     tile = Tile(ROW_TILE, COL_TILE) if tile is None else tile
     if any(p.symmetric for p in program.passes):
         tile = Tile(tile.rows, tile.rows)
@@ -64,6 +69,7 @@ def emit(
         4.0,
         library=library,  # type: ignore[arg-type]
         exponential=exponential,  # type: ignore[arg-type]
+        strip=strip,
     )
     return render(plan, program, "test")
 

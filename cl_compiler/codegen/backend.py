@@ -17,6 +17,7 @@ from cl_compiler.errors import ScheduleError
 from cl_compiler.lang.base_two import in_base_two
 from cl_compiler.lang.program import SCHEDULES, Schedule
 from cl_compiler.lang.schedules import build_program, valid_schedules
+from cl_compiler.lang.strips import in_strips
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan import limits
 from cl_compiler.plan.cluster import group_least_bytes
@@ -48,6 +49,8 @@ def print_plan(plan: Plan, request: Request, sweeps: SweepPlan, variant: str) ->
     program = build_program(sweeps, plan.schedule)
     if plan.exponential == "exp2":
         program = in_base_two(program)
+    if plan.strip:
+        program = in_strips(program)
     if plan.template == "triton":
         return render_triton(plan, program, variant, request.hardware.arch)
     return render(plan, program, variant, device="cuda" if _is_gpu(request) else "cpu")

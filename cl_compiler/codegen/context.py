@@ -152,6 +152,7 @@ def build_context(
         "width": plan.problem.D,
         "tile": plan.tile,
         "kept_tiles": plan.kept_tiles,
+        "strip": plan.strip,
         "keeps": program.keeps_tiles,
         "whole": program.is_whole,
         "wide": bool(program.wide),
@@ -349,7 +350,7 @@ def _statements(stages: list[StageText], printer: StagePrinter, values: list[str
         for call in stage.calls:
             lines += [call.largest, *(b for _, b in call.shifts)]
             for mode in call.modes.values():
-                lines += [*mode.hoisted, *mode.finish, *mode.text.body, *mode.text.remake]
+                lines += [*mode.hoisted, *mode.finish, *mode.text.lines]
     lines += [text.coefficient for text in _late(printer)]
     for op in printer.plan.ir.operands:
         lines += [c for c, _, _ in _operand(printer, op.name, False).norms]

@@ -43,11 +43,11 @@ class OneDnnProductPrinter(ProductPrinter):
 
 
 class OneDnnTilePrinter(TilePrinter):
-    """Tiles that products make are new tensors where ``rebinds``; others are copied."""
+    """Tiles that products make are new tensors, ``t0_tile`` that of the strips ``t0``."""
 
-    def __init__(self, buffers: Mapping[int, str], of: OneDnnPassPrinter, rebinds: bool) -> None:
+    def __init__(self, buffers: Mapping[int, str], of: OneDnnPassPrinter) -> None:
         super().__init__(buffers, of.scalar, of.vector, of.numbers)
-        self.of, self.rebinds = of, rebinds
+        self.of = of
         self.made: set[str] = set()
 
     def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
@@ -56,8 +56,8 @@ class OneDnnTilePrinter(TilePrinter):
         alpha, beta = self.alpha_beta(g, scale)
         offset = f", {self.of.offset(beta)}[:m]" if beta else ""
         product = f"_linear({right}, {self.of.packed(left, alpha)}{offset}).T"
-        if not self.rebinds or out == "kept":
-            return f"{out}.copy_({product})"
+        if self.of.pass_.strips:
+            return f"{out}_tile = {product}"
         again = f"del {out}\n" if out in self.made else ""
         self.made.add(out)
         return f"{again}{out} = {product}"
@@ -72,13 +72,17 @@ class OneDnnPassPrinter(PassPrinter):
         super().__init__(program, pass_, mode, names, name, cast)
         self.packs: dict[tuple[str, str], str] = {}
         self.offsets: dict[str, str] = {}
+        self.made: dict[int, list[str]] = {}
+        """Products that make tiles, of each tile program."""
+        self.in_strip = False
+        """Whether what is printed is done to a strip of the tile's columns."""
         if not pass_.is_slots:
             self.products = OneDnnProductPrinter(self)
 
     def tile_printer(self, code: TileProgram) -> TilePrinter:
         if self.pass_.is_slots:
             return super().tile_printer(code)
-        return OneDnnTilePrinter(code.buffers, self, rebinds=code is self.code)
+        return OneDnnTilePrinter(code.buffers, self)
 
     def packed(self, rows: str, factor: str) -> str:
         """Rows ``x_i``, ``x_i[:, :prefix]`` or those transposed, packed times a factor."""
@@ -94,30 +98,89 @@ class OneDnnPassPrinter(PassPrinter):
             self.offsets[number] = f"offset{len(self.offsets) + 1}_tile"
         return self.offsets[number]
 
+    # -- strips ----------------------------------------------------------------------------------
+
+    def at_cols(self, vector: str) -> str:
+        return f"{vector}[c:c1]" if self.in_strip else super().at_cols(vector)
+
+    def extent(self) -> tuple[str, str]:
+        return ("i, i1", "c, c1") if self.in_strip else super().extent()
+
+    def whole(self, value: int) -> str:
+        tile = super().whole(value)
+        return f"{tile}_tile" if self.pass_.strips else tile
+
+    def body(self, code: TileProgram) -> list[str]:
+        """Of a pass in strips, what is done to one of them; ``made`` has what comes before."""
+        if not self.pass_.strips:
+            return super().body(code)
+        gemms = [i for i in code.instructions if isinstance(i, Gemm)]
+        self.made[id(code)] = self.lines(code, gemms)
+        self.in_strip = True
+        lines = self.lines(code, [i for i in code.instructions if not isinstance(i, Gemm)])
+        self.in_strip = False
+        return lines
+
     def text(self) -> PassText:
         text = super().text()
         if self.pass_.is_slots:
             return text
-        made = made_by_products(self.code)
-        filled = filled_otherwise(self.code)
-        if self.pass_.keep == "read":  # those of a tile that is made again are copied
-            filled |= frozenset(self.pass_.remake[self.mode].buffers.values())
+        text = self._strips(text) if self.pass_.strips else self._tiles(text)
         packs = [
             f"{name} = _packed({rows if not factor else f'{rows} * ({factor})'}, width)"
             for (rows, factor), name in self.packs.items()
         ]
         return replace(
             text,
-            buffers=[b for b in text.buffers if b[0] not in made or b[0] in filled],
             before=[
                 f"{name} = torch.full((step,), {number}, dtype=DTYPE)"
                 for number, name in self.offsets.items()
             ],
             row_operands=[*text.row_operands, *packs],
-            after=[f"del {', '.join(sorted(made))}"] if made else [],
             after_rows=[f"del {', '.join(self.packs.values())}"] if self.packs else [],
             shape="(n, m).T",
         )
+
+    def _tiles(self, text: PassText) -> PassText:
+        made, filled = made_by_products(self.code), filled_otherwise(self.code)
+        return replace(
+            text,
+            buffers=[b for b in text.buffers if b[0] not in made or b[0] in filled],
+            after=[f"del {', '.join(sorted(made))}"] if made else [],
+        )
+
+    def _strips(self, text: PassText) -> PassText:
+        """Products of tiles; of their strips the rest; products with them."""
+        made = made_by_products(self.code)
+        again = self.pass_.remake.get(self.mode) if self.pass_.keep == "read" else None
+        remade = made_by_products(again) if again else frozenset()
+        strips = self.code.strips | (again.strips if again else frozenset())
+        spanning = [b for b, _ in text.buffers if b not in strips]
+        parts = sorted(remade) if text.keep == "read" else []
+        gone = [f"{b}, {b}_tile" if text.body else f"{b}_tile" for b in sorted(made)]
+        return replace(
+            text,
+            buffers=[b for b in text.buffers if b[0] not in made | remade],
+            strips=True,
+            strip_buffers=[b for b, _ in text.buffers if b in strips],
+            parts=[b for b in spanning if b not in remade] + (["kept"] if text.keep else []),
+            made=self.made[id(self.code)],
+            remade=self.made[id(again)] if again else [],
+            remake=[*(_part(b) for b in parts), *text.remake],
+            after_remade=[f"del {b}, {b}_tile" for b in parts],
+            makes_kept=_makes_kept(again or self.code),
+            after=[f"del {', '.join(gone)}"] if gone else [],
+        )
+
+
+def _part(buffer: str) -> str:
+    """The strip of a whole tile, under the name that statements of strips have for it."""
+    return f"{buffer} = {buffer}_tile[:, c - j : c1 - j]"
+
+
+def _makes_kept(code: TileProgram) -> bool:
+    """Whether a product makes the tile that is kept, which is then not allocated before."""
+    return any(isinstance(i, Gemm) and code.buffers[i.value] == "kept" for i in code.instructions)
 
 
 class OneDnnStagePrinter(StagePrinter):

@@ -12,6 +12,8 @@ class PassText:
     name: str
     doc: str
     body: list[str]
+    products: list[str] = field(default_factory=list)
+    """With gradient tiles."""
     params: list[str] = field(default_factory=list)
     accumulators: list[tuple[str, str, str, str]] = field(default_factory=list)
     """(identifier, axis length, initial value, dtype)."""
@@ -38,3 +40,20 @@ class PassText:
     """Statements that end a tile."""
     after_rows: list[str] = field(default_factory=list)
     """Statements that end a block of rows."""
+    strips: bool = False
+    """Whether the body is for a strip of the tile's columns; what follows is for that only."""
+    made: list[str] = field(default_factory=list)
+    """Products that make tiles."""
+    remade: list[str] = field(default_factory=list)
+    """Those of a tile that was not kept."""
+    makes_kept: bool = False
+    """One of them makes the tile that is kept."""
+    parts: list[str] = field(default_factory=list)
+    """Buffers that span the tile."""
+    strip_buffers: list[str] = field(default_factory=list)
+    after_remade: list[str] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        """All statements on tiles."""
+        return [*self.made, *self.remade, *self.remake, *self.body, *self.products]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import sympy as sp
 
@@ -27,6 +28,7 @@ from cl_compiler.lang.tile_ir import (
     Compute,
     Diagonal,
     Gemm,
+    Instruction,
     Mode,
     Ref,
     TileProgram,
@@ -139,6 +141,10 @@ class PassPrinter:
         p = self.pass_
         return vector if p.whole_rows or p.is_slots else f"{vector}[j:j1]"
 
+    def whole(self, value: int) -> str:
+        """A value as products read it: all of its tile."""
+        return self.code.buffers[value]
+
     def printer(self, names: object, *, block: bool = False) -> VectorPrinter:
         def is_vector(expr: sp.Expr) -> bool:
             return bool(axes_of(expr, self.all_leaves))
@@ -235,7 +241,8 @@ class PassPrinter:
             row_operands=row_ops,
             col_operands=col_ops,
             casts=casts,
-            body=[*body, *products],
+            body=body,
+            products=products,
             remake=remake,
             symmetric=p.symmetric,
             whole_rows=p.whole_rows,
@@ -301,10 +308,14 @@ class PassPrinter:
         return TilePrinter(code.buffers, self.scalar, self.vector, self.numbers, self.on_device)
 
     def body(self, code: TileProgram) -> list[str]:
+        return self.lines(code, code.instructions)
+
+    def lines(self, code: TileProgram, instructions: Iterable[Instruction]) -> list[str]:
+        """Some of the instructions of a program."""
         self.active = code
         printer = self.tile_printer(code)
         lines: list[str] = []
-        for instruction in code.instructions:
+        for instruction in instructions:
             match instruction:
                 case Gemm(similarity=sim):
                     left, right = self.views(sim)

@@ -21,7 +21,7 @@ class ProductPrinter:
     def lines(self, g: GradientTile) -> list[str]:
         """Multiply a gradient tile into its operands' gradients."""
         left, right = self.p.views(g.similarity)
-        tile = self.p.code.buffers[g.value]
+        tile = self.p.whole(g.value)
         outs = self.p.grad_operands(g.similarity)
         to_left = left.operand in outs and "left" in self.p.pass_.sides
         to_right = right.operand in outs and "right" in self.p.pass_.sides

@@ -74,11 +74,13 @@ def assign_buffers(
     kept: int | None,
     keep_action: str,
     taken: Collection[str] = (),
+    whole: Collection[int] | None = None,
 ) -> TileProgram:
     """Drop what nobody reads, then scan linearly: a value may take over a dying operand's buffer.
 
     ``keep_action``: "write" (the kept value is made here), "read" (it is given) or "".
     ``taken``: names of buffers that belong to somebody else.
+    ``whole``: values that span the tile where others have a strip of it (None: all span it).
     """
     roots = {g.value for g in gradients} | ({kept} if kept is not None else set())
     live = _live(code, roots)
@@ -90,6 +92,7 @@ def assign_buffers(
     is_mask = {i.value: i.is_mask for i in live if isinstance(i, (Compute, Diagonal))}
     buffers: dict[int, str] = {kept: "kept"} if kept is not None and keep_action == "read" else {}
     free: dict[str, list[str]] = {"t": [], "m": []}
+    strips: set[str] = set()
     made = {kind: sum(b.startswith(kind) for b in taken) for kind in "tm"}
     for index, instruction in enumerate(live):
         value = writes_of(instruction)
@@ -98,6 +101,11 @@ def assign_buffers(
         if value is not None:
             kind = "m" if is_mask.get(value) else "t"
             reusable = [v for v in dying if buffers[v][0] == kind]
+            open_ = free[kind]
+            is_strip = whole is not None and value not in whole
+            if not is_strip:
+                reusable = [v for v in reusable if buffers[v] not in strips]
+                open_ = [b for b in open_ if b not in strips]
             if isinstance(instruction, Diagonal):
                 reusable = [v for v in reusable if v == instruction.base]
             if isinstance(instruction, Accumulate):  # its exponentials replace the logits only
@@ -113,18 +121,20 @@ def assign_buffers(
             elif reusable:
                 buffers[value] = buffers[reusable[0]]
                 dying.remove(reusable[0])
-            elif free[kind]:
-                buffers[value] = free[kind].pop()
+            elif open_:
+                buffers[value] = open_[-1]
+                free[kind].remove(open_[-1])
             else:
                 buffers[value] = f"{kind}{made[kind]}"
                 made[kind] += 1
+                strips |= {buffers[value]} if is_strip else set()
         for v in dying:
             free[buffers[v][0]].append(buffers[v])
         if isinstance(instruction, Accumulate) and value is not None:
             free["t"].append(buffers[value])
         elif value is not None and value not in last and buffers[value] != "kept":
             free[buffers[value][0]].append(buffers[value])
-    return TileProgram(mode, tuple(live), hoisted, buffers, gradients, kept)
+    return TileProgram(mode, tuple(live), hoisted, buffers, gradients, kept, frozenset(strips))
 
 
 def made_by_products(code: TileProgram) -> frozenset[str]:

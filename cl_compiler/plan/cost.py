@@ -106,7 +106,7 @@ def cost_of(facts: ProgramFacts, inner_levels: int, *, casts: bool, overlaps: bo
             parts[0] += share * seconds
             parts[1] += area * (work.exps / EXP_RATE + work.exp2s / EXP2_RATE)
             parts[2] += area * work.passes / PASS_RATE
-            parts[3] += area * _beyond_cache(p, work)
+            parts[3] += area * _beyond_cache(p, work, products)
             parts[5] += tiles * work.operators * LAUNCH
             traffic = [t + share * b for t, b in zip(traffic, moved, strict=True)]
             flops += 2 * area * sp.Add(*(q.width for q in products))
@@ -188,11 +188,22 @@ def _bytes(q: Product, side: str) -> sp.Expr:
     return 2 * COMPUTE_BYTES if q.role == side else INPUT_BYTES
 
 
-def _beyond_cache(p: PassFacts, work: Work) -> sp.Expr:
-    """Seconds per element that a tile costs because its buffers live too far out."""
+def _beyond_cache(p: PassFacts, work: Work, products: tuple[Product, ...]) -> sp.Expr:
+    """Seconds per element that a tile costs because its buffers live too far out.
+
+    Of a tile in strips, what products write and read; the rest where a strip is.
+    """
     held = p.m * p.n * (p.held * COMPUTE_BYTES + p.mask_buffers)
     moved = work.floats_moved * COMPUTE_BYTES + work.masks_moved
-    return moved * extra_seconds_per_byte(held)
+    if not p.in_strips:
+        return moved * extra_seconds_per_byte(held)
+    made = sum(q.role == "similarity" for q in products)
+    multiplied = len(products) - made
+    whole = (2 * made + multiplied + bool(multiplied) + bool(p.keep)) * COMPUTE_BYTES
+    floats = p.held + p.strip_floats
+    strip = p.m * p.strip * (floats * COMPUTE_BYTES + p.mask_buffers + p.strip_masks)
+    rest = max(0, moved - whole)
+    return min(moved, whole) * extra_seconds_per_byte(held) + rest * extra_seconds_per_byte(strip)
 
 
 def _copies(p: PassFacts, casts: bool) -> sp.Expr:

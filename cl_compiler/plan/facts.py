@@ -25,12 +25,22 @@ from cl_compiler.lang.tile_ir import (
     Gemm,
     Instruction,
     Mode,
+    TileProgram,
     TileRef,
     VectorRef,
 )
 from cl_compiler.lang.whole import scale_gradients, taken_at_positives
 from cl_compiler.plan.packing import made_anew, packed_widths
-from cl_compiler.plan.sizes import ONE, TILE_COLS, TILE_ROWS, D, Sizes, count_of, least
+from cl_compiler.plan.sizes import (
+    ONE,
+    TILE_COLS,
+    TILE_ROWS,
+    D,
+    Sizes,
+    count_of,
+    least,
+    strip_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -108,10 +118,20 @@ class PassFacts:
     """Its products are oneDNN's: new tensors, of rows that are packed before."""
     packed_widths: tuple[sp.Expr, ...]
     """Columns of each of the rows that are packed for that."""
+    strip: sp.Expr
+    """Columns of a strip of a tile; ``n`` where work is not done in strips."""
+    strip_floats: int
+    strip_masks: int
+    """Buffers of strips, as ``float_buffers`` and ``mask_buffers`` are of tiles."""
 
     @property
     def is_slots(self) -> bool:
         return SLOTS in self.grid
+
+    @property
+    def in_strips(self) -> bool:
+        """Work between its products is done in strips of tiles."""
+        return bool(self.strip != self.n)
 
     @property
     def by_onednn(self) -> tuple[Product, ...]:
@@ -167,6 +187,11 @@ class ProgramFacts:
     def onednn(self) -> bool:
         """Whether oneDNN makes any products."""
         return any(p.onednn for p in self.passes)
+
+    @property
+    def strips(self) -> bool:
+        """Whether any tiles are worked on in strips."""
+        return any(p.strips for p in self.program.passes)
 
     @property
     def spans_rows(self) -> bool:
@@ -266,13 +291,26 @@ def _pass(
         D if any(g.row_scale for t in p.programs.values() for g in t.gradients) else sp.Integer(0),
         onednn,
         packed_widths(p, leaves, sizes) if onednn else (),
+        least(strip_columns(TILE_ROWS), n) if p.strips else n,
+        max(_strips(p, mode, "t") for mode in p.programs),
+        max(_strips(p, mode, "m") for mode in p.programs),
     )
 
 
 def _buffers(p: Pass, mode: Mode, kind: str) -> int:
     """Tile buffers of one kind ("t" floats, "m" masks), those that remake a kept tile included."""
-    programs = [p.programs[mode], *([p.remake[mode]] if p.keep == "read" else [])]
-    return len({b for t in programs for b in t.buffers.values() if b.startswith(kind)})
+    found = {b for t in _programs(p, mode) for b in {*t.buffers.values()} - t.strips}
+    return sum(b.startswith(kind) for b in found)
+
+
+def _strips(p: Pass, mode: Mode, kind: str) -> int:
+    """The same of strips."""
+    found = {b for t in _programs(p, mode) for b in t.strips}
+    return sum(b.startswith(kind) for b in found)
+
+
+def _programs(p: Pass, mode: Mode) -> list[TileProgram]:
+    return [p.programs[mode], *([p.remake[mode]] if p.keep == "read" else [])]
 
 
 def _is_wanted(program: Program, view: View | None) -> bool:

@@ -15,6 +15,7 @@ import networkx as nx
 from cl_compiler.errors import ArgumentError
 from cl_compiler.hardware.graph import device_node, path, spec_of
 from cl_compiler.hardware.spec import HardwareSpec
+from cl_compiler.plan.sizes import STRIP_GRAIN
 from cl_compiler.plan.types import Tile
 
 SLICE = 64
@@ -25,6 +26,8 @@ RATED_TILE = Tile(512, 1024)
 """The tile with which calibration and presets measure GEMM rates."""
 PASS_BYTES = 12
 """Bytes that an elementwise pass moves per element while its rate is measured."""
+STRIP_BYTES = 8
+"""Per element of a strip: two fp32 numbers, one of either buffer that a pass reads."""
 ONEDNN = "onednn"
 """Of GEMM rates: fp32 products by oneDNN."""
 WAYS = ("auto", "ieee", "bf16", "tf32", "bf16x3", "fp16", "fp8")
@@ -122,6 +125,17 @@ class Machine:
     def prefers_exp2(self, dtype: str) -> bool:
         """Whether exponentials of tiles are evaluated to base 2: rates are those of fp32."""
         return self.spec.kind == "cpu" and dtype != "float64" and self.exp2_per_s > self.exp_per_s
+
+    @property
+    def strip_elements(self) -> int:
+        """Of a strip of a tile, two of which fill the caches that are nearest to the cores."""
+        caches = [level.total_bytes for level in self.inner if level.kind == "cache"]
+        return (caches or [self.device_memory_bytes])[-1] // STRIP_BYTES
+
+    def strip_columns(self, tile: Tile) -> int:
+        """Columns of such a strip of a tile."""
+        grains = self.strip_elements // (STRIP_GRAIN * tile.rows)
+        return min(STRIP_GRAIN * max(1, grains), tile.cols)
 
     def seconds_per_byte(self, held_bytes: float) -> float:
         """Of streaming data that lives in the innermost memory with room for it."""

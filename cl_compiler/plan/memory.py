@@ -128,6 +128,8 @@ def _tiles(p: PassFacts, casts: bool) -> list[Item]:
     tile = p.m * p.n
     items: list[Item] = [("tile buffers", p.float_buffers * tile * COMPUTE_BYTES)]
     items.append(("tile masks", p.mask_buffers * tile))
+    floats, masks = p.strip_floats * COMPUTE_BYTES, p.strip_masks
+    items.append(("strips of a tile", (floats + masks) * p.m * p.strip))
     if p.keep:
         items.append(("a tile that is not kept", SCRATCH * tile * COMPUTE_BYTES))
     if p.block_width != 0:
@@ -147,8 +149,6 @@ def _made_beside(p: PassFacts) -> sp.Expr:
     """Elements of a product that is made beside all buffers and added, or copied, to its place."""
     rows = least(sp.Integer(ADDED_AT_ONCE), p.cols) if p.whole_rows else p.n
     found = [rows * q.width for q in p.by_onednn if q.role != "similarity"]
-    if p.keep:  # a tile that is not kept is made again
-        found.append(p.m * p.n * (SCRATCH if p.keep == "read" else 1))
     # Before the first tile there is a copy of the rows that are packed.
     found.append(p.m * (largest(p.packed_widths) - p.n))
     return largest(found) if found else sp.Integer(0)

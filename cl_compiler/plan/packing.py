@@ -16,8 +16,7 @@ from cl_compiler.plan.sizes import Sizes
 def made_anew(p: Pass, mode: Mode) -> int:
     """Buffers that exist beside the new tensors that take their names."""
     code = p.programs[mode]
-    again = frozenset(p.remake[mode].buffers.values()) if p.keep == "read" else frozenset()
-    return len(made_by_products(code) & (filled_otherwise(code) | again))
+    return len(made_by_products(code) & filled_otherwise(code))
 
 
 def packed_widths(p: Pass, leaves: Mapping[str, Leaf], sizes: Sizes) -> tuple[sp.Expr, ...]:

@@ -38,6 +38,7 @@ def _summary(plan: Plan, step: str) -> list[str]:
     share = plan.peak_bytes / plan.budget.device_bytes
     by = plan.precision + (" by oneDNN" if plan.library == "onednn" else "")
     by += ", exponentials to base 2" if plan.exponential == "exp2" else ""
+    strips = f", worked on in strips of {plan.strip} columns" if plan.strip else ""
     share_of_ranks, between = "", ""
     if plan.cluster is not None:
         share_of_ranks, between = " on each rank", f"{plan.cluster.schedule}; on a rank "
@@ -49,7 +50,7 @@ def _summary(plan: Plan, step: str) -> list[str]:
         ("gradients", needs),
         (
             "schedule",
-            f"{between}{plan.schedule}: tiles of {plan.tile}{kept}; products in {by}",
+            f"{between}{plan.schedule}: tiles of {plan.tile}{kept}{strips}; products in {by}",
         ),
         (
             "time",

@@ -243,6 +243,7 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
         peak_phase=phase,
         library="onednn" if option.facts.onednn else "blas",
         exponential="exp2" if exp2 else "exp",
+        strip=space.machine.strip_columns(point.tile) if option.facts.strips else 0,
         rates=rates_in_words(
             space.machine.spec,
             request.problem.dtype,

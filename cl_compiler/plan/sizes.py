@@ -24,6 +24,11 @@ KEPT = sp.Symbol("kept", nonnegative=True)
 SCRATCH = sp.Symbol("scratch", nonnegative=True)
 """1 where a tile that is not kept needs a place of its own, else 0."""
 
+STRIP_ELEMENTS = sp.Symbol("strip", positive=True)
+"""Elements of a strip of a tile: as many as the caches of the cores hold beside its operands."""
+STRIP_GRAIN = 16
+"""Strips are multiples of this many columns."""
+
 ONE = sp.Integer(1)
 
 
@@ -72,12 +77,20 @@ def count_of(length: sp.Expr, step: sp.Expr) -> sp.Expr:
     return sp.Integer(1) if length == step else sp.ceiling(length / step, evaluate=False)
 
 
+def strip_columns(rows: sp.Expr) -> sp.Expr:
+    """Columns of a strip of a tile with so many rows, before it is clipped to the tile."""
+    grains = sp.floor(STRIP_ELEMENTS / (STRIP_GRAIN * rows), evaluate=False)
+    return STRIP_GRAIN * sp.Max(1, grains, evaluate=False)
+
+
 __all__ = [
     "COMPUTE_BYTES",
     "INPUT_BYTES",
     "KEPT",
     "ONE",
     "SCRATCH",
+    "STRIP_ELEMENTS",
+    "STRIP_GRAIN",
     "TILE_COLS",
     "TILE_ROWS",
     "D",
@@ -89,4 +102,5 @@ __all__ = [
     "count_of",
     "largest",
     "least",
+    "strip_columns",
 ]

@@ -14,6 +14,7 @@ from cl_compiler.hardware.graph import hardware_graph as graph_of
 from cl_compiler.lang.base_two import in_base_two
 from cl_compiler.lang.program import SCHEDULES, Program, Schedule
 from cl_compiler.lang.schedules import build_program, valid_schedules
+from cl_compiler.lang.strips import in_strips
 from cl_compiler.lang.sweeps import SweepPlan, plan_sweeps
 from cl_compiler.plan.cost import CompiledCost, compile_cost
 from cl_compiler.plan.facts import ProgramFacts, facts_of
@@ -228,6 +229,8 @@ class Space:
                 onednn &= self.machine.prefers_onednn(problem.dtype, self.request.precision)
                 if self.machine.prefers_exp2(problem.dtype):
                     program = in_base_two(program)
+                if onednn:
+                    program = in_strips(program)
                 facts = facts_of(program, problem.operands, onednn=onednn)
             else:
                 facts = self.ring.facts(problem.operands)
@@ -344,6 +347,7 @@ def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, 
         "pass_per_s": machine.pass_per_s,
         "op_overhead_s": machine.op_overhead_s,
         "onednn_pack_s": machine.onednn_pack_s,
+        "strip": machine.strip_elements,
         "exp2_per_s": machine.exp2_per_s or machine.exp_per_s,
         "B_0": machine.device_bytes_per_s,
         **{f"B_{i}": level.bytes_per_s for i, level in enumerate(machine.inner, 1)},

@@ -141,6 +141,8 @@ def _function(
             return max
         case sp.ceiling():
             return math.ceil
+        case sp.floor():
+            return math.floor
         case _:
             return functions[expr.func.__name__]
 

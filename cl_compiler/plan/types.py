@@ -323,6 +323,8 @@ class Plan:
     """Which multiplies tiles, of PyTorch's tiles on a CPU."""
     exponential: Literal["exp", "exp2"] = "exp"
     """Which function of PyTorch's tiles evaluates them."""
+    strip: int = 0
+    """Columns of a tile that elementwise work goes through at a time; 0: all of them."""
     notes: tuple[str, ...] = ()
     rejected: tuple[Candidate, ...] = ()
     seconds_by_part: tuple[tuple[str, float], ...] = ()

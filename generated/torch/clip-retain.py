@@ -117,18 +117,6 @@ def _crossings(i, i1, j, j1, offsets):
             yield i + offset - j, r0, r1, r0 + offset, r1 + offset
 
 
-def _tiles(rows, cols, symmetric):
-    """How many tiles a sweep visits."""
-    down, across = -(-rows // TILE_M), -(-cols // TILE_N)
-    return down * (down + 1) // 2 if symmetric else down * across
-
-
-def _store(rows, cols, symmetric):
-    """Room for the tiles that are kept."""
-    tile = min(TILE_M, rows) * min(TILE_N, cols)
-    return torch.empty(min(KEPT_TILES, _tiles(rows, cols, symmetric)), tile, dtype=DTYPE)
-
-
 def _pairs(left, right):
     """Blocks of rows and the rows of their positives: (slice of left, slice of right)."""
     for i in range(0, left.shape[0], TILE_M):
@@ -161,10 +149,7 @@ def _forward_sweep_bounded(x, y, store, rows, cols, logit_scale, s0):
     """
     row_lse_sum = torch.full((rows,), 0.0, dtype=DTYPE)
     col_lse_sum = torch.full((cols,), 0.0, dtype=DTYPE)
-    step = min(TILE_M, rows)
-    width = min(TILE_N, cols)
-    spare = torch.empty(step * width if len(store) < _tiles(rows, cols, False) else 0, dtype=DTYPE)
-    t = 0
+    store.clear()
     for i in range(0, rows, TILE_M):
         i1 = min(i + TILE_M, rows)
         m = i1 - i
@@ -173,12 +158,14 @@ def _forward_sweep_bounded(x, y, store, rows, cols, logit_scale, s0):
             j1 = min(j + TILE_N, cols)
             n = j1 - j
             y_j = y[j:j1]
-            kept = (store[t] if t < len(store) else spare)[: m * n].view(m, n)
+            kept = torch.empty(m * n, dtype=DTYPE).view(m, n)
             _product(x_i, y_j, logit_scale.item(), s0, out=kept)
             kept.exp_()
             row_lse_sum[i:i1].add_(kept.sum(1))
             col_lse_sum[j:j1].add_(kept.sum(0))
-            t += 1
+            if len(store) < KEPT_TILES:
+                store.append(kept)
+            del kept
 
     return row_lse_sum, col_lse_sum
 
@@ -196,8 +183,7 @@ def _forward_sweep_running(x, y, store, rows, cols, logit_scale):
     step = min(TILE_M, rows)
     width = min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)
-    spare = torch.empty(step * width if len(store) < _tiles(rows, cols, False) else 0, dtype=DTYPE)
-    t = 0
+    store.clear()
     for i in range(0, rows, TILE_M):
         i1 = min(i + TILE_M, rows)
         m = i1 - i
@@ -207,11 +193,13 @@ def _forward_sweep_running(x, y, store, rows, cols, logit_scale):
             n = j1 - j
             y_j = y[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
-            kept = (store[t] if t < len(store) else spare)[: m * n].view(m, n)
+            kept = torch.empty(m * n, dtype=DTYPE).view(m, n)
             _product(x_i, y_j, logit_scale.item(), 0.0, out=kept)
             _add_logsumexp(kept, 1, row_lse_max[i:i1], row_lse_sum[i:i1], t0)
             _add_logsumexp(kept, 0, col_lse_max[j:j1], col_lse_sum[j:j1], t0)
-            t += 1
+            if len(store) < KEPT_TILES:
+                store.append(kept)
+            del kept
 
     return row_lse_max, row_lse_sum, col_lse_max, col_lse_sum
 
@@ -224,7 +212,6 @@ def _backward_sweep_bounded(x, y, d_x, d_y, store, rows, cols, logit_scale, s3, 
     step = min(TILE_M, rows)
     width = min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)
-    spare = torch.empty(step * width if len(store) < _tiles(rows, cols, False) else 0, dtype=DTYPE)
     t = 0
     for i in range(0, rows, TILE_M):
         i1 = min(i + TILE_M, rows)
@@ -235,7 +222,7 @@ def _backward_sweep_bounded(x, y, d_x, d_y, store, rows, cols, logit_scale, s3, 
             n = j1 - j
             y_j = y[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
-            kept = (store[t] if t < len(store) else spare)[: m * n].view(m, n)
+            kept = store[t] if t < len(store) else torch.empty(m * n, dtype=DTYPE).view(m, n)
             if t >= len(store):
                 _product(x_i, y_j, logit_scale.item(), s3, out=kept)
                 kept.exp_()
@@ -246,6 +233,7 @@ def _backward_sweep_bounded(x, y, d_x, d_y, store, rows, cols, logit_scale, s3, 
             d_x[i:i1].addmm_(t0, y_j)
             d_y[j:j1].addmm_(t0.T, x_i)
             t += 1
+            del kept
 
 
 def _backward_sweep_running(
@@ -259,7 +247,6 @@ def _backward_sweep_running(
     width = min(TILE_N, cols)
     t0_buffer = torch.empty(step * width, dtype=DTYPE)
     t1_buffer = torch.empty(step * width, dtype=DTYPE)
-    spare = torch.empty(step * width if len(store) < _tiles(rows, cols, False) else 0, dtype=DTYPE)
     t = 0
     for i in range(0, rows, TILE_M):
         i1 = min(i + TILE_M, rows)
@@ -271,7 +258,7 @@ def _backward_sweep_running(
             y_j = y[j:j1]
             t0 = t0_buffer[: m * n].view(m, n)
             t1 = t1_buffer[: m * n].view(m, n)
-            kept = (store[t] if t < len(store) else spare)[: m * n].view(m, n)
+            kept = store[t] if t < len(store) else torch.empty(m * n, dtype=DTYPE).view(m, n)
             if t >= len(store):
                 _product(x_i, y_j, logit_scale.item(), 0.0, out=kept)
             torch.add(kept, a0[i:i1, None], out=t0)
@@ -286,6 +273,7 @@ def _backward_sweep_running(
             d_x[i:i1].addmm_(t0, y_j, alpha=d_row_total)
             d_y[j:j1].addmm_(t0.T, x_i, alpha=d_row_total)
             t += 1
+            del kept
 
 
 def forward(x, y, logit_scale):
@@ -299,7 +287,7 @@ def forward(x, y, logit_scale):
     rows, cols = x.shape[0], y.shape[0]
     logits_pos = _at_positives(x, y) * logit_scale
     col_positive = logits_pos
-    store = _store(rows, cols, False)
+    store = []
     row_lse_shift = _shift(_largest_norm(x) * _largest_norm(y) * abs(logit_scale.item()), cols)
     if row_lse_shift is not None:
         s0 = -row_lse_shift
@@ -332,8 +320,8 @@ def forward(x, y, logit_scale):
         "row_lse_inverse": row_lse_inverse,
         "col_lse_inverse": col_lse_inverse,
         "row_lse_shift": row_lse_shift,
-        "store": store,
     }
+    saved |= dict(enumerate(store))  # kept tiles by their numbers
     return value, outputs, saved
 
 
@@ -345,7 +333,7 @@ def backward(grad_output, saved, x, y, logit_scale):
     row_lse_inverse = saved["row_lse_inverse"]
     col_lse_inverse = saved["col_lse_inverse"]
     row_lse_shift = saved["row_lse_shift"]
-    store = saved["store"]
+    store = [tile for number, tile in saved.items() if isinstance(number, int)]
     d_x = torch.zeros(x.shape, dtype=DTYPE, device=x.device)
     d_y = torch.zeros(y.shape, dtype=DTYPE, device=y.device)
     d_col_total = 1 / (2 * cols)

@@ -24,6 +24,8 @@ from tests.zoo_case import Case, sample
 ZEN4 = load_hardware("epyc-zen4-2c")
 CASES = {case.name: case for case in zoo.cases()}
 TILES = (Tile(3, 4), Tile(5, 2), Tile(4, 64))
+STRIPS = (1, 3, 64)
+"""Columns: one at a time, ragged strips, one strip of a whole tile."""
 
 
 def in_float64(source: str) -> str:
@@ -37,7 +39,14 @@ def assert_right(case: Case, seed: int) -> None:
     rng = Random(seed)
     for schedule in schedules_of(case):
         tile = rng.choice(TILES)
-        text = emit(case, schedule, tile=tile, library="onednn", exponential="exp2")
+        text = emit(
+            case,
+            schedule,
+            tile=tile,
+            library="onednn",
+            exponential="exp2",
+            strip=rng.choice(STRIPS),
+        )
         source = in_float64(text)
         found = errors(run(source, sample(case, seed=seed)), sample(case, seed=seed))
         assert max(found.values()) < 1e-9, (schedule, found, source)
