@@ -180,6 +180,11 @@ class ProgramFacts:
         return next((p for p in self.passes if p.keep == "write"), None)
 
     @property
+    def kept_in_loops(self) -> bool:
+        """Whether tiles are kept, of more than the one that holds everything."""
+        return self.kept_tile is not None and not self.program.is_whole
+
+    @property
     def needs_square_tiles(self) -> bool:
         return any(p.symmetric for p in self.passes)
 

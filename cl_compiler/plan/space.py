@@ -20,6 +20,7 @@ from cl_compiler.plan.cost import CompiledCost, compile_cost
 from cl_compiler.plan.facts import ProgramFacts, facts_of
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.memory import CompiledMemory, churned_bytes, compile_memory
+from cl_compiler.plan.sizes import COMPUTE_BYTES
 from cl_compiler.plan.tape import Tape, tape_of
 from cl_compiler.plan.types import Problem, Request, Tile
 
@@ -37,6 +38,10 @@ CHURNED = 1.5
 
 glibc keeps about as much again: with its defaults, ``tests/runtime/test_memory.py`` holds the
 process to its budget."""
+
+MAPPED_BYTES = 32 * 2**20
+"""Tensors from this size on are mapped when they are made and unmapped when they are freed, by
+glibc; smaller ones it keeps (M_MMAP_THRESHOLD follows what was freed, up to this)."""
 
 Values = Mapping[str, float]
 
@@ -68,6 +73,8 @@ class Option:
     seconds_by_part: Tape
     churned_bytes: Tape
     """All of the request's sizes: what is left open is the tile."""
+    makes_tiles: bool
+    """Each tile is a new tensor, which glibc allocates."""
 
     def extent(self, sizes: Values) -> Tile:
         """Rows and columns of the largest grid."""
@@ -76,8 +83,19 @@ class Option:
         cols = max((sizes[p.cols.name] for p in passes if not p.is_slots), default=1)
         return Tile(int(rows), int(cols))
 
-    def tiles(self, sizes: Values) -> Iterator[Tile]:
-        """Every tile that the emitted loops may step by."""
+    def tiles(self, sizes: Values) -> list[Tile]:
+        """Every tile that the emitted loops may step by.
+
+        Where a tile is a new tensor each time, those that the allocator would map anew, with every
+        page of them, are left out if there are smaller ones.
+        """
+        found = list(self._all_tiles(sizes))
+        if not self.makes_tiles:
+            return found
+        most = MAPPED_BYTES / sizes[COMPUTE_BYTES.name]
+        return [t for t in found if t.rows * t.cols < most] or found
+
+    def _all_tiles(self, sizes: Values) -> Iterator[Tile]:
         extent = self.extent(sizes)
         if self.schedule == "dense":
             yield extent
@@ -91,7 +109,7 @@ class Option:
                     yield Tile(rows, cols)
 
     def smallest_tile(self, sizes: Values) -> Tile:
-        return next(self.tiles(sizes))
+        return next(self._all_tiles(sizes))
 
     def tile_count(self, sizes: Values, tile: Tile) -> int:
         """Tiles of the pass that keeps them, 0 if none does."""
@@ -246,6 +264,7 @@ class Space:
                 memory.totals.bind(self.sizes),
                 cost.seconds_by_part.bind(self.sizes),
                 tape_of([churned_bytes(facts)]).bind(self.sizes),
+                facts.onednn or (self.machine.spec.kind == "cpu" and facts.kept_in_loops),
             )
         return self.options[schedule]
 

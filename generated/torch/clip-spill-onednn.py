@@ -4,8 +4,8 @@
 # hardware  epyc-zen4-2c   float32 in, ieee products by oneDNN, fp32 accumulate
 # problem   up to M=16384 N=16384 D=512; gradients: logit_scale, x, y
 # schedule  spill
-# tiles     device 2048x4096   l3 2048x3904   l2 448x448   core 32x64
-# memory    predicted peak 113.6 MiB of 256.0 MiB
+# tiles     device 2048x2048   l3 2048x2048   l2 448x448   core 32x64
+# memory    predicted peak 93.6 MiB of 256.0 MiB
 """clip: value and gradients in tiles; the similarity matrix never exists.
 
 Symmetric InfoNCE (Radford et al. 2021): the mean of both directions' cross-entropies.
@@ -16,6 +16,7 @@ row_lse: [M] logsumexp over cols of logits
 col_lse: [N] logsumexp over rows of logits
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
 x_packed1_i, ...: a block of rows in oneDNN's own layout; tiles are [m, n], column by column
+t0_tile, ...: a tile that a product makes or reads; t0, ...: a strip of its columns
 """
 
 import math
@@ -24,7 +25,7 @@ import torch
 
 DTYPE = torch.float32  # of tiles, statistics and accumulators
 D = 512  # columns of the operands
-TILE_M, TILE_N = 2048, 4096
+TILE_M, TILE_N = 2048, 2048
 STRIP = 128  # columns of a tile between its products, in the caches of the cores
 LOG2E = math.log2(math.e)  # exp2(LOG2E * t) is exp(t), and faster here
 MATMUL_PRECISION = "ieee"  # of fp32 products: "ieee" is exact

@@ -65,3 +65,13 @@ def test_what_blas_makes_in_place_needs_none() -> None:
     wanted = replace(asked(96 << 20), hardware=replace(ZEN4, gemm_flops_per_s=plain))
     plan = choose_plan(wanted)
     assert plan.library == "blas" and beside(plan, wanted) == 0
+
+
+def test_tiles_that_glibc_would_map_each_time_are_not_taken() -> None:
+    """Pages of a new tensor of 32 MiB are cleared whenever one is made."""
+    for schedule in ("spill", "retain"):
+        plan = choose_plan(
+            request(clip, ZEN4, rows=65536, width=512, budget="4GiB", schedule=schedule)
+        )
+        assert plan.tile.rows * plan.tile.cols * 4 < 32 * 2**20
+        assert plan.tile.rows * plan.tile.cols * 4 >= 8 * 2**20
