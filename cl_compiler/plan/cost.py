@@ -25,7 +25,7 @@ import sympy as sp
 from cl_compiler.lang.ir import Let
 from cl_compiler.lang.lower_pass import bounded_logits
 from cl_compiler.lang.tile_ir import Accumulate
-from cl_compiler.plan.facts import PassFacts, Product, ProgramFacts, Work
+from cl_compiler.plan.facts import PassFacts, Product, ProgramFacts
 from cl_compiler.plan.machine import RATED_TILE, Machine
 from cl_compiler.plan.sizes import (
     COMPUTE_BYTES,
@@ -37,6 +37,7 @@ from cl_compiler.plan.sizes import (
     least,
 )
 from cl_compiler.plan.tape import Tape, tape_of
+from cl_compiler.plan.tile_work import TileWork
 from cl_compiler.plan.types import Problem
 
 gemm_rate = sp.Function("gemm_rate")
@@ -123,7 +124,7 @@ def cost_of(facts: ProgramFacts, inner_levels: int, *, casts: bool, overlaps: bo
     return Cost(tuple(parts), flops, tuple(traffic))
 
 
-def _shares(p: PassFacts) -> list[tuple[sp.Expr, Work, tuple[Product, ...]]]:
+def _shares(p: PassFacts) -> list[tuple[sp.Expr, TileWork, tuple[Product, ...]]]:
     """(share of the tiles, work, products): all tiles, and those that are made a second time."""
     shares = [(cast(sp.Expr, sp.Integer(1)), p.work, p.products)]
     if p.keep == "read":
@@ -188,7 +189,7 @@ def _bytes(q: Product, side: str) -> sp.Expr:
     return 2 * COMPUTE_BYTES if q.role == side else INPUT_BYTES
 
 
-def _beyond_cache(p: PassFacts, work: Work, products: tuple[Product, ...]) -> sp.Expr:
+def _beyond_cache(p: PassFacts, work: TileWork, products: tuple[Product, ...]) -> sp.Expr:
     """Seconds per element that a tile costs because its buffers live too far out.
 
     Of a tile in strips, what products write and read; the rest where a strip is.

@@ -17,17 +17,11 @@ from cl_compiler.lang.ir import SLOTS, Leaf, View
 from cl_compiler.lang.lower import inverse_of
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import (
-    SLOW_OPS,
     Accumulate,
-    AtPositives,
-    Compute,
-    Diagonal,
     Gemm,
     Instruction,
     Mode,
     TileProgram,
-    TileRef,
-    VectorRef,
 )
 from cl_compiler.lang.whole import scale_gradients, taken_at_positives
 from cl_compiler.plan.packing import made_anew, packed_widths
@@ -41,36 +35,7 @@ from cl_compiler.plan.sizes import (
     least,
     strip_columns,
 )
-
-
-@dataclass(frozen=True)
-class Work:
-    """What happens to one element of a tile, and to one tile.
-
-    ``exps``, ``passes``: elementwise passes that evaluate a transcendental function, and others;
-    ``exp2s``: those that evaluate an exponential to base 2.
-    ``floats_moved``, ``masks_moved``: elements read or written by them and by the products.
-    ``operators``: operators launched per tile.  ``gemms``: tiles of similarities made.
-    """
-
-    exps: int = 0
-    passes: int = 0
-    floats_moved: int = 0
-    masks_moved: int = 0
-    operators: int = 0
-    gemms: int = 0
-    exp2s: int = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.exps + other.exps,
-            self.passes + other.passes,
-            self.floats_moved + other.floats_moved,
-            self.masks_moved + other.masks_moved,
-            self.operators + other.operators,
-            self.gemms + other.gemms,
-            self.exp2s + other.exp2s,
-        )
+from cl_compiler.plan.tile_work import TileWork, tile_work
 
 
 @dataclass(frozen=True)
@@ -103,9 +68,9 @@ class PassFacts:
     float_buffers: int
     mask_buffers: int
     held: int
-    work: Work
+    work: TileWork
     products: tuple[Product, ...]
-    remade: Work
+    remade: TileWork
     remade_products: tuple[Product, ...]
     row_operands: tuple[sp.Expr, ...]
     col_operands: tuple[sp.Expr, ...]
@@ -265,13 +230,13 @@ def _pass(
     onednn = onednn and not (p.is_slots or p.whole)
     views = [v for s in p.similarities for v in (leaves[s].left,)]
     others = [v for s in p.similarities for v in (leaves[s].right,)]
-    work = _work(tile.instructions, p.whole)
-    work += Work(
+    work = tile_work(tile.instructions, p.whole)
+    work += TileWork(
         floats_moved=len(gradients),
         operators=len(gradients) + sum(bool(g.row_scale) for g in tile.gradients),
     )
     if onednn:  # one side's gradients are made, then added
-        work += Work(operators=sum(q.role == "right" for q in gradients))
+        work += TileWork(operators=sum(q.role == "right" for q in gradients))
     return PassFacts(
         phase,
         p.grid,
@@ -286,7 +251,7 @@ def _pass(
         tile.float_buffers + bool(p.keep),
         work,
         (*_similarities(tile.instructions, leaves, sizes), *gradients),
-        _work(remade, p.whole),
+        tile_work(remade, p.whole),
         _similarities(remade, leaves, sizes),
         _operand_widths(views, sizes),
         _operand_widths(others, sizes),
@@ -335,55 +300,6 @@ def _similarities(
         for i in code
         if isinstance(i, Gemm)
     )
-
-
-# (exps, passes, floats moved, operators) of folding a tile: a running logsumexp takes a maximum,
-# subtracts it, exponentiates and sums; softmean also multiplies and sums a second time.  Beside a
-# softmax, which is an operator of its own, there are two maxima; beside a log-softmax, a diagonal.
-_FOLDS = {
-    "sum": (0, 1, 1, 2),
-    "max": (0, 1, 1, 2),
-    "softmax": (0, 2, 2, 5),
-    "log_softmax": (0, 0, 0, 2),
-    "total": (0, 1, 1, 1),
-    "logsumexp": (1, 3, 6, 8),
-    "softmean": (1, 5, 10, 11),
-}
-
-
-def _work(code: Iterable[Instruction], whole: bool) -> Work:
-    total = Work()
-    for instruction in code:
-        total += _work_of(instruction, whole)
-    return total
-
-
-def _work_of(instruction: Instruction, whole: bool) -> Work:
-    """``whole``: there is one tile only."""
-    match instruction:
-        case Gemm():
-            return Work(floats_moved=1, operators=1, gemms=1)
-        case Compute(op=op, args=args, is_mask=is_mask):
-            slow = op in SLOW_OPS
-            moved = 1 + sum(isinstance(a, TileRef) for a in args)
-            views = [a for a in args if whole and isinstance(a, VectorRef) and a.dim == 0]
-            return Work(
-                exps=int(slow and op != "exp2"),
-                passes=int(not slow),
-                floats_moved=0 if is_mask else moved,
-                masks_moved=moved if is_mask else 0,
-                operators=1 + len(views),
-                exp2s=int(op == "exp2"),
-            )
-        case Accumulate(kind=kind):
-            exps, passes, moved, operators = _FOLDS[kind]
-            return Work(
-                exps, passes, moved, 0, 1 if whole and kind in ("sum", "max") else operators
-            )
-        case Diagonal() | AtPositives():  # few elements, and of many tiles few have any
-            return Work(operators=2 if whole else 0)
-        case _:  # a barrier does nothing, and products are counted beside the instructions
-            return Work()
 
 
 # ---- vectors and outputs ------------------------------------------------------------------------
