@@ -90,7 +90,8 @@ def cases_of(
     found.append(Case("retain", "clip", n, n, 512, few, rivals, budget, 5))
     for n in (64, 128, 256, 512, 1024):
         found += [
-            Case("small", "clip", n, n, 512, t, ("compiled", "dense"), "64MiB", 7) for t in threads
+            Case("small", "clip", n, n, 512, t, ("compiled", "dense"), "64MiB", 101)
+            for t in threads
         ]
     halves = ("compiled:bf16", "compiled", "dense", "gemm")
     found.append(Case("bf16", "clip", 8192, 8192, 512, few, halves, "48MiB", 5))
