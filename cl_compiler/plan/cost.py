@@ -200,11 +200,12 @@ def _beyond_cache(p: PassFacts, work: TileWork, products: tuple[Product, ...]) -
         return moved * extra_seconds_per_byte(held)
     made = sum(q.role == "similarity" for q in products)
     multiplied = len(products) - made
-    whole = (2 * made + multiplied + bool(multiplied) + bool(p.keep)) * COMPUTE_BYTES
+    whole = 2 * made + multiplied + bool(multiplied) + bool(p.keep)
+    whole = min(whole, work.floats_moved)
     floats = p.held + p.strip_floats
     strip = p.m * p.strip * (floats * COMPUTE_BYTES + p.mask_buffers + p.strip_masks)
-    rest = max(0, moved - whole)
-    return min(moved, whole) * extra_seconds_per_byte(held) + rest * extra_seconds_per_byte(strip)
+    far = whole * COMPUTE_BYTES
+    return far * extra_seconds_per_byte(held) + (moved - far) * extra_seconds_per_byte(strip)
 
 
 def _copies(p: PassFacts, casts: bool) -> sp.Expr:

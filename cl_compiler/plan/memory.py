@@ -146,12 +146,12 @@ def _tiles(p: PassFacts, casts: bool) -> list[Item]:
 
 
 def _made_beside(p: PassFacts) -> sp.Expr:
-    """Elements of a product that is made beside all buffers and added, or copied, to its place."""
+    """Elements of a product that is made beside all buffers and added to its place."""
     rows = least(sp.Integer(ADDED_AT_ONCE), p.cols) if p.whole_rows else p.n
     found = [rows * q.width for q in p.by_onednn if q.role != "similarity"]
     # Before the first tile there is a copy of the rows that are packed.
     found.append(p.m * (largest(p.packed_widths) - p.n))
-    return largest(found) if found else sp.Integer(0)
+    return largest([*found, sp.Integer(0)])
 
 
 def churned_bytes(facts: ProgramFacts) -> sp.Expr:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cl_compiler import lang as cl
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.program import Schedule
@@ -129,3 +130,28 @@ def test_running_maxima_replace_what_shared_exponentials_kept() -> None:
     again = run(kept.replace(head, f"{head}    return False\n"), case)
     for name, gradient in run(made, case).gradients.items():
         torch.testing.assert_close(again.gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@cl.define_loss
+def squares(sim, margin):  # type: ignore[no-untyped-def]
+    """The logarithm of a sum of squares: the gradient tile is the product itself."""
+    return cl.log(margin + cl.sum(cl.sum(sim**2, over=cl.cols), over=cl.rows))
+
+
+def test_a_gradient_tile_that_is_a_product_needs_no_strips() -> None:
+    """Nothing is done between the products of such a pass, whatever is kept."""
+    case = replace(CASES["clip"], loss=squares)
+    inputs = sample(CASES["clip"], 10, 10, 6, seed=2)
+    tensors = {n: t.detach().float().requires_grad_() for n, t in inputs.tensors.items()}
+    for schedule in ("spill", "retain"):
+        needs = frozenset({"x", "y"})
+        text = emit(case, schedule, dtype="float32", library="onednn", strip=2, needs=needs)
+        module = load(text)
+        given = {**tensors, "margin": torch.tensor(1.0, dtype=torch.float64)}
+        value = module.Loss.apply(*(given[n] for n in module.ARGUMENTS))[0]
+        gradients = torch.autograd.grad(value, list(tensors.values()))
+        exact = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
+        dense = torch.log(1 + (exact["x"] @ exact["y"].T).square().sum())
+        wanted = torch.autograd.grad(dense, list(exact.values()))
+        for got, want in zip(gradients, wanted, strict=True):
+            assert float((got.double() - want).norm() / want.norm()) < 2e-6
