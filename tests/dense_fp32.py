@@ -85,7 +85,9 @@ def _shuffled(whole: Sample, order: int) -> Sample:
     return replace(whole, tensors=tensors)
 
 
-def features(case: Case, scale: float | None, norms: bool, seed: int) -> Sample:
+def features(
+    case: Case, scale: float | None, norms: bool, seed: int, shape: tuple[int, int] = (ROWS, COLS)
+) -> Sample:
     """Unit (or unnormalised) embeddings whose positives are near but not at their rows.
 
     ``scale``: of the logits; None leaves the entry's own parameters.  All numbers are fp32's.
@@ -94,7 +96,7 @@ def features(case: Case, scale: float | None, norms: bool, seed: int) -> Sample:
         case = replace(case, parameters={**case.parameters, "logit_scale": scale})
     if scale is not None and "row_scale" in case.ranges:
         case = replace(case, ranges={"row_scale": (0.7 * scale, 1.3 * scale)})
-    whole = sample(case, ROWS, COLS, WIDTH, seed=seed)
+    whole = sample(case, *shape, WIDTH, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     near = 0.2 if (scale or 0) > 50 else 0.5  # so that the gradient has not vanished
     with torch.no_grad():

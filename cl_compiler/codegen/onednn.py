@@ -48,7 +48,8 @@ class OneDnnTilePrinter(TilePrinter):
     def __init__(self, buffers: Mapping[int, str], of: OneDnnPassPrinter) -> None:
         super().__init__(buffers, of.scalar, of.vector, of.numbers)
         self.of = of
-        self.made: set[str] = set()
+        self.printed: set[str] = set()
+        """Tiles that have been made so far."""
 
     def gemm(self, g: Gemm, left: str, right: str, scale: str | None, slots: bool) -> str:
         """The similarity tile: neither scaled nor shifted afterwards."""
@@ -56,10 +57,10 @@ class OneDnnTilePrinter(TilePrinter):
         alpha, beta = self.alpha_beta(g, scale)
         offset = f", {self.of.offset(beta)}[:m]" if beta else ""
         product = f"_linear({right}, {self.of.packed(left, alpha)}{offset}).T"
-        if self.of.pass_.strips:
+        if self.of.pass_.in_strips:
             return f"{out}_tile = {product}"
-        again = f"del {out}\n" if out in self.made else ""
-        self.made.add(out)
+        again = f"del {out}\n" if out in self.printed else ""
+        self.printed.add(out)
         return f"{again}{out} = {product}"
 
 
@@ -72,8 +73,8 @@ class OneDnnPassPrinter(PassPrinter):
         super().__init__(program, pass_, mode, names, name, cast)
         self.packs: dict[tuple[str, str], str] = {}
         self.offsets: dict[str, str] = {}
-        self.made: dict[int, list[str]] = {}
-        """Products that make tiles, of each tile program."""
+        self.tile_products: dict[int, list[str]] = {}
+        """Of each tile program: products that make tiles."""
         self.in_strip = False
         """Whether what is printed is done to a strip of the tile's columns."""
         if not pass_.is_slots:
@@ -108,14 +109,14 @@ class OneDnnPassPrinter(PassPrinter):
 
     def whole(self, value: int) -> str:
         tile = super().whole(value)
-        return f"{tile}_tile" if self.pass_.strips else tile
+        return f"{tile}_tile" if self.pass_.in_strips else tile
 
     def body(self, code: TileProgram) -> list[str]:
-        """Of a pass in strips, what is done to one of them; ``made`` has what comes before."""
-        if not self.pass_.strips:
+        """Of a pass in strips, what is done to one of them, after ``tile_products``."""
+        if not self.pass_.in_strips:
             return super().body(code)
         gemms = [i for i in code.instructions if isinstance(i, Gemm)]
-        self.made[id(code)] = self.lines(code, gemms)
+        self.tile_products[id(code)] = self.lines(code, gemms)
         self.in_strip = True
         lines = self.lines(code, [i for i in code.instructions if not isinstance(i, Gemm)])
         self.in_strip = False
@@ -125,7 +126,7 @@ class OneDnnPassPrinter(PassPrinter):
         text = super().text()
         if self.pass_.is_slots:
             return text
-        text = self._strips(text) if self.pass_.strips else self._tiles(text)
+        text = self._in_strips(text) if self.pass_.in_strips else self._whole_tiles(text)
         packs = [
             f"{name} = _packed({rows if not factor else f'{rows} * ({factor})'}, width)"
             for (rows, factor), name in self.packs.items()
@@ -141,7 +142,8 @@ class OneDnnPassPrinter(PassPrinter):
             shape="(n, m).T",
         )
 
-    def _tiles(self, text: PassText) -> PassText:
+    def _whole_tiles(self, text: PassText) -> PassText:
+        assert not text.keep, "what is kept is kept of tiles in strips"
         made, filled = made_by_products(self.code), filled_otherwise(self.code)
         return replace(
             text,
@@ -149,23 +151,23 @@ class OneDnnPassPrinter(PassPrinter):
             after=[f"del {', '.join(sorted(made))}"] if made else [],
         )
 
-    def _strips(self, text: PassText) -> PassText:
+    def _in_strips(self, text: PassText) -> PassText:
         """Products of tiles; of their strips the rest; products with them."""
         made = made_by_products(self.code)
         again = self.pass_.remake.get(self.mode) if self.pass_.keep == "read" else None
         remade = made_by_products(again) if again else frozenset()
-        strips = self.code.strips | (again.strips if again else frozenset())
+        strips = self.code.strip_buffers | (again.strip_buffers if again else frozenset())
         spanning = [b for b, _ in text.buffers if b not in strips]
         parts = sorted(remade) if text.keep == "read" else []
         gone = [f"{b}, {b}_tile" if text.body else f"{b}_tile" for b in sorted(made)]
         return replace(
             text,
             buffers=[b for b in text.buffers if b[0] not in made | remade],
-            strips=True,
+            in_strips=True,
             strip_buffers=[b for b, _ in text.buffers if b in strips],
             parts=[b for b in spanning if b not in remade] + (["kept"] if text.keep else []),
-            made=self.made[id(self.code)],
-            remade=self.made[id(again)] if again else [],
+            tile_products=self.tile_products[id(self.code)],
+            remade_products=self.tile_products[id(again)] if again else [],
             remake=[*(_part(b) for b in parts), *text.remake],
             after_remade=[f"del {b}, {b}_tile" for b in parts],
             makes_kept=_makes_kept(again or self.code),

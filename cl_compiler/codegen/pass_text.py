@@ -40,11 +40,11 @@ class PassText:
     """Statements that end a tile."""
     after_rows: list[str] = field(default_factory=list)
     """Statements that end a block of rows."""
-    strips: bool = False
+    in_strips: bool = False
     """Whether the body is for a strip of the tile's columns; what follows is for that only."""
-    made: list[str] = field(default_factory=list)
+    tile_products: list[str] = field(default_factory=list)
     """Products that make tiles."""
-    remade: list[str] = field(default_factory=list)
+    remade_products: list[str] = field(default_factory=list)
     """Those of a tile that was not kept."""
     makes_kept: bool = False
     """One of them makes the tile that is kept."""
@@ -56,4 +56,5 @@ class PassText:
     @property
     def lines(self) -> list[str]:
         """All statements on tiles."""
-        return [*self.made, *self.remade, *self.remake, *self.body, *self.products]
+        made = [*self.tile_products, *self.remade_products]
+        return [*made, *self.remake, *self.body, *self.products]

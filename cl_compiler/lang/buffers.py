@@ -74,13 +74,13 @@ def assign_buffers(
     kept: int | None,
     keep_action: str,
     taken: Collection[str] = (),
-    whole: Collection[int] | None = None,
+    spanning: Collection[int] | None = None,
 ) -> TileProgram:
     """Drop what nobody reads, then scan linearly: a value may take over a dying operand's buffer.
 
     ``keep_action``: "write" (the kept value is made here), "read" (it is given) or "".
     ``taken``: names of buffers that belong to somebody else.
-    ``whole``: values that span the tile where others have a strip of it (None: all span it).
+    ``spanning``: values that span the tile where others have a strip of it (None: all of them).
     """
     roots = {g.value for g in gradients} | ({kept} if kept is not None else set())
     live = _live(code, roots)
@@ -102,7 +102,7 @@ def assign_buffers(
             kind = "m" if is_mask.get(value) else "t"
             reusable = [v for v in dying if buffers[v][0] == kind]
             open_ = free[kind]
-            is_strip = whole is not None and value not in whole
+            is_strip = spanning is not None and value not in spanning
             if not is_strip:
                 reusable = [v for v in reusable if buffers[v] not in strips]
                 open_ = [b for b in open_ if b not in strips]

@@ -137,11 +137,11 @@ def lower_pass(
     if keep:
         expr = kept_expression(plan, mode)
         assert expr is not None
+        low.scan([expr])  # what is affine in a similarity that is kept is made of that tile
         if keep == "read":
             kept = low.new()
             low.memo[expr] = TileRef(kept)
         else:
-            low.scan([expr])
             kept = low.tile(expr)
     for kind, red, exprs, names in early:
         reduce_tile(low, red, exprs[0], names, kind, exprs[1:], mirrored)

@@ -46,7 +46,7 @@ class Pass:
     rounded: Mapping[Mode, TileProgram] = field(default_factory=dict)
     """The programs of tiles that read vectors as they are rounded, where those differ."""
     rounded_remake: Mapping[Mode, TileProgram] = field(default_factory=dict)
-    strips: bool = False
+    in_strips: bool = False
     """Between products, its tile programs run on one strip of columns after the other."""
 
     @property

@@ -13,17 +13,7 @@ from dataclasses import replace
 
 from cl_compiler.lang.buffers import assign_buffers
 from cl_compiler.lang.program import Pass, Program, Stage
-from cl_compiler.lang.tile_ir import (
-    AtPositives,
-    Barrier,
-    Compute,
-    Diagonal,
-    Gemm,
-    GradientTile,
-    Mode,
-    TileProgram,
-    TileRef,
-)
+from cl_compiler.lang.tile_ir import Compute, Diagonal, Gemm, Mode, TileProgram, TileRef
 
 
 def in_strips(program: Program) -> Program:
@@ -41,22 +31,17 @@ def _stage(stage: Stage) -> Stage:
 
 
 def _pass(p: Pass) -> Pass:
-    if p.is_slots or p.whole or p.whole_rows or not all(map(_is_divisible, p.programs.values())):
+    if p.is_slots or p.whole or p.whole_rows:
         return p
     programs, rounded = (_tile_programs(codes, p.keep) for codes in (p.programs, p.rounded))
     return replace(
         p,
-        strips=True,
+        in_strips=True,
         programs=programs,
         remake=_remade(p.remake, programs),
         rounded=rounded,
         rounded_remake=_remade(p.rounded_remake, rounded or programs),
     )
-
-
-def _is_divisible(code: TileProgram) -> bool:
-    """Whether columns have nothing to do with each other, but for what is summed up."""
-    return not any(isinstance(i, (AtPositives, Barrier, GradientTile)) for i in code.instructions)
 
 
 def _tile_programs(codes: Mapping[Mode, TileProgram], keep: str) -> dict[Mode, TileProgram]:
@@ -76,14 +61,15 @@ def _remade(
 def _tile_program(code: TileProgram, keep: str, taken: frozenset[str] = frozenset()) -> TileProgram:
     gemms = [i for i in code.instructions if isinstance(i, Gemm)]
     others = [i for i in code.instructions if not isinstance(i, Gemm)]
-    whole = {g.value for g in gemms} | {g.value for g in code.gradients}
+    spanning = {g.value for g in gemms} | {g.value for g in code.gradients}
     for i in reversed(others):  # replaced in some places: where they are, they stay
-        if isinstance(i, Diagonal) and i.value in whole:
-            whole.add(i.base)
-        elif isinstance(i, Compute) and i.op == "fill_where" and i.value in whole:
-            whole |= {a.value for a in i.args[:1] if isinstance(a, TileRef)}
+        if isinstance(i, Diagonal) and i.value in spanning:
+            spanning.add(i.base)
+        elif isinstance(i, Compute) and i.op == "fill_where" and i.value in spanning:
+            spanning |= {a.value for a in i.args[:1] if isinstance(a, TileRef)}
+    order = [*gemms, *others]
     return assign_buffers(
-        code.mode, [*gemms, *others], code.hoisted, code.gradients, code.kept, keep, taken, whole
+        code.mode, order, code.hoisted, code.gradients, code.kept, keep, taken, spanning
     )
 
 

@@ -145,7 +145,7 @@ class TileProgram:
     ``hoisted``: vectors and scalars to evaluate before the sweep, name → (expression, axes).
     ``buffers``: tile value → buffer ("t0" … in the compute dtype, "m0" … bool).
     ``kept``: the value that the schedule keeps (its buffer is "kept"), if any.
-    ``strips``: buffers that hold a strip of columns at a time; the others span the tile.
+    ``strip_buffers``: those that hold a strip of columns at a time; the others span the tile.
     """
 
     mode: Mode
@@ -154,16 +154,16 @@ class TileProgram:
     buffers: Mapping[int, str]
     gradients: tuple[GradientTile, ...]
     kept: int | None = None
-    strips: frozenset[str] = frozenset()
+    strip_buffers: frozenset[str] = frozenset()
 
     @property
     def float_buffers(self) -> int:
         """Tile buffers in the compute dtype; neither the kept one nor strips are counted."""
-        return len({b for b in self.buffers.values() if b.startswith("t")} - self.strips)
+        return len({b for b in self.buffers.values() if b.startswith("t")} - self.strip_buffers)
 
     @property
     def mask_buffers(self) -> int:
-        return len({b for b in self.buffers.values() if b.startswith("m")} - self.strips)
+        return len({b for b in self.buffers.values() if b.startswith("m")} - self.strip_buffers)
 
     @property
     def gemms(self) -> int:

@@ -108,14 +108,14 @@ def cost_of(facts: ProgramFacts, inner_levels: int, *, casts: bool, overlaps: bo
             parts[1] += area * (work.exps / EXP_RATE + work.exp2s / EXP2_RATE)
             parts[2] += area * work.passes / PASS_RATE
             parts[3] += area * _beyond_cache(p, work, products)
-            parts[5] += tiles * work.operators * LAUNCH
+            parts[5] += tiles * _launches(p, work) * LAUNCH
             traffic = [t + share * b for t, b in zip(traffic, moved, strict=True)]
             flops += 2 * area * sp.Add(*(q.width for q in products))
         parts[4] += _copies(p, casts)
         if casts:
             parts[5] += p.tiles * (len(p.row_operands) + len(p.col_operands)) * LAUNCH
         if p.keep:  # stored once and read once
-            kept = KEPT * p.m * p.n * COMPUTE_BYTES
+            kept = p.kept_elements * COMPUTE_BYTES
             parts[3] += kept * seconds_per_byte(kept)
             traffic[0] += kept
     rest = beside_sweeps(facts)
@@ -152,6 +152,12 @@ def _products(
             seconds += moved[0] * waiting_per_byte(_streamed(p))
         traffic = [t + b for t, b in zip(traffic, moved, strict=True)]
     return seconds, traffic
+
+
+def _launches(p: PassFacts, work: TileWork) -> sp.Expr:
+    """Operators of a tile, each strip's counted."""
+    more = count_of(p.n, p.strip) - 1 if p.in_strips else 0
+    return work.operators + more * work.between
 
 
 def _streamed(p: PassFacts) -> sp.Expr:

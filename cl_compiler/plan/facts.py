@@ -24,8 +24,9 @@ from cl_compiler.lang.tile_ir import (
     TileProgram,
 )
 from cl_compiler.lang.whole import scale_gradients, taken_at_positives
-from cl_compiler.plan.packing import made_anew, packed_widths
+from cl_compiler.plan.packing import made_anew, packed_widths, passing
 from cl_compiler.plan.sizes import (
+    KEPT,
     ONE,
     TILE_COLS,
     TILE_ROWS,
@@ -83,8 +84,12 @@ class PassFacts:
     """Its products are oneDNN's: new tensors, of rows that are packed before."""
     packed_widths: tuple[sp.Expr, ...]
     """Columns of each of the rows that are packed for that."""
+    passing: sp.Expr
+    """Tiles that are made for a while."""
+    in_strips: bool
+    """Work between its products is done in strips of tiles."""
     strip: sp.Expr
-    """Columns of a strip of a tile; ``n`` where work is not done in strips."""
+    """Columns of such a strip; ``n`` without them."""
     strip_floats: int
     strip_masks: int
     """Buffers of strips, as ``float_buffers`` and ``mask_buffers`` are of tiles."""
@@ -94,9 +99,9 @@ class PassFacts:
         return SLOTS in self.grid
 
     @property
-    def in_strips(self) -> bool:
-        """Work between its products is done in strips of tiles."""
-        return bool(self.strip != self.n)
+    def kept_elements(self) -> sp.Expr:
+        """Of all tiles that are kept: those at the edges may be smaller."""
+        return least(KEPT * self.m * self.n, self.area)
 
     @property
     def by_onednn(self) -> tuple[Product, ...]:
@@ -159,9 +164,9 @@ class ProgramFacts:
         return any(p.onednn for p in self.passes)
 
     @property
-    def strips(self) -> bool:
+    def in_strips(self) -> bool:
         """Whether any tiles are worked on in strips."""
-        return any(p.strips for p in self.program.passes)
+        return any(p.in_strips for p in self.passes)
 
     @property
     def spans_rows(self) -> bool:
@@ -261,7 +266,9 @@ def _pass(
         D if any(g.row_scale for t in p.programs.values() for g in t.gradients) else sp.Integer(0),
         onednn,
         packed_widths(p, leaves, sizes) if onednn else (),
-        least(strip_columns(TILE_ROWS), n) if p.strips else n,
+        passing(p, program.modes[0]) if onednn else sp.Integer(0),
+        p.in_strips,
+        least(strip_columns(TILE_ROWS), n) if p.in_strips else n,
         max(_strips(p, mode, "t") for mode in p.programs),
         max(_strips(p, mode, "m") for mode in p.programs),
     )
@@ -269,13 +276,13 @@ def _pass(
 
 def _buffers(p: Pass, mode: Mode, kind: str) -> int:
     """Tile buffers of one kind ("t" floats, "m" masks), those that remake a kept tile included."""
-    found = {b for t in _programs(p, mode) for b in {*t.buffers.values()} - t.strips}
+    found = {b for t in _programs(p, mode) for b in {*t.buffers.values()} - t.strip_buffers}
     return sum(b.startswith(kind) for b in found)
 
 
 def _strips(p: Pass, mode: Mode, kind: str) -> int:
     """The same of strips."""
-    found = {b for t in _programs(p, mode) for b in t.strips}
+    found = {b for t in _programs(p, mode) for b in t.strip_buffers}
     return sum(b.startswith(kind) for b in found)
 
 

@@ -128,7 +128,7 @@ class Machine:
 
     @property
     def strip_elements(self) -> int:
-        """Of a strip of a tile, two of which fill the caches that are nearest to the cores."""
+        """Elements of a strip of a tile: half of what the caches nearest to the cores hold."""
         caches = [level.total_bytes for level in self.inner if level.kind == "cache"]
         return (caches or [self.device_memory_bytes])[-1] // STRIP_BYTES
 

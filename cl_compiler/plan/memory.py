@@ -18,7 +18,6 @@ from cl_compiler.plan.facts import Output, PassFacts, ProgramFacts
 from cl_compiler.plan.sizes import (
     COMPUTE_BYTES,
     INPUT_BYTES,
-    KEPT,
     SCRATCH,
     TILE_ROWS,
     M,
@@ -120,7 +119,7 @@ def _accumulators(facts: ProgramFacts) -> list[Item]:
 
 
 def _store(p: PassFacts) -> Item:
-    return "kept tiles", KEPT * p.m * p.n * COMPUTE_BYTES
+    return "kept tiles", p.kept_elements * COMPUTE_BYTES
 
 
 def _tiles(p: PassFacts, casts: bool) -> list[Item]:
@@ -149,21 +148,28 @@ def _made_beside(p: PassFacts) -> sp.Expr:
     """Elements of a product that is made beside all buffers and added to its place."""
     rows = least(sp.Integer(ADDED_AT_ONCE), p.cols) if p.whole_rows else p.n
     found = [rows * q.width for q in p.by_onednn if q.role != "similarity"]
-    # Before the first tile there is a copy of the rows that are packed.
-    found.append(p.m * (largest(p.packed_widths) - p.n))
+    # Before the first tile there is a copy of the rows that are packed, and no tile of a product.
+    unmade = 1 if p.work.gemms else SCRATCH if p.remade.gemms else 0
+    found.append(p.m * (largest(p.packed_widths) - unmade * p.n))
     return largest([*found, sp.Integer(0)])
 
 
 def churned_bytes(facts: ProgramFacts) -> sp.Expr:
-    """What a sweep allocates and frees again while it runs: what oneDNN makes, and rows packed."""
-    found = [
-        p.m * sp.Add(*p.packed_widths)
-        + p.m * p.n * sum(q.role == "similarity" for q in p.by_onednn)
-        + _made_beside(p)
-        for p in facts.passes
-        if p.onednn
-    ]
+    """What a sweep allocates and frees again while it runs: what oneDNN makes, rows packed, and
+    tiles that are not kept.
+    """
+    if facts.program.is_whole:
+        return sp.Integer(0)
+    found = [_churned(p) for p in facts.passes]
     return COMPUTE_BYTES * largest(found) if found else sp.Integer(0)
+
+
+def _churned(p: PassFacts) -> sp.Expr:
+    tile = p.m * p.n
+    not_kept = SCRATCH * tile if p.keep else sp.Integer(0)
+    if not p.onednn:
+        return not_kept
+    return p.m * sp.Add(*p.packed_widths) + p.passing * tile + not_kept + _made_beside(p)
 
 
 def _whole_tiles(facts: ProgramFacts, casts: bool) -> list[Item]:

@@ -9,14 +9,24 @@ import sympy as sp
 from cl_compiler.lang.buffers import filled_otherwise, made_by_products
 from cl_compiler.lang.ir import Leaf, View
 from cl_compiler.lang.program import Pass
-from cl_compiler.lang.tile_ir import Gemm, Mode
-from cl_compiler.plan.sizes import Sizes
+from cl_compiler.lang.tile_ir import Gemm, Mode, TileProgram
+from cl_compiler.plan.sizes import SCRATCH, Sizes
 
 
 def made_anew(p: Pass, mode: Mode) -> int:
     """Buffers that exist beside the new tensors that take their names."""
     code = p.programs[mode]
     return len(made_by_products(code) & filled_otherwise(code))
+
+
+def passing(p: Pass, mode: Mode) -> sp.Expr:
+    """Tiles that products make for a while: all but those that are kept."""
+    again = p.remake[mode] if p.keep == "read" else None
+    return _made(p.programs[mode]) + (SCRATCH * _made(again) if again else 0)
+
+
+def _made(code: TileProgram) -> int:
+    return sum(isinstance(i, Gemm) and code.buffers[i.value] != "kept" for i in code.instructions)
 
 
 def packed_widths(p: Pass, leaves: Mapping[str, Leaf], sizes: Sizes) -> tuple[sp.Expr, ...]:
@@ -38,4 +48,4 @@ def packed_widths(p: Pass, leaves: Mapping[str, Leaf], sizes: Sizes) -> tuple[sp
     return (*most, *transposed.values())
 
 
-__all__ = ["made_anew", "packed_widths"]
+__all__ = ["made_anew", "packed_widths", "passing"]

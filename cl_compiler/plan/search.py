@@ -191,7 +191,7 @@ def _is_allowed(side: int, length: int) -> bool:
 def _worse(space: Space, point: Point, chosen: Point) -> str:
     """The room that a candidate leaves too little of, or where the time goes that it loses."""
     if space.leaves_room(chosen) and not space.leaves_room(point):
-        kept = space.option(point.schedule).allocator_bytes(point.tile)
+        kept = space.allocator_bytes(point)
         return f"leaves too little for an allocator, which may keep {format_bytes(round(kept))}"
     ratio = point.seconds / chosen.seconds - 1
     if ratio <= RESOLUTION:
@@ -243,7 +243,7 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
         peak_phase=phase,
         library="onednn" if option.facts.onednn else "blas",
         exponential="exp2" if exp2 else "exp",
-        strip=space.machine.strip_columns(point.tile) if option.facts.strips else 0,
+        strip=space.machine.strip_columns(point.tile) if option.facts.in_strips else 0,
         rates=rates_in_words(
             space.machine.spec,
             request.problem.dtype,

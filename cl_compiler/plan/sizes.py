@@ -25,7 +25,7 @@ SCRATCH = sp.Symbol("scratch", nonnegative=True)
 """1 where a tile that is not kept needs a place of its own, else 0."""
 
 STRIP_ELEMENTS = sp.Symbol("strip", positive=True)
-"""Elements of a strip of a tile: as many as the caches of the cores hold beside its operands."""
+"""Elements of a strip of a tile: half of what the caches nearest to the cores hold."""
 STRIP_GRAIN = 16
 """Strips are multiples of this many columns."""
 

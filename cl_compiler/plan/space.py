@@ -120,11 +120,12 @@ class Option:
         down, across = -(-rows // min(tile.rows, rows)), -(-cols // min(tile.cols, cols))
         return down * (across + 1) // 2 if writer.symmetric else down * across
 
-    def allocator_bytes(self, tile: Tile) -> float:
-        """What the allocator may keep, beside what is in use, of tensors that come and go."""
-        if not self.facts.onednn:
-            return 0.0
-        return CHURNED * self.churned_bytes(at(tile, 1, scratch=1))[0]
+    def allocator_bytes(self, values: Values) -> float:
+        """What the allocator may keep, beside what is in use, of tensors that come and go.
+
+        ``values``: of the symbols that depend on the tile.
+        """
+        return CHURNED * self.churned_bytes(values)[0] if self.makes_tiles else 0.0
 
     def kept_counts(
         self, sizes: Values, totals: Tape, tile: Tile, limit_bytes: float
@@ -140,13 +141,13 @@ class Option:
             return (0,)
         if count == 1 and tile != self.smallest_tile(sizes):
             return ()  # all in one tile is what ``dense`` does
-        if max(totals(at(tile, count))) <= limit_bytes - self.allocator_bytes(tile):
+        every, none, one = at(tile, count), at(tile, 0, scratch=1), at(tile, 1, scratch=1)
+        if max(totals(every)) <= limit_bytes - self.allocator_bytes(every):
             return (count,)
-        none, one = totals(at(tile, 0, scratch=1)), totals(at(tile, 1, scratch=1))
-        if max(one) > limit_bytes:
+        if max(totals(one)) > limit_bytes:
             return ()
-        room, goal = count - 1, limit_bytes * (1 - SPARE) - self.allocator_bytes(tile)
-        for a, b in zip(none, one, strict=True):
+        room, goal = count - 1, limit_bytes * (1 - SPARE) - self.allocator_bytes(one)
+        for a, b in zip(totals(none), totals(one), strict=True):
             if b > a:
                 room = min(room, int((goal - a) // (b - a)))
         return (max(room, 1),)
@@ -280,8 +281,12 @@ class Space:
 
     def leaves_room(self, point: Point) -> bool:
         """Whether the budget holds what the allocator keeps, too."""
-        kept = self.option(point.schedule).allocator_bytes(point.tile)
-        return point.peak_bytes + kept <= self.limit_bytes
+        return point.peak_bytes + self.allocator_bytes(point) <= self.limit_bytes
+
+    def allocator_bytes(self, point: Point) -> float:
+        """See ``Option.allocator_bytes``."""
+        option = self.option(point.schedule)
+        return option.allocator_bytes(self.tile_values(option, point.tile, point.kept_tiles))
 
     def point(self, schedule: Schedule, tile: Tile, kept: int) -> Point:
         """Evaluate one point, whether or not it fits."""

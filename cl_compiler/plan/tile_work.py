@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cl_compiler.lang.tile_ir import (
     SLOW_OPS,
@@ -25,7 +25,8 @@ class TileWork:
     ``exps``, ``passes``: elementwise passes that evaluate a transcendental function, and others;
     ``exp2s``: those that evaluate an exponential to base 2.
     ``floats_moved``, ``masks_moved``: elements read or written by them and by the products.
-    ``operators``: operators launched per tile.  ``gemms``: tiles of similarities made.
+    ``operators``: operators launched per tile; ``between``: those of them that run between its
+    products, and on each of its strips where it has strips.  ``gemms``: tiles of similarities made.
     """
 
     exps: int = 0
@@ -35,6 +36,7 @@ class TileWork:
     operators: int = 0
     gemms: int = 0
     exp2s: int = 0
+    between: int = 0
 
     def __add__(self, other: TileWork) -> TileWork:
         return TileWork(
@@ -45,6 +47,7 @@ class TileWork:
             self.operators + other.operators,
             self.gemms + other.gemms,
             self.exp2s + other.exp2s,
+            self.between + other.between,
         )
 
 
@@ -66,7 +69,8 @@ def tile_work(code: Iterable[Instruction], whole: bool) -> TileWork:
     """What instructions do to a tile; ``whole``: to the only one there is."""
     total = TileWork()
     for instruction in code:
-        total += _work_of(instruction, whole)
+        work = _work_of(instruction, whole)
+        total += work if isinstance(instruction, Gemm) else replace(work, between=work.operators)
     return total
 
 

@@ -141,22 +141,32 @@ def test_no_two_products_have_one_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "schedule", "dtype"),
+    ("loss", "schedule", "dtype", "width", "wanted"),
     [
-        ("clip", "spill", "float32"),
-        ("clip", "retain", "float32"),
-        ("clip", "spill", "bfloat16"),
-        ("infonce", "retain", "float32"),
-        ("siglip", "panel", "float32"),
-        ("nt_xent", "spill", "float32"),
+        ("clip", "spill", "float32", 96, "x y"),
+        ("clip", "retain", "float32", 96, "x y"),
+        ("clip", "retain", "float32", 96, "x"),
+        ("clip", "retain", "float32", 640, "x"),  # rows to be packed are wider than a tile
+        ("clip", "retain", "float32", 640, "x y"),
+        ("clip", "spill", "bfloat16", 96, "x y"),
+        ("infonce", "retain", "float32", 96, "x y"),
+        ("siglip", "panel", "float32", 96, "x y"),
+        (
+            "nt_xent",
+            "spill",
+            "float32",
+            96,
+            " ".join(op.name for op in CASES["nt_xent"].loss.operands),
+        ),
     ],
 )
-def test_bytes_are_what_was_predicted(loss: str, schedule: str, dtype: str) -> None:
-    case = CASES[loss]
-    rows, width = 1300, 96
-    needs = frozenset(op.name for op in case.loss.operands)
+def test_bytes_are_what_was_predicted(
+    loss: str, schedule: str, dtype: str, width: int, wanted: str
+) -> None:
+    case, needs = CASES[loss], frozenset(wanted.split())
+    rows, budget = (1300, "6MiB") if width < 100 else (800, "7MiB")
     asked = request(
-        case.loss, ZEN4, rows=rows, width=width, dtype=dtype, budget="6MiB", schedule=schedule,
+        case.loss, ZEN4, rows=rows, width=width, dtype=dtype, budget=budget, schedule=schedule,
         positives=case.positives, needs=needs, precision="ieee",
     )  # fmt: skip
     plan = choose_plan(asked)

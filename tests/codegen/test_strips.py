@@ -16,12 +16,15 @@ from cl_compiler.lang.schedules import build_program
 from cl_compiler.lang.strips import in_strips
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.losses import find
+from cl_compiler.plan.cost import PARTS
 from cl_compiler.plan.report import explain
 from cl_compiler.plan.requests import request_to_json
 from cl_compiler.plan.search import choose_plan
-from cl_compiler.plan.types import Plan
+from cl_compiler.plan.space import space_of
+from cl_compiler.plan.types import Plan, Tile
 from cl_compiler.variants import build_variant
 from tests import losses_zoo as zoo
+from tests.dense_fp32 import WIDTH, features, in_fp32, limits, misses
 from tests.plan.requests import request
 from tests.tiles import emit, load, run
 from tests.zoo_case import sample
@@ -42,20 +45,20 @@ def with_l2(factor: float) -> HardwareSpec:
     return replace(ZEN4, levels=tuple(levels))
 
 
-@pytest.mark.parametrize(("loss", "whole", "strips"), [("clip", 1, 1), ("siglip", 1, 1)])
-def test_only_products_span_a_tile(loss: str, whole: int, strips: int) -> None:
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_only_products_span_a_tile(loss: str) -> None:
     """One buffer that a product makes and another reads; what is beside it is a strip."""
     case = CASES[loss]
     program = in_strips(build_program(plan_sweeps(case.loss, case.positives, case.needs), "spill"))
     code = program.passes[-1].programs[program.modes[0]]
-    assert code.float_buffers == whole
-    assert len({b for b in code.strips if b.startswith("t")}) == strips
+    assert code.float_buffers == 1
+    assert len({b for b in code.strip_buffers if b.startswith("t")}) == 1
 
 
 def test_tiles_that_span_their_rows_have_no_strips() -> None:
     case = CASES["infonce"]
     plan = plan_sweeps(case.loss, case.positives, case.needs)
-    assert not any(p.strips for p in in_strips(build_program(plan, "panel")).passes)
+    assert not any(p.in_strips for p in in_strips(build_program(plan, "panel")).passes)
     assert planned("infonce", schedule="panel").strip == 0
 
 
@@ -82,6 +85,20 @@ def test_buffers_of_a_strip_take_less_than_tiles() -> None:
     memory = dict(plan.memory)
     assert memory["strips of a tile"] < memory["tile buffers"]
     assert memory["tile buffers"] == plan.tile.rows * plan.tile.cols * 4
+
+
+def test_operators_are_launched_for_each_strip() -> None:
+    """Those between products; what a tile has of them is what its strip has."""
+    space = space_of(request(find("clip"), ZEN4, rows=16384, width=512), None, None)
+    option = space.option("spill")
+    (work,) = {p.work for p in option.facts.passes if p.phase == "forward"}
+    assert 0 < work.between < work.operators
+    launches = PARTS.index("operator launches")
+    narrow, wide = (
+        space.point("spill", Tile(2048, cols), 0).parts[launches] for cols in (1024, 2048)
+    )
+    strips = 2048 // space.machine.strip_columns(Tile(2048, 2048))
+    assert strips > 8 and narrow < wide * (1 + 1 / strips)
 
 
 def emitted(schedule: Schedule, kept: int = 2) -> str:
@@ -138,8 +155,30 @@ def squares(sim, margin):  # type: ignore[no-untyped-def]
     return cl.log(margin + cl.sum(cl.sum(sim**2, over=cl.cols), over=cl.rows))
 
 
+def test_what_is_affine_in_a_kept_similarity_is_made_of_it() -> None:
+    """A tile that is kept spares the backward its product, a factor or not."""
+    case = replace(CASES["clip"], loss=squares)
+    for library in ("blas", "onednn"):
+        text = emit(case, "retain", dtype="float32", library=library, needs=frozenset({"x", "y"}))
+        backward = text.partition("def _backward_sweep(")[2].partition("\ndef ")[0]
+        assert len(re.findall(r"torch\.mm\(|_linear\(y_j", backward)) == 1, "to make one again"
+
+
+@pytest.mark.parametrize("strip", [16, 70])
+@pytest.mark.parametrize("schedule", ["spill", "retain"])
+def test_many_narrow_strips_add_up(strip: int, schedule: Schedule) -> None:
+    """Sums of rows are added once per strip, in fp32."""
+    case, tile = CASES["clip"], Tile(96, 1100)
+    text = emit(
+        case, schedule, dtype="float32", width=WIDTH, tile=tile, library="onednn", strip=strip
+    )
+    for seed, scale in enumerate((1.0, 14.3, 100.0)):
+        whole = features(case, scale, False, seed, (200, 1100))
+        assert not misses(whole, run(text, in_fp32(whole)), limits(whole)), scale
+
+
 def test_a_gradient_tile_that_is_a_product_needs_no_strips() -> None:
-    """Nothing is done between the products of such a pass, whatever is kept."""
+    """Nothing is done between the products of such a pass."""
     case = replace(CASES["clip"], loss=squares)
     inputs = sample(CASES["clip"], 10, 10, 6, seed=2)
     tensors = {n: t.detach().float().requires_grad_() for n, t in inputs.tensors.items()}

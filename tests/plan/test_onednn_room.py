@@ -10,8 +10,8 @@ from cl_compiler.hardware import load_hardware
 from cl_compiler.losses.cross_entropy import clip
 from cl_compiler.plan import choose_plan, max_batch, plan_candidates
 from cl_compiler.plan.search import RESOLUTION, nearby_plans
-from cl_compiler.plan.space import space_of
-from cl_compiler.plan.types import MemoryBudget, Plan, Request
+from cl_compiler.plan.space import CHURNED, space_of
+from cl_compiler.plan.types import MemoryBudget, Plan, Request, Tile
 from tests.plan.requests import request
 
 ZEN4 = load_hardware("epyc-zen4-2c")
@@ -23,8 +23,8 @@ def asked(budget: int) -> Request:
 
 
 def beside(plan: Plan, wanted: Request) -> float:
-    option = space_of(wanted, None, None).option(plan.schedule)
-    return option.allocator_bytes(plan.tile)
+    space = space_of(wanted, None, None)
+    return space.allocator_bytes(space.point(plan.schedule, plan.tile, plan.kept_tiles))
 
 
 @pytest.mark.parametrize("mib", [68, 80, 96, 128, 256, 512, 1024])
@@ -65,6 +65,21 @@ def test_what_blas_makes_in_place_needs_none() -> None:
     wanted = replace(asked(96 << 20), hardware=replace(ZEN4, gemm_flops_per_s=plain))
     plan = choose_plan(wanted)
     assert plan.library == "blas" and beside(plan, wanted) == 0
+
+
+@pytest.mark.parametrize("library", ["blas", "onednn"])
+def test_tiles_that_are_not_kept_come_and_go(library: str) -> None:
+    """Where every tile is kept, none does."""
+    rates = tuple(r for r in ZEN4.gemm_flops_per_s if r[0] != "onednn" or library == "onednn")
+    spec = replace(ZEN4, gemm_flops_per_s=rates)
+    space = space_of(request(clip, spec, rows=4096, width=64, schedule="retain"), None, None)
+    option, tile = space.option("retain"), Tile(512, 512)
+    count = option.tile_count(space.sizes, tile)
+    some, every = (
+        space.allocator_bytes(space.point("retain", tile, n)) for n in (count - 1, count)
+    )
+    assert some - every == CHURNED * 512 * 512 * 4
+    assert (every == 0) == (library == "blas")
 
 
 def test_tiles_that_glibc_would_map_each_time_are_not_taken() -> None:
