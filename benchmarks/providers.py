@@ -100,10 +100,7 @@ def prepare(name: str, case: Case, inputs: Mapping[str, Tensor], plan: Plan | No
                 raise Skipped("no compiled provider gave a tile")
             x = inputs["z" if "z" in inputs else "x"].detach()
             y = inputs["z" if "z" in inputs else "y"].detach()
-            if plan.library == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-                raise Skipped("this PyTorch has no oneDNN")
-            loop = onednn_loop if plan.library == "onednn" else gemm_loop
-            return Prepared(lambda: loop(x, y, plan.tile), has_gradients=False)
+            return Prepared(lambda: gemm_loop(x, y, plan.tile, plan.library), has_gradients=False)
     raise ValueError(f"no provider {name!r}")
 
 
@@ -168,32 +165,21 @@ def chunked_clip(x: Tensor, y: Tensor, *, logit_scale: Tensor) -> Tensor:
     return (torch.stack(values).sum() + by_columns) / (2 * len(x))
 
 
-def gemm_loop(x: Tensor, y: Tensor, tile: Tile) -> None:
+def gemm_loop(x: Tensor, y: Tensor, tile: Tile, library: str = "blas") -> None:
     """The four products of a tiled loss over its tiles, and nothing else: the limit.
 
     x [M, D], y [N, D]; a sweep makes every tile of S, a second one makes it again and multiplies
-    it into dX [M, D] and dY [N, D].
+    it into dX [M, D] and dY [N, D].  ``library``: "onednn" asks for it as emitted files do.
     """
     similarity = torch.empty(min(tile.rows, len(x)), min(tile.cols, len(y)), dtype=x.dtype)
-    _sweep(x, y, tile, similarity)
-    _sweep(x, y, tile, similarity, (torch.zeros_like(x), torch.zeros_like(y)))
-
-
-def onednn_loop(x: Tensor, y: Tensor, tile: Tile) -> None:
-    """The same by oneDNN, but for dX: rows are packed once per block of rows."""
-    pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    d_x, d_y = torch.zeros_like(x), torch.zeros_like(y)
-    for backward in (False, True):
-        for i in range(0, len(x), tile.rows):
-            x_i = x[i : i + tile.rows]
-            packed, transposed = pack(x_i, tile.cols), pack(x_i.T, tile.cols) if backward else None
-            for j in range(0, len(y), tile.cols):
-                y_j = y[j : j + tile.cols]
-                s = linear(y_j, packed, None, "none", [], "")
-                if backward:
-                    d_x[i : i + tile.rows].addmm_(s.T, y_j)
-                    d_y[j : j + tile.cols].add_(linear(s, transposed, None, "none", [], ""))
-                del s
+    settings: Any = torch.backends.mkldnn.matmul
+    found = settings.fp32_precision
+    settings.fp32_precision = "bf16" if library == "onednn" else found
+    try:
+        _sweep(x, y, tile, similarity)
+        _sweep(x, y, tile, similarity, (torch.zeros_like(x), torch.zeros_like(y)))
+    finally:
+        settings.fp32_precision = found
 
 
 def _sweep(

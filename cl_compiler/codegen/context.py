@@ -11,11 +11,10 @@ import sympy as sp
 from cl_compiler.codegen.heading import glossary, header
 from cl_compiler.codegen.layout import wrap
 from cl_compiler.codegen.names import Names
-from cl_compiler.codegen.onednn import OneDnnStagePrinter
 from cl_compiler.codegen.stages import StagePrinter, StageText
+from cl_compiler.codegen.strips import StripStagePrinter
 from cl_compiler.codegen.symbols import narrowed, scaled_in_products, view_text
 from cl_compiler.codegen.whole import WholeStagePrinter
-from cl_compiler.lang.buffers import ADDED_AT_ONCE
 from cl_compiler.lang.differences import POSITIVES_AT_ONCE, SUMMED_AT_ONCE
 from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
 from cl_compiler.lang.program import Program
@@ -74,7 +73,7 @@ def build_context(
     ir, gradient = sweep_plan.ir, sweep_plan.gradient
     cast = is_cast(plan)
     if printer is None:
-        tiled = OneDnnStagePrinter if plan.library == "onednn" else StagePrinter
+        tiled = StripStagePrinter if plan.strip else StagePrinter
         chosen = WholeStagePrinter if program.is_whole else tiled
         printer = chosen(program, Names(sweep_plan), cast)
     names = printer.names
@@ -157,7 +156,6 @@ def build_context(
         "whole": program.is_whole,
         "wide": bool(program.wide),
         "summed_at_once": SUMMED_AT_ONCE,
-        "added_at_once": ADDED_AT_ONCE,
         "tiled_positives": POSITIVES_AT_ONCE if program.subtracts_positives else 0,
         "unshifted": program.is_unshifted,
         "row_scaled": any(
@@ -361,8 +359,6 @@ def _helpers(statements: str) -> set[str]:
     """Which helper functions the file calls."""
     known = (
         "_product",
-        "_linear",
-        "_add_linear",
         "_crossings",
         "_largest_norm",
         "_inverse",

@@ -32,26 +32,17 @@ class PassText:
     keep: str = ""
     needs_block: str = ""
     results: list[str] = field(default_factory=list)
-    before: list[str] = field(default_factory=list)
-    """Statements before the loops."""
     shape: str = "(m, n)"
     """Of a tile in memory, as the argument of ``view``."""
-    after: list[str] = field(default_factory=list)
-    """Statements that end a tile."""
-    after_rows: list[str] = field(default_factory=list)
-    """Statements that end a block of rows."""
     in_strips: bool = False
     """Whether the body is for a strip of the tile's columns; what follows is for that only."""
     tile_products: list[str] = field(default_factory=list)
     """Products that make tiles."""
     remade_products: list[str] = field(default_factory=list)
     """Those of a tile that was not kept."""
-    makes_kept: bool = False
-    """One of them makes the tile that is kept."""
     parts: list[str] = field(default_factory=list)
     """Buffers that span the tile."""
     strip_buffers: list[str] = field(default_factory=list)
-    after_remade: list[str] = field(default_factory=list)
 
     @property
     def lines(self) -> list[str]:

@@ -37,7 +37,7 @@ def render(plan: Plan, program: Program, variant: str, device: str = "cpu") -> s
     context = build_context(plan, program) | {
         "variant": variant,
         "device": device,
-        "products": library_products(device, plan.precision),
+        "products": library_products(device, plan.precision, plan.library),
         "scalar_home": '"cpu", ',
         "beside": "",
         "operand_dtype": "",

@@ -147,17 +147,12 @@ def _measure_cpu(module: Any, nominal: HardwareSpec, name: str, timer: _Timer) -
     with timer.one_thread():
         left, right = random(8), random(8)
         overhead = _median_seconds(lambda: left.add_(right), time.thread_time, timer.samples)
-        few, packing = random(8, 8), []
-        if _has_onednn(module):
-            pack = module.ops.mkldnn._reorder_linear_weight
-            seconds = _median_seconds(lambda: pack(few, 8), time.thread_time, timer.samples)
-            packing = [("onednn_pack_s", seconds)]
     gemm = list(_cpu_gemm(module, timer, random))
     gain = timer.gains[1] if len(timer.gains) > 1 else 1.0
     return Calibration(
         fingerprint=name,
         gemm=tuple(gemm),
-        rates=(*_cpu_elementwise(module, timer, random), ("op_overhead_s", overhead), *packing),
+        rates=(*_cpu_elementwise(module, timer, random), ("op_overhead_s", overhead)),
         bandwidths=tuple(_cpu_copies(module, nominal, timer, overhead)),
         thread_gain=gain,
         threads=timer.threads,
@@ -182,21 +177,21 @@ def _cpu_gemm(
                 calls = timer.rate(_product(module, x, y, out))
             yield dtype, inner, 2.0 * rows * cols * inner * calls
     for inner in _INNER if _has_onednn(module) else ():
+        out = module.empty(rows, cols)
         x, y = random(rows, inner), random(cols, inner)
-        with _cpu_precision(module, "ieee"):
-            calls = timer.rate(_onednn_product(module, x, y))
+        with _cpu_precision(module, "bf16"):
+            calls = timer.rate(_product(module, x, y, out))
         yield "onednn", inner, 2.0 * rows * cols * inner * calls
 
 
 def _has_onednn(module: Any) -> bool:
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    return all(hasattr(module.ops.mkldnn, name) for name in names)
-
-
-def _onednn_product(module: Any, x: torch.Tensor, y: torch.Tensor) -> Call:
-    """x times y transposed, y packed beforehand: what emitted files do."""
-    packed = module.ops.mkldnn._reorder_linear_weight(y, len(x))
-    return lambda: module.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    """Whether the setting that lets oneDNN round its products leaves them exact, as emitted files
+    find out, too: it rounds on matrix units only.
+    """
+    more = module.full((64, 64), 1 + 2.0**-20)
+    with _cpu_precision(module, "bf16"):
+        product = module.mm(more, more, out=module.empty_like(more))
+    return bool(module.backends.mkldnn.is_available() and product.amin() > 64)
 
 
 @contextmanager

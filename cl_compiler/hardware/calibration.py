@@ -31,9 +31,9 @@ __all__ = [
     "write_json_file",
 ]
 
-_FORMAT = 1
+_FORMAT = 2
 _REFERENCE_D = 512
-_RATES = {"exp_per_s", "exp2_per_s", "pass_per_s", "op_overhead_s", "onednn_pack_s"}
+_RATES = {"exp_per_s", "exp2_per_s", "pass_per_s", "op_overhead_s"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Calibration:
         fingerprint: of the machine and its software.
         gemm: (dtype, inner dimension D, FLOP/s) of 512 x 1024 x D products.
         rates: (field of ``HardwareSpec``, value): exp_per_s, exp2_per_s, pass_per_s,
-            op_overhead_s, onednn_pack_s, as far as they were measured.
+            op_overhead_s, as far as they were measured.
         bandwidths: (level, bytes/s of one instance), reads plus writes of a copy; "host_link" is
             host to device.
         thread_gain: rate of all threads over the rate of one, float32 GEMM; 1 for a GPU.
@@ -199,7 +199,6 @@ def apply(spec: HardwareSpec, result: Calibration, said: str = "") -> HardwareSp
         exp2_per_s=scalars.get("exp2_per_s", exp2),
         pass_per_s=scalars.get("pass_per_s", spec.pass_per_s),
         op_overhead_s=scalars.get("op_overhead_s", spec.op_overhead_s),
-        onednn_pack_s=scalars.get("onednn_pack_s", spec.onednn_pack_s),
         sources=tuple(sources.items()),
         measured=tuple(sorted(measured | set(spec.measured))),
     )

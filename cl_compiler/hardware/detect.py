@@ -49,10 +49,9 @@ _OP_OVERHEAD_S = 2e-6
 # to 1.2 times as fast as BLAS).
 _BF16_GAIN = {"amx_bf16": 2.9, "avx512_bf16": 1.1, "bf16": 1.5}
 
-# oneDNN's float32 products against BLAS's: measured on a Zen 4, PyTorch 2.13, 1.06 to 1.3.  Where
+# oneDNN's float32 products against BLAS's, PyTorch 2.13: 1.3 on a Zen 4, 2.2 on a Zen 5.  Where
 # no calibration has measured them, only AMD CPUs with bf16 products plan with them.
-_ONEDNN_GAIN = 1.1
-_ONEDNN_PACK_S = 180e-6
+_ONEDNN_GAIN = 1.3
 
 # Exponentials to base 2 against those to base e: measured on a Zen 4, PyTorch 2.13, 3.2 to 3.6.
 _EXP2_GAIN = 3.0
@@ -136,7 +135,6 @@ def cpu_spec(facts: CpuFacts, threads: int) -> HardwareSpec:
         exp_per_s=exponentials,
         pass_per_s=_PASS_PER_CLOCK * clock * cores,
         op_overhead_s=_OP_OVERHEAD_S,
-        onednn_pack_s=_ONEDNN_PACK_S if is_zen4 else 0.0,
         exp2_per_s=_EXP2_GAIN * exponentials if is_zen4 else 0.0,
         sources=(
             ("gemm_flops_per_s", nominal),
@@ -151,7 +149,6 @@ def cpu_spec(facts: CpuFacts, threads: int) -> HardwareSpec:
             *(
                 [
                     ("gemm_flops_per_s.onednn", f"nominal: {_ONEDNN_GAIN} x float32's (Zen 4)"),
-                    ("onednn_pack_s", "nominal: 8 rows on a Zen 4, PyTorch 2.13"),
                     ("exp2_per_s", f"nominal: {_EXP2_GAIN} x base e (Zen 4)"),
                 ]
                 if is_zen4

@@ -28,7 +28,7 @@ def hardware_graph(spec: HardwareSpec) -> nx.DiGraph:
         enclosing instance), ``total`` (in the whole machine), ``memory_bytes`` and
         ``bandwidth_bytes_per_s`` (one instance), ``depth`` (outermost 0) and ``source``.  The
         device's node also has ``gemm_flops_per_s`` (by dtype), ``exp_per_s``, ``exp2_per_s``,
-        ``pass_per_s``, ``op_overhead_s`` and ``onednn_pack_s``.  The node "host", where the spec
+        ``pass_per_s`` and ``op_overhead_s``.  The node "host", where the spec
         has one, has kind "host" and no depth.  Edges have ``kind``,
         ``bandwidth_bytes_per_s`` and ``latency_s``.
         ``graph.graph["spec"]`` is the spec itself.
@@ -53,7 +53,6 @@ def hardware_graph(spec: HardwareSpec) -> nx.DiGraph:
         exp2_per_s=spec.exp2_per_s,
         pass_per_s=spec.pass_per_s,
         op_overhead_s=spec.op_overhead_s,
-        onednn_pack_s=spec.onednn_pack_s,
     )
     for outer, inner in pairwise(spec.levels):
         link = spec.link(inner.name)

@@ -150,7 +150,6 @@ class HardwareSpec:
         pass_per_s: elements per second of one simple elementwise pass (add, multiply) over a
             tile that is in cache (CPU) or in registers (GPU), one device.
         op_overhead_s: fixed cost of launching one operator, seconds.
-        onednn_pack_s: fixed cost of packing rows for "onednn" products, seconds.
         gemm_efficiency: (inner dimension D, fraction of ``gemm_flops_per_s``), sorted by D;
             empty means that the rates hold for every D.
         sources: (field, where it comes from), sorted; one entry of a table is "table.entry".
@@ -170,7 +169,6 @@ class HardwareSpec:
     exp_per_s: float
     pass_per_s: float
     op_overhead_s: float
-    onednn_pack_s: float = 0.0
     exp2_per_s: float = 0.0
     gemm_efficiency: tuple[tuple[int, float], ...] = ()
     sources: tuple[tuple[str, str], ...] = ()
@@ -332,9 +330,6 @@ class HardwareSpec:
                 rows.append((what, value, self.source_of(field) or ""))
         overhead = format_seconds(self.op_overhead_s)
         rows.append(("operator overhead", overhead, self.source_of("op_overhead_s") or ""))
-        if self.onednn_pack_s:
-            pack = format_seconds(self.onednn_pack_s)
-            rows.append(("packing for oneDNN", pack, self.source_of("onednn_pack_s") or ""))
         return tuple(rows)
 
     # ---- text forms -------------------------------------------------------------------------
@@ -352,7 +347,6 @@ class HardwareSpec:
             "exp_per_s": float(self.exp_per_s),
             "pass_per_s": float(self.pass_per_s),
             "op_overhead_s": float(self.op_overhead_s),
-            "onednn_pack_s": float(self.onednn_pack_s),
             "exp2_per_s": float(self.exp2_per_s),
             "gemm_efficiency": {str(inner): float(value) for inner, value in self.gemm_efficiency},
             "sources": dict(self.sources),

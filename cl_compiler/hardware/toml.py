@@ -26,7 +26,6 @@ _TABLES = ("gemm_flops_per_s", "gemm_efficiency", "sources")
 _OPTIONAL: dict[str, Any] = {
     "links": [],
     "host": None,
-    "onednn_pack_s": 0.0,
     "exp2_per_s": 0.0,
     "gemm_efficiency": {},
     "sources": {},
@@ -85,7 +84,6 @@ def spec_from_dict(content: dict[str, Any]) -> HardwareSpec:
         exp_per_s=full["exp_per_s"],
         pass_per_s=full["pass_per_s"],
         op_overhead_s=full["op_overhead_s"],
-        onednn_pack_s=full["onednn_pack_s"],
         exp2_per_s=full["exp2_per_s"],
         gemm_efficiency=tuple(
             (_dimension(where, key), value) for key, value in full["gemm_efficiency"].items()

@@ -20,9 +20,6 @@ from cl_compiler.lang.tile_ir import (
     TileRef,
 )
 
-ADDED_AT_ONCE = 1024
-"""Rows of a product that is made beside what it is added to, where it has as many as columns."""
-
 Hoisted = Mapping[str, tuple[sp.Expr, tuple[str, ...]]]
 
 
@@ -137,24 +134,6 @@ def assign_buffers(
     return TileProgram(mode, tuple(live), hoisted, buffers, gradients, kept, frozenset(strips))
 
 
-def made_by_products(code: TileProgram) -> frozenset[str]:
-    """Buffers that some product of operands fills, the kept one not counted."""
-    made = {code.buffers[i.value] for i in code.instructions if isinstance(i, Gemm)}
-    return frozenset(made - {"kept"})
-
-
-def filled_otherwise(code: TileProgram) -> frozenset[str]:
-    """Buffers that something else than a product fills first, the kept one not counted."""
-    found, seen = set(), {"kept"}
-    for instruction in code.instructions:
-        value = writes_of(instruction)
-        if value is not None and code.buffers[value] not in seen:
-            seen.add(code.buffers[value])
-            if not isinstance(instruction, Gemm):
-                found.add(code.buffers[value])
-    return frozenset(found)
-
-
 def _kept_chain(code: Sequence[Instruction], kept: int | None, last: Mapping[int, int]) -> set[int]:
     """The kept value and those that only exist to become it: made in place, in its buffer."""
     chain: set[int] = set()
@@ -170,10 +149,7 @@ def _kept_chain(code: Sequence[Instruction], kept: int | None, last: Mapping[int
 
 
 __all__ = [
-    "ADDED_AT_ONCE",
     "assign_buffers",
-    "filled_otherwise",
-    "made_by_products",
     "reads_of",
     "writes_of",
 ]

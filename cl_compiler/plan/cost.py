@@ -42,8 +42,6 @@ from cl_compiler.plan.types import Problem
 
 gemm_rate = sp.Function("gemm_rate")
 """FLOP/s of a product, of its contracted dimension."""
-onednn_rate = sp.Function("onednn_rate")
-"""The same where oneDNN makes it."""
 seconds_per_byte = sp.Function("seconds_per_byte")
 """Of data that occupies so many bytes, in the innermost memory that holds it."""
 extra_seconds_per_byte = sp.Function("extra_seconds_per_byte")
@@ -53,8 +51,6 @@ waiting_per_byte = sp.Function("waiting_per_byte")
 
 EXP_RATE, PASS_RATE, LAUNCH = sp.symbols("exp_per_s pass_per_s op_overhead_s", positive=True)
 EXP2_RATE = sp.Symbol("exp2_per_s", positive=True)
-PACK = sp.Symbol("onednn_pack_s", nonnegative=True)
-"""Seconds of packing rows, however few, for oneDNN."""
 DEVICE_RATE = sp.Symbol("B_0", positive=True)
 """Bytes/s of the device's memory; B_1, B_2, … are those of the levels inside it."""
 
@@ -141,8 +137,7 @@ def _products(
     traffic: list[sp.Expr] = [sp.Integer(0)] * (inner_levels + 1)
     for q in products:
         inner = {"similarity": q.width, "left": p.n, "right": p.m}[q.role]
-        rate_of = onednn_rate if p.onednn and q.role != "left" else gemm_rate
-        times = [2 * p.area * q.width / rate_of(inner)]
+        times = [2 * p.area * q.width / gemm_rate(inner)]
         moved = _moved(p, q, inner_levels)
         rates = [DEVICE_RATE, *(level_symbols(index)[2] for index in range(inner_levels))]
         alongside = slice(0 if overlaps else 1, None)
@@ -227,13 +222,6 @@ def _copies(p: PassFacts, casts: bool) -> sp.Expr:
     more = sp.Max(0, sides - rated, evaluate=False)
     widths = sp.Add(*(q.width for q in p.products))
     result = p.area * widths * more / PASS_RATE
-    # oneDNN's gradients are new tensors, which are added up, and it multiplies rows once packed.
-    added = sp.Add(*(q.width for q in p.by_onednn if q.role == "right"))
-    result += p.area * added / p.m / PASS_RATE
-    if p.onednn:
-        packed = sp.Add(*p.packed_widths)
-        result += p.rows * packed / PASS_RATE
-        result += count_of(p.rows, p.m) * len(p.packed_widths) * PACK
     if casts:
         row, col = sp.Add(*p.row_operands), sp.Add(*p.col_operands)
         result += p.area * (row / p.n + col / p.m) / PASS_RATE
@@ -290,9 +278,16 @@ class CompiledCost:
 
 
 def compile_cost(
-    facts: ProgramFacts, machine: Machine, problem: Problem, precision: str
+    facts: ProgramFacts,
+    machine: Machine,
+    problem: Problem,
+    precision: str,
+    *,
+    by_onednn: bool = False,
 ) -> CompiledCost:
     """The cost of a program on a machine as functions of numbers.
+
+    ``by_onednn``: its products are oneDNN's where others would be BLAS's.
 
     Raises:
         HardwareError: the machine has no rate for the way in which products are computed.
@@ -300,6 +295,8 @@ def compile_cost(
 
     @cache
     def rate(inner: float) -> float:
+        if by_onednn:
+            return machine.onednn_rate(inner)
         return machine.gemm_rate(problem.dtype, precision, inner)
 
     cost = cost_of(
@@ -310,7 +307,6 @@ def compile_cost(
     )
     functions: dict[str, Callable[[float], float]] = {
         "gemm_rate": rate,
-        "onednn_rate": machine.onednn_rate,
         "seconds_per_byte": machine.seconds_per_byte,
         "extra_seconds_per_byte": machine.extra_seconds_per_byte,
         "waiting_per_byte": machine.waiting_per_byte,

@@ -24,7 +24,6 @@ from cl_compiler.lang.tile_ir import (
     TileProgram,
 )
 from cl_compiler.lang.whole import scale_gradients, taken_at_positives
-from cl_compiler.plan.packing import made_anew, packed_widths, passing
 from cl_compiler.plan.sizes import (
     KEPT,
     ONE,
@@ -80,12 +79,6 @@ class PassFacts:
     keep: str
     block_width: sp.Expr
     """Width of the rows that a row scale is applied to, 0 without one."""
-    onednn: bool
-    """Its products are oneDNN's: new tensors, of rows that are packed before."""
-    packed_widths: tuple[sp.Expr, ...]
-    """Columns of each of the rows that are packed for that."""
-    passing: sp.Expr
-    """Tiles that are made for a while."""
     in_strips: bool
     """Work between its products is done in strips of tiles."""
     strip: sp.Expr
@@ -102,11 +95,6 @@ class PassFacts:
     def kept_elements(self) -> sp.Expr:
         """Of all tiles that are kept: those at the edges may be smaller."""
         return least(KEPT * self.m * self.n, self.area)
-
-    @property
-    def by_onednn(self) -> tuple[Product, ...]:
-        """Its products that oneDNN makes: those with packed rows."""
-        return tuple(q for q in self.products if self.onednn and q.role != "left")
 
     @property
     def has_gradients(self) -> bool:
@@ -159,11 +147,6 @@ class ProgramFacts:
         return any(p.symmetric for p in self.passes)
 
     @property
-    def onednn(self) -> bool:
-        """Whether oneDNN makes any products."""
-        return any(p.onednn for p in self.passes)
-
-    @property
     def in_strips(self) -> bool:
         """Whether any tiles are worked on in strips."""
         return any(p.in_strips for p in self.passes)
@@ -178,19 +161,17 @@ def facts_of(
     extra_operands: Iterable[str] = (),
     *,
     diagonals: sp.Expr = ONE,
-    onednn: bool = False,
 ) -> ProgramFacts:
     """Count a program.
 
     ``extra_operands``: operands whose width is not D; theirs is the symbol ``D_<name>``.
     ``diagonals``: of the grids that half is made of, the share in which tiles of the diagonal are
     made whole.
-    ``onednn``: products of tiles are oneDNN's; those with slots are BLAS's.
     """
     sizes = Sizes(frozenset(extra_operands))
     backward = {id(p) for s in program.backward for p in s.passes}
     passes = tuple(
-        _pass(program, p, "backward" if id(p) in backward else "forward", sizes, diagonals, onednn)
+        _pass(program, p, "backward" if id(p) in backward else "forward", sizes, diagonals)
         for p in program.passes
     )
     forward, late = _vectors(program, sizes)
@@ -215,7 +196,6 @@ def _pass(
     phase: Literal["forward", "backward"],
     sizes: Sizes,
     diagonals: sp.Expr,
-    onednn: bool,
 ) -> PassFacts:
     leaves, tile = program.plan.leaves, p.programs[program.modes[0]]
     rows, cols = sizes.length(p.grid[0]), sizes.length(p.grid[1])
@@ -232,7 +212,6 @@ def _pass(
         if side in p.sides and _is_wanted(program, view)
     )
     remade = p.remake[program.modes[0]].instructions if p.keep == "read" else ()
-    onednn = onednn and not (p.is_slots or p.whole)
     views = [v for s in p.similarities for v in (leaves[s].left,)]
     others = [v for s in p.similarities for v in (leaves[s].right,)]
     work = tile_work(tile.instructions, p.whole)
@@ -240,8 +219,6 @@ def _pass(
         floats_moved=len(gradients),
         operators=len(gradients) + sum(bool(g.row_scale) for g in tile.gradients),
     )
-    if onednn:  # one side's gradients are made, then added
-        work += TileWork(operators=sum(q.role == "right" for q in gradients))
     return PassFacts(
         phase,
         p.grid,
@@ -251,7 +228,7 @@ def _pass(
         n,
         tiles,
         area,
-        max(_buffers(p, mode, "t") + onednn * made_anew(p, mode) for mode in p.programs),
+        max(_buffers(p, mode, "t") for mode in p.programs),
         max(_buffers(p, mode, "m") for mode in p.programs),
         tile.float_buffers + bool(p.keep),
         work,
@@ -264,9 +241,6 @@ def _pass(
         p.whole_rows,
         p.keep,
         D if any(g.row_scale for t in p.programs.values() for g in t.gradients) else sp.Integer(0),
-        onednn,
-        packed_widths(p, leaves, sizes) if onednn else (),
-        passing(p, program.modes[0]) if onednn else sp.Integer(0),
         p.in_strips,
         least(strip_columns(TILE_ROWS), n) if p.in_strips else n,
         max(_strips(p, mode, "t") for mode in p.programs),

@@ -96,7 +96,6 @@ class Machine:
     exp_per_s: float
     pass_per_s: float
     op_overhead_s: float
-    onednn_pack_s: float
     exp2_per_s: float
 
     @property
@@ -246,7 +245,6 @@ def machine_of(graph: nx.DiGraph) -> Machine:
         node["exp_per_s"],
         node["pass_per_s"],
         node["op_overhead_s"],
-        node["onednn_pack_s"],
         node["exp2_per_s"],
     )
 
@@ -297,7 +295,8 @@ def rates_in_words(
     if exp2:
         rates |= {"exponentials to base 2": "exp2_per_s"}
     if onednn:
-        rates |= {"oneDNN's products": f"gemm_flops_per_s.{ONEDNN}", "packing": "onednn_pack_s"}
+        del rates[f"{product} products"]
+        rates |= {"oneDNN's products": f"gemm_flops_per_s.{ONEDNN}"}
     measured = [what for what, field in rates.items() if field in spec.measured]
     nominal = [what for what in rates if what not in measured]
     if not measured or not nominal:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from cl_compiler.lang.buffers import ADDED_AT_ONCE
 from cl_compiler.lang.differences import POSITIVES_AT_ONCE, SUMMED_AT_ONCE, cancelling
 from cl_compiler.plan.facts import Output, PassFacts, ProgramFacts
 from cl_compiler.plan.sizes import (
@@ -35,8 +34,6 @@ VECTORS = "statistics (vectors)"
 WIDE_BYTES = 8
 """Of each element of a vector in fp64."""
 AT_POSITIVES = "products at positives"
-PACKED = "rows packed for oneDNN"
-MADE_BY_ONEDNN = "a product made by oneDNN"
 WIDENED = 3
 """Blocks of rows at positives where operands are 16-bit: both in fp32, and their products."""
 COPIED = "contiguous copies of inputs"
@@ -133,43 +130,12 @@ def _tiles(p: PassFacts, casts: bool) -> list[Item]:
         items.append(("a tile that is not kept", SCRATCH * tile * COMPUTE_BYTES))
     if p.block_width != 0:
         items.append(("a scaled block of rows", p.m * p.block_width * COMPUTE_BYTES))
-    if p.onednn:
-        items.append((PACKED, p.m * sp.Add(*p.packed_widths) * COMPUTE_BYTES))
-        items.append((MADE_BY_ONEDNN, _made_beside(p) * COMPUTE_BYTES))
     if casts:
         items.append(("operand tiles in fp32", COMPUTE_BYTES * _operand_elements(p)))
     if p.is_slots and p.has_gradients:
         width = largest(q.width for q in p.products)
         items.append(("products with slots", p.m * width * COMPUTE_BYTES))
     return items
-
-
-def _made_beside(p: PassFacts) -> sp.Expr:
-    """Elements of a product that is made beside all buffers and added to its place."""
-    rows = least(sp.Integer(ADDED_AT_ONCE), p.cols) if p.whole_rows else p.n
-    found = [rows * q.width for q in p.by_onednn if q.role != "similarity"]
-    # Before the first tile there is a copy of the rows that are packed, and no tile of a product.
-    unmade = 1 if p.work.gemms else SCRATCH if p.remade.gemms else 0
-    found.append(p.m * (largest(p.packed_widths) - unmade * p.n))
-    return largest([*found, sp.Integer(0)])
-
-
-def churned_bytes(facts: ProgramFacts) -> sp.Expr:
-    """What a sweep allocates and frees again while it runs: what oneDNN makes, rows packed, and
-    tiles that are not kept.
-    """
-    if facts.program.is_whole:
-        return sp.Integer(0)
-    found = [_churned(p) for p in facts.passes]
-    return COMPUTE_BYTES * largest(found) if found else sp.Integer(0)
-
-
-def _churned(p: PassFacts) -> sp.Expr:
-    tile = p.m * p.n
-    not_kept = SCRATCH * tile if p.keep else sp.Integer(0)
-    if not p.onednn:
-        return not_kept
-    return p.m * sp.Add(*p.packed_widths) + p.passing * tile + not_kept + _made_beside(p)
 
 
 def _whole_tiles(facts: ProgramFacts, casts: bool) -> list[Item]:
@@ -290,7 +256,6 @@ __all__ = [
     "VECTORS",
     "CompiledMemory",
     "Phase",
-    "churned_bytes",
     "compile_memory",
     "part_of",
     "phases_of",

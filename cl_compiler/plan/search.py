@@ -7,8 +7,6 @@ the one with the fewest bytes is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import networkx as nx
 
 from cl_compiler.lang.base_two import has_exp2
@@ -53,7 +51,7 @@ def choose_plan(
     best = _best_of_each(space)
     if not best:
         raise budget_error(space)
-    chosen = select(_with_room(space, best.values()))
+    chosen = select(list(best.values()))
     return _plan(space, chosen, _rejected(space, chosen, best))
 
 
@@ -86,8 +84,7 @@ def plan_candidates(
     best = _best_of_each(space)
     if not best:
         raise budget_error(space)
-    points = _with_room(space, best.values())
-    return tuple(_plan(space, p, ()) for p in sorted(points, key=lambda p: p.seconds))
+    return tuple(_plan(space, p, ()) for p in sorted(best.values(), key=lambda p: p.seconds))
 
 
 def nearby_plans(
@@ -107,7 +104,7 @@ def nearby_plans(
     for point in best.values():
         around = [c for c in _neighbours(space, point) if c.peak_bytes <= space.limit_bytes]
         points += [space.point(c.schedule, c.tile, c.kept_tiles) for c in around]
-    points = sorted(_with_room(space, points), key=lambda p: p.seconds)
+    points = sorted(points, key=lambda p: p.seconds)
     return tuple(_plan(space, p, ()) for p in points[:most])
 
 
@@ -124,16 +121,9 @@ def select(points: list[Point]) -> Point:
 def _best_of_each(space: Space) -> dict[Schedule, Point]:
     best = {}
     for schedule in space.schedules():
-        points = _with_room(space, space.points(schedule))
-        if points:
+        if points := list(space.points(schedule)):
             best[schedule] = select(points)
     return best
-
-
-def _with_room(space: Space, points: Iterable[Point]) -> list[Point]:
-    """Those that leave the allocator room, if there are any; else all."""
-    found = list(points)
-    return [p for p in found if space.leaves_room(p)] or found
 
 
 def _rejected(space: Space, chosen: Point, best: dict[Schedule, Point]) -> tuple[Candidate, ...]:
@@ -144,7 +134,7 @@ def _rejected(space: Space, chosen: Point, best: dict[Schedule, Point]) -> tuple
             continue
         if schedule in best:
             point = best[schedule]
-            result.append(_candidate(point, _worse(space, point, chosen)))
+            result.append(_candidate(point, _worse(point, chosen)))
         elif space.reasons[schedule]:
             result.append(Candidate(schedule, Tile(0, 0), 0, 0, 0.0, space.reasons[schedule]))
         elif space.request.schedule != "auto":
@@ -179,7 +169,7 @@ def _neighbours(space: Space, chosen: Point) -> list[Candidate]:
         counts = option.kept_counts(space.sizes, option.bytes_by_phase, other, space.limit_bytes)
         point = space.point(chosen.schedule, other, counts[-1] if counts else 1)
         fits = point.peak_bytes <= space.limit_bytes
-        reason = _worse(space, point, chosen) if fits else _too_big(space, point)
+        reason = _worse(point, chosen) if fits else _too_big(space, point)
         result.append(_candidate(point, reason))
     return result
 
@@ -188,11 +178,8 @@ def _is_allowed(side: int, length: int) -> bool:
     return side == length or (side > 0 and side % STEP == 0)
 
 
-def _worse(space: Space, point: Point, chosen: Point) -> str:
-    """The room that a candidate leaves too little of, or where the time goes that it loses."""
-    if space.leaves_room(chosen) and not space.leaves_room(point):
-        kept = space.allocator_bytes(point)
-        return f"leaves too little for an allocator, which may keep {format_bytes(round(kept))}"
+def _worse(point: Point, chosen: Point) -> str:
+    """Where the time goes that a candidate loses."""
     ratio = point.seconds / chosen.seconds - 1
     if ratio <= RESOLUTION:
         more = point.peak_bytes - chosen.peak_bytes
@@ -241,14 +228,14 @@ def _plan(space: Space, point: Point, rejected: tuple[Candidate, ...]) -> Plan:
             (what, s) for what, s in zip(PARTS, point.parts, strict=True) if s > 0
         ),
         peak_phase=phase,
-        library="onednn" if option.facts.onednn else "blas",
+        library="onednn" if option.by_onednn else "blas",
         exponential="exp2" if exp2 else "exp",
         strip=space.machine.strip_columns(point.tile) if option.facts.in_strips else 0,
         rates=rates_in_words(
             space.machine.spec,
             request.problem.dtype,
             request.precision,
-            onednn=option.facts.onednn,
+            onednn=option.by_onednn,
             exp2=exp2,
         ),
     )

@@ -19,9 +19,9 @@ from cl_compiler.lang.sweeps import SweepPlan, plan_sweeps
 from cl_compiler.plan.cost import CompiledCost, compile_cost
 from cl_compiler.plan.facts import ProgramFacts, facts_of
 from cl_compiler.plan.machine import Machine, machine_of
-from cl_compiler.plan.memory import CompiledMemory, churned_bytes, compile_memory
+from cl_compiler.plan.memory import CompiledMemory, compile_memory
 from cl_compiler.plan.sizes import COMPUTE_BYTES
-from cl_compiler.plan.tape import Tape, tape_of
+from cl_compiler.plan.tape import Tape
 from cl_compiler.plan.types import Problem, Request, Tile
 
 STEP = 64
@@ -32,12 +32,6 @@ per octave beyond."""
 
 SPARE = 1 / 64
 """Of the budget, what tiles that are kept for speed alone leave free: allocators round up."""
-
-CHURNED = 1.5
-"""Of what comes and goes in a sweep, how much the allocator is left for keeping.
-
-glibc keeps about as much again: with its defaults, ``tests/runtime/test_memory.py`` holds the
-process to its budget."""
 
 MAPPED_BYTES = 32 * 2**20
 """Tensors from this size on are mapped when they are made and unmapped when they are freed, by
@@ -71,10 +65,11 @@ class Option:
     cost: CompiledCost
     bytes_by_phase: Tape
     seconds_by_part: Tape
-    churned_bytes: Tape
-    """All of the request's sizes: what is left open is the tile."""
-    makes_tiles: bool
-    """Each tile is a new tensor, which glibc allocates."""
+    """Both of the request's sizes: what is left open is the tile."""
+    allocates_tiles: bool
+    """Each tile that may be kept is a new tensor, which glibc allocates."""
+    by_onednn: bool
+    """oneDNN makes its products."""
 
     def extent(self, sizes: Values) -> Tile:
         """Rows and columns of the largest grid."""
@@ -90,7 +85,7 @@ class Option:
         page of them, are left out if there are smaller ones.
         """
         found = list(self._all_tiles(sizes))
-        if not self.makes_tiles:
+        if not self.allocates_tiles:
             return found
         most = MAPPED_BYTES / sizes[COMPUTE_BYTES.name]
         return [t for t in found if t.rows * t.cols < most] or found
@@ -120,19 +115,10 @@ class Option:
         down, across = -(-rows // min(tile.rows, rows)), -(-cols // min(tile.cols, cols))
         return down * (across + 1) // 2 if writer.symmetric else down * across
 
-    def allocator_bytes(self, values: Values) -> float:
-        """What the allocator may keep, beside what is in use, of tensors that come and go.
-
-        ``values``: of the symbols that depend on the tile.
-        """
-        return CHURNED * self.churned_bytes(values)[0] if self.makes_tiles else 0.0
-
     def kept_counts(
         self, sizes: Values, totals: Tape, tile: Tile, limit_bytes: float
     ) -> tuple[int, ...]:
         """How many tiles to keep, 0 where nothing is kept; empty where not one fits.
-
-        ``limit_bytes``: the budget, of which what the allocator keeps is not filled.
 
         As many as fit: each saves the same work, and where keeping does not pay, ``spill`` wins.
         """
@@ -141,13 +127,13 @@ class Option:
             return (0,)
         if count == 1 and tile != self.smallest_tile(sizes):
             return ()  # all in one tile is what ``dense`` does
-        every, none, one = at(tile, count), at(tile, 0, scratch=1), at(tile, 1, scratch=1)
-        if max(totals(every)) <= limit_bytes - self.allocator_bytes(every):
+        if max(totals(at(tile, count))) <= limit_bytes:
             return (count,)
-        if max(totals(one)) > limit_bytes:
+        none, one = totals(at(tile, 0, scratch=1)), totals(at(tile, 1, scratch=1))
+        if max(one) > limit_bytes:
             return ()
-        room, goal = count - 1, limit_bytes * (1 - SPARE) - self.allocator_bytes(one)
-        for a, b in zip(totals(none), totals(one), strict=True):
+        room, goal = count - 1, limit_bytes * (1 - SPARE)
+        for a, b in zip(none, one, strict=True):
             if b > a:
                 room = min(room, int((goal - a) // (b - a)))
         return (max(room, 1),)
@@ -244,17 +230,20 @@ class Space:
             problem = self.request.problem
             if self.ring is None:
                 program = build_program(self.sweep_plan, schedule)
-                onednn = not (program.is_whole or program.subtracts_positives)
+                onednn = not program.subtracts_positives
                 onednn &= self.machine.prefers_onednn(problem.dtype, self.request.precision)
                 if self.machine.prefers_exp2(problem.dtype):
                     program = in_base_two(program)
                 if onednn:
                     program = in_strips(program)
-                facts = facts_of(program, problem.operands, onednn=onednn)
+                facts = facts_of(program, problem.operands)
             else:
+                onednn = False
                 facts = self.ring.facts(problem.operands)
             casts = problem.input_bytes < problem.compute_bytes
-            cost = compile_cost(facts, self.machine, problem, self.request.precision)
+            cost = compile_cost(
+                facts, self.machine, problem, self.request.precision, by_onednn=onednn
+            )
             streams = self.ring is not None and self.ring.streams
             memory = compile_memory(facts, casts=casts, in_host=False if streams else None)
             self.options[schedule] = Option(
@@ -264,8 +253,8 @@ class Space:
                 cost,
                 memory.totals.bind(self.sizes),
                 cost.seconds_by_part.bind(self.sizes),
-                tape_of([churned_bytes(facts)]).bind(self.sizes),
-                facts.onednn or (self.machine.spec.kind == "cpu" and facts.kept_in_loops),
+                self.machine.spec.kind == "cpu" and facts.kept_in_loops,
+                onednn,
             )
         return self.options[schedule]
 
@@ -278,15 +267,6 @@ class Space:
                 peak = round(max(option.bytes_by_phase(values)))
                 if peak <= limit:
                     yield Point(schedule, tile, kept, peak, option.seconds_by_part(values))
-
-    def leaves_room(self, point: Point) -> bool:
-        """Whether the budget holds what the allocator keeps, too."""
-        return point.peak_bytes + self.allocator_bytes(point) <= self.limit_bytes
-
-    def allocator_bytes(self, point: Point) -> float:
-        """See ``Option.allocator_bytes``."""
-        option = self.option(point.schedule)
-        return option.allocator_bytes(self.tile_values(option, point.tile, point.kept_tiles))
 
     def point(self, schedule: Schedule, tile: Tile, kept: int) -> Point:
         """Evaluate one point, whether or not it fits."""
@@ -370,7 +350,6 @@ def sizes_of(request: Request, problem: Problem, machine: Machine) -> dict[str, 
         "exp_per_s": machine.exp_per_s,
         "pass_per_s": machine.pass_per_s,
         "op_overhead_s": machine.op_overhead_s,
-        "onednn_pack_s": machine.onednn_pack_s,
         "strip": machine.strip_elements,
         "exp2_per_s": machine.exp2_per_s or machine.exp_per_s,
         "B_0": machine.device_bytes_per_s,

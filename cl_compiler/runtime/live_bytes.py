@@ -8,7 +8,7 @@
 What is seen: every storage that a PyTorch operator creates inside the block, from its creation
 until it is freed: results, tensors saved for the backward, gradients, workspaces; growth by
 ``resize_`` and ``out=``; also on the meta device, where nothing is really allocated.  A storage is
-counted once, however many views share it.  What oneDNN packs has no storage: its elements count.
+counted once, however many views share it.
 
 What is not seen: what existed before the block (inputs, and workspaces kept from an earlier call);
 scratch memory that a kernel takes and returns within one operator (packed GEMM panels, a
@@ -63,8 +63,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self._lock:
             for storage in (*given, *_storages(result)):  # the given ones may have grown
                 self._see(storage, created=True)
-            for packed in _packed(result):
-                self._see_packed(packed)
         return result
 
     def _see(self, storage: torch.UntypedStorage, *, created: bool) -> None:
@@ -80,15 +78,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         now_bytes = max(base_bytes, size_bytes)
         self._sizes[address] = (base_bytes, now_bytes)
         self._add(now_bytes - before_bytes)
-
-    def _see_packed(self, packed: torch.Tensor) -> None:
-        size_bytes = packed.numel() * packed.element_size()
-        self._add(size_bytes)
-        weakref.finalize(packed, self._free_packed, size_bytes).atexit = False
-
-    def _free_packed(self, size_bytes: int) -> None:
-        with self._lock:
-            self._add(-size_bytes)
 
     def _free(self, address: int) -> None:
         with self._lock:
@@ -106,14 +95,4 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
         leaf.untyped_storage()
         for leaf in tree_leaves(tree)
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
-    ]
-
-
-def _packed(tree: Any) -> list[torch.Tensor]:
-    """The tensors that oneDNN has packed in ``tree``."""
-    mkldnn = torch._mkldnn  # type: ignore[attr-defined]
-    return [
-        leaf
-        for leaf in tree_leaves(tree)
-        if isinstance(leaf, torch.Tensor) and leaf.layout is mkldnn
     ]

@@ -4,8 +4,8 @@
 # hardware  epyc-zen4-2c   float32 in, ieee products by oneDNN, fp32 accumulate
 # problem   up to M=16384 N=16384 D=512; gradients: logit_scale, x, y
 # schedule  spill
-# tiles     device 2048x2048   l3 2048x2048   l2 448x448   core 32x64
-# memory    predicted peak 93.6 MiB of 256.0 MiB
+# tiles     device 2048x4096   l3 2048x3904   l2 448x448   core 32x64
+# memory    predicted peak 97.6 MiB of 256.0 MiB
 """clip: value and gradients in tiles; the similarity matrix never exists.
 
 Symmetric InfoNCE (Radford et al. 2021): the mean of both directions' cross-entropies.
@@ -15,24 +15,40 @@ logits_pos: [M] the same at each row's positive
 row_lse: [M] logsumexp over cols of logits
 col_lse: [N] logsumexp over rows of logits
 a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep reads
-x_packed1_i, ...: a block of rows in oneDNN's own layout; tiles are [m, n], column by column
-t0_tile, ...: a tile that a product makes or reads; t0, ...: a strip of its columns
+t0_tile, ...: a tile that a product makes or reads, column by column; t0, ...: a strip of columns
 """
 
+import functools
 import math
 
 import torch
 
 DTYPE = torch.float32  # of tiles, statistics and accumulators
 D = 512  # columns of the operands
-TILE_M, TILE_N = 2048, 2048
+TILE_M, TILE_N = 2048, 4096
 STRIP = 128  # columns of a tile between its products, in the caches of the cores
 LOG2E = math.log2(math.e)  # exp2(LOG2E * t) is exp(t), and faster here
-MATMUL_PRECISION = "ieee"  # of fp32 products: "ieee" is exact
+MATMUL_PRECISION = "bf16"  # of fp32 products: oneDNN's, if they are exact all the same
 SAFE_BOUND, LARGEST, SMALLEST = 70.0, 87.0, 2.0**-102
 # |logits| <= SAFE_BOUND: no exponential can overflow, or lose bits to underflow.  Beyond it they
 # are shifted so that the largest sum is below e^LARGEST; a sum of n terms of at least n * SMALLEST
 # has lost less than the last bit to terms that underflowed.  Smaller sums are redone with maxima.
+
+
+@functools.cache
+def _precision():
+    """The setting with which oneDNN multiplies fp32 matrices exactly; BLAS's where it cannot.
+
+    MATMUL_PRECISION makes products oneDNN's and lets it round, which it does on matrix units only.
+    """
+    settings = torch.backends.mkldnn.matmul
+    found, settings.fp32_precision = settings.fp32_precision, MATMUL_PRECISION
+    try:
+        more = torch.full((64, 64), 1 + 2.0**-20, dtype=torch.float32, device="cpu")
+        product = torch.mm(more, more, out=torch.empty_like(more))
+    finally:
+        settings.fp32_precision = found
+    return MATMUL_PRECISION if product.amin() > 64 else "ieee"
 
 
 class _MatmulPrecision:
@@ -40,10 +56,10 @@ class _MatmulPrecision:
 
     def __enter__(self):
         found = torch.backends.mkldnn.matmul.fp32_precision
-        self.before = None if found in ("ieee", "none") else found
+        self.before = None if found == _precision() else found
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         if self.before is not None:
-            torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
+            torch.backends.mkldnn.matmul.fp32_precision = _precision()
         if self.autocast:
             torch.set_autocast_enabled("cpu", False)
 
@@ -74,21 +90,14 @@ def _largest_norm(operand):
     return torch.linalg.vector_norm(operand, dim=1, dtype=DTYPE).max().item() * (1 + 1e-6)
 
 
-_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_MULTIPLY = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-HAS_ONEDNN = _PACK is not None and _MULTIPLY is not None  # some builds of PyTorch have none
-
-
-def _packed(rows, count):
-    """Rows as oneDNN multiplies ``count`` others with them."""
-    return _PACK(rows, count) if HAS_ONEDNN else rows
-
-
-def _linear(left, packed, offset=None):
-    """left @ packed.T + offset, a new tensor, by oneDNN if it can: there faster than BLAS."""
-    if HAS_ONEDNN:
-        return _MULTIPLY(left, packed, offset, "none", [], "")
-    return torch.nn.functional.linear(left, packed, offset)
+def _product(left, right, alpha, offset, out):
+    """alpha * left @ right.T + offset, scaled and shifted by the product's own kernel."""
+    if alpha != alpha:  # NaN, which BLAS libraries take for 1
+        out.fill_(math.nan)
+    elif offset == 0.0:
+        out.addmm_(left, right.T, beta=0, alpha=alpha)
+    else:
+        torch.addmm(torch.tensor(offset, dtype=DTYPE), left, right.T, alpha=alpha, out=out)
 
 
 def _present(lse):
@@ -161,24 +170,23 @@ def _forward_sweep_bounded(x, y, rows, cols, logit_scale, s0):
     col_lse_sum = torch.full((cols,), 0.0, dtype=DTYPE)
     step = min(TILE_M, rows)
     width = min(TILE_N, cols)
-    offset1_tile = torch.full((step,), s0 * LOG2E, dtype=DTYPE)
+    t0_buffer = torch.empty(step * width, dtype=DTYPE)
     for i in range(0, rows, TILE_M):
         i1 = min(i + TILE_M, rows)
         m = i1 - i
         x_i = x[i:i1]
-        x_packed1_i = _packed(x_i * (logit_scale.item() * LOG2E), width)
         for j in range(0, cols, TILE_N):
             j1 = min(j + TILE_N, cols)
+            n = j1 - j
             y_j = y[j:j1]
-            t0_tile = _linear(y_j, x_packed1_i, offset1_tile[:m]).T
+            t0_tile = t0_buffer[: m * n].view(n, m).T
+            _product(x_i, y_j, logit_scale.item() * LOG2E, s0 * LOG2E, out=t0_tile)
             for c in range(j, j1, STRIP):
                 c1 = min(c + STRIP, j1)
                 t0 = t0_tile[:, c - j : c1 - j]
                 t0.exp2_()
                 row_lse_sum[i:i1].add_(t0.sum(1))
                 col_lse_sum[c:c1].add_(t0.sum(0))
-            del t0, t0_tile
-        del x_packed1_i
 
     return row_lse_sum, col_lse_sum
 
@@ -195,24 +203,24 @@ def _forward_sweep_running(x, y, rows, cols, logit_scale):
     col_lse_sum = torch.full((cols,), 0.0, dtype=DTYPE)
     step = min(TILE_M, rows)
     width = min(TILE_N, cols)
+    t0_buffer = torch.empty(step * width, dtype=DTYPE)
     t1_buffer = torch.empty(step * min(STRIP, width), dtype=DTYPE)
     for i in range(0, rows, TILE_M):
         i1 = min(i + TILE_M, rows)
         m = i1 - i
         x_i = x[i:i1]
-        x_packed1_i = _packed(x_i * (logit_scale.item()), width)
         for j in range(0, cols, TILE_N):
             j1 = min(j + TILE_N, cols)
+            n = j1 - j
             y_j = y[j:j1]
-            t0_tile = _linear(y_j, x_packed1_i).T
+            t0_tile = t0_buffer[: m * n].view(n, m).T
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0_tile)
             for c in range(j, j1, STRIP):
                 c1 = min(c + STRIP, j1)
                 t0 = t0_tile[:, c - j : c1 - j]
                 t1 = t1_buffer[: m * (c1 - c)].view(c1 - c, m).T
                 _add_logsumexp(t0, 1, row_lse_max[i:i1], row_lse_sum[i:i1], t1)
                 _add_logsumexp(t0, 0, col_lse_max[c:c1], col_lse_sum[c:c1], t0)
-            del t0, t0_tile
-        del x_packed1_i
 
     return row_lse_max, row_lse_sum, col_lse_max, col_lse_sum
 
@@ -224,18 +232,18 @@ def _backward_sweep_bounded(x, y, d_x, d_y, rows, cols, logit_scale, s2, b0, a1,
     """
     step = min(TILE_M, rows)
     width = min(TILE_N, cols)
+    t0_buffer = torch.empty(step * width, dtype=DTYPE)
     t1_buffer = torch.empty(step * min(STRIP, width), dtype=DTYPE)
-    offset1_tile = torch.full((step,), s2 * LOG2E, dtype=DTYPE)
     for i in range(0, rows, TILE_M):
         i1 = min(i + TILE_M, rows)
         m = i1 - i
         x_i = x[i:i1]
-        x_packed1_i = _packed(x_i * (logit_scale.item() * LOG2E), width)
-        x_packed2_i = _packed(x_i.T, width)
         for j in range(0, cols, TILE_N):
             j1 = min(j + TILE_N, cols)
+            n = j1 - j
             y_j = y[j:j1]
-            t0_tile = _linear(y_j, x_packed1_i, offset1_tile[:m]).T
+            t0_tile = t0_buffer[: m * n].view(n, m).T
+            _product(x_i, y_j, logit_scale.item() * LOG2E, s2 * LOG2E, out=t0_tile)
             for c in range(j, j1, STRIP):
                 c1 = min(c + STRIP, j1)
                 t0 = t0_tile[:, c - j : c1 - j]
@@ -246,9 +254,7 @@ def _backward_sweep_bounded(x, y, d_x, d_y, rows, cols, logit_scale, s2, b0, a1,
                 for k, _, _, _, _ in _crossings(i, i1, c, c1, (0,)):
                     t0.diagonal(k).add_(s3)
             d_x[i:i1].addmm_(t0_tile, y_j)
-            d_y[j:j1].add_(_linear(t0_tile.T, x_packed2_i))
-            del t0, t0_tile
-        del x_packed1_i, x_packed2_i
+            d_y[j:j1].addmm_(t0_tile.T, x_i)
 
 
 def _backward_sweep_running(x, y, d_x, d_y, rows, cols, logit_scale, a0, a1_2, b2, b3, d_row_total):
@@ -258,17 +264,18 @@ def _backward_sweep_running(x, y, d_x, d_y, rows, cols, logit_scale, a0, a1_2, b
     """
     step = min(TILE_M, rows)
     width = min(TILE_N, cols)
+    t0_buffer = torch.empty(step * width, dtype=DTYPE)
     t1_buffer = torch.empty(step * min(STRIP, width), dtype=DTYPE)
     for i in range(0, rows, TILE_M):
         i1 = min(i + TILE_M, rows)
         m = i1 - i
         x_i = x[i:i1]
-        x_packed1_i = _packed(x_i * (logit_scale.item()), width)
-        x_packed2_i = _packed(x_i.T, width)
         for j in range(0, cols, TILE_N):
             j1 = min(j + TILE_N, cols)
+            n = j1 - j
             y_j = y[j:j1]
-            t0_tile = _linear(y_j, x_packed1_i).T
+            t0_tile = t0_buffer[: m * n].view(n, m).T
+            _product(x_i, y_j, logit_scale.item(), 0.0, out=t0_tile)
             for c in range(j, j1, STRIP):
                 c1 = min(c + STRIP, j1)
                 t0 = t0_tile[:, c - j : c1 - j]
@@ -283,9 +290,7 @@ def _backward_sweep_running(x, y, d_x, d_y, rows, cols, logit_scale, a0, a1_2, b
                 for k, _, _, _, _ in _crossings(i, i1, c, c1, (0,)):
                     t0.diagonal(k).add_(-2.0)
             d_x[i:i1].addmm_(t0_tile, y_j, alpha=d_row_total)
-            d_y[j:j1].add_(_linear(t0_tile.T, x_packed2_i), alpha=d_row_total)
-            del t0, t0_tile
-        del x_packed1_i, x_packed2_i
+            d_y[j:j1].addmm_(t0_tile.T, x_i, alpha=d_row_total)
 
 
 def forward(x, y, logit_scale):

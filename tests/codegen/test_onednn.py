@@ -1,9 +1,10 @@
-"""Tiles whose products oneDNN makes: the formulas, the layouts, and who gets them."""
+"""Tiles whose products oneDNN makes: formulas, strips, the setting that asks for it, who gets."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,13 +29,6 @@ STRIPS = (1, 3, 64)
 """Columns: one at a time, ragged strips, one strip of a whole tile."""
 
 
-def in_float64(source: str) -> str:
-    """The file as it runs where PyTorch has no oneDNN, whose products are fp32 only."""
-    line = "HAS_ONEDNN = _PACK is not None and _MULTIPLY is not None"
-    assert source.count(line) == ("_linear(" in source)
-    return source.replace(line, "HAS_ONEDNN = False")
-
-
 def assert_right(case: Case, seed: int) -> None:
     rng = Random(seed)
     for schedule in schedules_of(case):
@@ -47,9 +41,8 @@ def assert_right(case: Case, seed: int) -> None:
             exponential="exp2",
             strip=rng.choice(STRIPS),
         )
-        source = in_float64(text)
-        found = errors(run(source, sample(case, seed=seed)), sample(case, seed=seed))
-        assert max(found.values()) < 1e-9, (schedule, found, source)
+        found = errors(run(text, sample(case, seed=seed)), sample(case, seed=seed))
+        assert max(found.values()) < 1e-9, (schedule, found, text)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,11 +100,14 @@ def test_a_plan_takes_the_faster_library() -> None:
 
 
 def test_what_onednn_cannot_do_is_left_to_blas() -> None:
-    """Products in fp64, or of operands that are rounded; small batches have no loops."""
+    """Products in fp64, or of operands that are rounded."""
     assert planned(dtype="float64", budget="512MiB").library == "blas"
     assert planned(precision="bf16").library == "blas"
+
+
+def test_small_batches_without_loops_are_multiplied_by_it_too() -> None:
     small = planned(rows=128, width=64)
-    assert (small.schedule, small.library) == ("dense", "blas")
+    assert (small.schedule, small.library) == ("dense", "onednn")
 
 
 def test_positives_that_are_subtracted_from_tiles_are_made_as_tiles_are() -> None:
@@ -123,21 +119,68 @@ def test_positives_that_are_subtracted_from_tiles_are_made_as_tiles_are() -> Non
     assert plan.library == "blas"
 
 
-@pytest.mark.parametrize("name", ["gist_relative", "distillation_two_sweeps", "gist", "clip"])
-def test_no_two_products_have_one_name(name: str) -> None:
-    """A tile is gone before the next one takes its name."""
-    for schedule in ("spill", "recompute"):
-        alive: set[str] = set()
-        for line in emit(CASES[name], schedule, dtype="float32", library="onednn").splitlines():
-            text = line.strip()
-            if text.startswith("def "):
-                alive = set()
-            elif text.startswith("del "):
-                alive -= set(text.removeprefix("del ").split(", "))
-            elif " = _linear(" in text:
-                made = text.partition(" = ")[0]
-                assert made not in alive
-                alive.add(made)
+def loaded() -> ModuleType:
+    """A file that has not asked yet how products are made."""
+    module = load(emit(CASES["clip"], dtype="float32", library="onednn", width=64))
+    module._precision.cache_clear()
+    return module
+
+
+def step(module: ModuleType) -> list[torch.Tensor]:
+    """The value and the gradients of one batch."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(96, 64, generator=draw).requires_grad_() for _ in "xy")
+    value = module.Loss.apply(x, y, torch.tensor(0.5))[0]
+    return [value.detach(), *torch.autograd.grad(value, (x, y))]
+
+
+@pytest.mark.parametrize("theirs", ["none", "ieee", "bf16"])
+def test_the_setting_is_the_callers_again(theirs: str) -> None:
+    settings, module = torch.backends.mkldnn.matmul, loaded()
+    found = settings.fp32_precision
+    settings.fp32_precision = theirs
+    try:
+        step(module)
+        assert settings.fp32_precision == theirs
+        with pytest.raises(RuntimeError, match="size"):
+            module.Loss.apply(torch.randn(8, 64), torch.randn(8, 63), torch.tensor(0.5))
+        assert settings.fp32_precision == theirs
+    finally:
+        settings.fp32_precision = found
+
+
+def test_where_onednn_would_round_products_are_blass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does on matrix units: the file multiplies numbers that bf16 does not have."""
+    multiply = torch.mm
+
+    def rounding(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        if torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+            a, b = (t.bfloat16().float() for t in (a, b))
+        return multiply(a, b, out=out)
+
+    exact, module = step(loaded()), loaded()
+    monkeypatch.setattr(torch, "mm", rounding)
+    found, asked = step(module), module._precision()
+    module._precision.cache_clear()
+    assert asked == "ieee"
+    for got, want in zip(found, exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_whoever_asks_first_gets_the_same_products() -> None:
+    """In a region of autocast, in inference, with other defaults."""
+    asked = loaded()._precision()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loaded()._precision() == asked
+    with torch.inference_mode():
+        assert loaded()._precision() == asked
+    with torch.device("meta"):
+        assert loaded()._precision() == asked
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert loaded()._precision() == asked
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +189,7 @@ def test_no_two_products_have_one_name(name: str) -> None:
         ("clip", "spill", "float32", 96, "x y"),
         ("clip", "retain", "float32", 96, "x y"),
         ("clip", "retain", "float32", 96, "x"),
-        ("clip", "retain", "float32", 640, "x"),  # rows to be packed are wider than a tile
+        ("clip", "retain", "float32", 640, "x"),
         ("clip", "retain", "float32", 640, "x y"),
         ("clip", "spill", "bfloat16", 96, "x y"),
         ("infonce", "retain", "float32", 96, "x y"),

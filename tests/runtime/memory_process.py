@@ -43,11 +43,10 @@ def main(request: dict) -> dict:
 
     loss(64)  # code is paged in and threads start: neither is the loss's memory
     x.grad = y.grad = None
-    operands = x.detach(), y.detach(), loss_fn.plan.tile
-    products = gemm_by_onednn if loss_fn.plan.library == "onednn" else gemm
-    library = growth_bytes(lambda: products(*operands))
+    operands = x.detach(), y.detach(), loss_fn.plan.tile, loss_fn.plan.library
+    library = growth_bytes(lambda: gemm(*operands))
     with LiveBytes() as live:
-        products(*operands)
+        gemm(*operands)
     run = loss if request["run"] == "loss" else lambda: None
     grown = growth_bytes(run)
     x.grad = y.grad = None
@@ -73,28 +72,24 @@ def growth_bytes(run: Callable[[], None]) -> int:
     return status_bytes("VmHWM") - before
 
 
-def gemm(x: torch.Tensor, y: torch.Tensor, tile) -> None:
-    """The loss's three kinds of product on one tile."""
-    x, y = x[: tile.rows], y[: tile.cols]
-    similarity = torch.mm(x, y.T)
-    torch.zeros_like(x).addmm_(similarity, y)
-    torch.zeros_like(y).addmm_(similarity.T, x)
-
-
-def gemm_by_onednn(x: torch.Tensor, y: torch.Tensor, tile) -> None:
-    """The same where oneDNN makes those with packed rows: it keeps code for every shape, so for
-    the ragged tiles, too, and for products with and without an offset."""
-    ops = torch.ops.mkldnn
+def gemm(x: torch.Tensor, y: torch.Tensor, tile, library: str) -> None:
+    """A loss's three kinds of product; oneDNN keeps code for each shape, so of ragged tiles, too,
+    scaled and with an offset."""
+    settings = torch.backends.mkldnn.matmul
+    found = settings.fp32_precision
+    settings.fp32_precision = "bf16" if library == "onednn" else "ieee"
     for m, n in itertools.product({tile.rows, len(x) % tile.rows}, {tile.cols, len(y) % tile.cols}):
         x_i, y_j = x[:m], y[:n]
         if m * n == 0:
             continue
-        for offset in (None, torch.zeros(m)):
-            rows = ops._reorder_linear_weight(x_i, tile.cols)
-            similarity = ops._linear_pointwise(y_j, rows, offset, "none", [], "")
-        torch.zeros_like(x_i).addmm_(similarity.T, y_j)
-        rows = ops._reorder_linear_weight(x_i.T, tile.cols)
-        torch.zeros_like(y_j).add_(ops._linear_pointwise(similarity, rows, None, "none", [], ""))
+        similarity = torch.empty(n, m).T
+        torch.mm(x_i, y_j.T, out=similarity)
+        for factor in (1.0, 0.5):  # scaled products are code of their own
+            similarity.addmm_(x_i, y_j.T, beta=0, alpha=factor)
+            torch.addmm(torch.tensor(1.0), x_i, y_j.T, alpha=factor, out=similarity)
+            torch.zeros_like(x_i).addmm_(similarity, y_j, alpha=factor)
+            torch.zeros_like(y_j).addmm_(similarity.T, x_i, alpha=factor)
+    settings.fp32_precision = found
 
 
 def status_bytes(field: str) -> int:

@@ -106,19 +106,3 @@ def test_the_meta_device_counts_what_the_real_one_does(count: int) -> None:
         return live.peak_bytes
 
     assert peak("meta") == peak("cpu")
-
-
-def test_what_onednn_packs_is_counted_until_it_is_freed() -> None:
-    pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    if pack is None:
-        pytest.skip("this PyTorch has no oneDNN")
-    outside = torch.randn(16, 16)
-    with LiveBytes() as live:
-        packed = [pack(outside, 8), pack(outside.T, 8)]
-        assert live.live_bytes == 2 * KIB
-        made = torch.ops.mkldnn._linear_pointwise(outside, packed[0], None, "none", [], "")
-        assert live.live_bytes == 3 * KIB
-        packed.pop()
-        assert live.live_bytes == 2 * KIB
-    del packed, made
-    assert live.live_bytes == 0
