@@ -21,7 +21,7 @@ from cl_compiler.errors import (
 from cl_compiler.hardware import HardwareSpec, load_hardware
 from cl_compiler.hardware.cluster_links import with_measured_links
 from cl_compiler.hardware.ranks import with_ranks
-from cl_compiler.lang.ir import LossIR
+from cl_compiler.lang.ir import LossIR, View
 from cl_compiler.lang.program import SCHEDULES
 from cl_compiler.lang.ring import CANONICAL, CANONICAL_CHUNK, CLUSTER_SCHEDULES
 from cl_compiler.options import (
@@ -268,6 +268,29 @@ def loss_signature(ir: LossIR) -> LossSignature:
         uses_positives=ir.uses_positives,
         stops=frozenset(op.name for op in ir.operands if op.stop),
         one_positive=("positives_per_row", 1) in ir.constants,
+        compared=_compared(ir),
+        prefixes=tuple(sorted({(v.operand, v.prefix) for v in _views(ir) if v.prefix is not None})),
+    )
+
+
+def _views(ir: LossIR) -> list[View]:
+    """What similarities are of, and norms."""
+    return [v for leaf in ir.leaves.values() for v in (leaf.left, leaf.right) if v is not None]
+
+
+def _compared(ir: LossIR) -> tuple[tuple[str, str], ...]:
+    """Pairs of operands, each whole, that have inner products."""
+    return tuple(
+        sorted(
+            {
+                (leaf.left.operand, leaf.right.operand)
+                for leaf in ir.leaves.values()
+                if leaf.left is not None
+                and leaf.right is not None
+                and leaf.left.prefix == leaf.right.prefix is None
+                and leaf.left.operand != leaf.right.operand
+            }
+        )
     )
 
 

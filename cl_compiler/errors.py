@@ -21,6 +21,7 @@ __all__ = [
     "NonFiniteError",
     "NotPlannedError",
     "ScheduleError",
+    "check_word",
     "instead_of",
 ]
 
@@ -105,3 +106,13 @@ def instead_of(word: object, known: Iterable[str], what: str = "use one of", mos
     close = close or get_close_matches(lower, by_lower, n=most, cutoff=0.65)
     hint = f"did you mean {' or '.join(repr(by_lower[c]) for c in close)}? " if close else ""
     return f"{hint}{what} {', '.join(words)}"
+
+
+def check_word(name: str, word: object, known: Iterable[str]) -> None:
+    """Refuse an argument that is none of the known words.
+
+    Raises:
+        ArgumentError: with the nearest of them.
+    """
+    if word not in (words := tuple(known)):
+        raise ArgumentError(f"{name}={word!r} is unknown: {instead_of(word, words)}.")

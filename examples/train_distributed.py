@@ -17,6 +17,7 @@ from pathlib import Path
 # as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import platformdirs
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -111,7 +112,8 @@ def main() -> None:
     parser.add_argument("--budget", default="16MiB", help="of the loss, on each rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-files", type=int, default=0, help="of each package; 0: all")
-    parser.add_argument("--data", type=Path, default=Path.home() / ".cache" / "cl_compiler_demo")
+    cache = platformdirs.user_cache_dir("cl_compiler_demo", appauthor=False)
+    parser.add_argument("--data", type=Path, default=Path(cache))
     arguments = parser.parse_args()
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)

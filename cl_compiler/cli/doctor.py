@@ -72,6 +72,14 @@ def _presets() -> tuple[str, ...]:
     return tuple(preset_names())
 
 
+def _is_busy() -> bool:
+    """Whether more wants to run on this machine than it has cores, over the last minute."""
+    try:
+        return os.getloadavg()[0] > (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return False
+
+
 # ---- software ----------------------------------------------------------------------------------
 
 
@@ -105,9 +113,15 @@ def _torch() -> Iterator[Finding]:
             "oneDNN", "missing", "slow",
             "this build of PyTorch multiplies bfloat16 slowly; use one with oneDNN",
         )  # fmt: skip
+    policy = os.environ.get("OMP_WAIT_POLICY", "")
+    if torch.get_num_threads() > 1 and policy.upper() != "PASSIVE" and _is_busy():
+        yield Finding(
+            "threads", f"{torch.get_num_threads()}, on cores that other work uses, too", "slow",
+            "OMP_WAIT_POLICY=PASSIVE before Python starts: threads then wait without spinning",
+        )  # fmt: skip
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-        yield Finding("GPU", f"{', '.join(names)}; not used yet, generated code runs on the CPU")
+        yield Finding("GPU", ", ".join(names))
     else:
         yield Finding("GPU", "none")
 

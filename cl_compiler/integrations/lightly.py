@@ -67,13 +67,26 @@ class NTXentLoss(nn.Module):
         Args:
             out0: [b, D], the first view of each sample; normalised here.
             out1: [b, D], the second; it joins the memory bank where out0 trains.
+
+        Raises:
+            ArgumentError: views of different shapes.
         """
         scale = 1 / self.temperature
-        out0, out1 = normalize(out0, dim=1), normalize(out1, dim=1)
+        out0, out1 = _normalized(out0, out1)
         if self.memory_bank is None:
             return self._views(torch.cat([out0, out1]), logit_scale=scale)
         negatives = self.memory_bank(out1, update=out0.requires_grad).to(out0)
         return self._bank(out0, out1, queue=negatives, logit_scale=scale)
+
+
+def _normalized(out0: Tensor, out1: Tensor) -> tuple[Tensor, Tensor]:
+    """Both views [b, D], rows of unit length."""
+    if out0.shape != out1.shape:
+        raise ArgumentError(
+            f"out0 has shape {list(out0.shape)} and out1 {list(out1.shape)}: they are two views of "
+            "the same samples, row by row."
+        )
+    return normalize(out0, dim=1), normalize(out1, dim=1)
 
 
 def _bank(size: int | Sequence[int], *, gather_distributed: bool) -> MemoryBank | None:
@@ -144,8 +157,11 @@ class DCLLoss(nn.Module):
         Args:
             out0: [b, D], the first view of each sample; normalised here.
             out1: [b, D], the second.
+
+        Raises:
+            ArgumentError: views of different shapes.
         """
-        a, b = normalize(out0, dim=1), normalize(out1, dim=1)
+        a, b = _normalized(out0, out1)
         given = {}
         if self.weight_fn is not None:
             given["weight"] = torch.cat([self.weight_fn(a, b), self.weight_fn(b, a)])

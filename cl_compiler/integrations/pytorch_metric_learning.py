@@ -59,7 +59,8 @@ class _ByLabel(nn.Module):
             ref_labels: integers [R].
 
         Raises:
-            ArgumentError: no labels, pairs from a miner, or references without labels.
+            ArgumentError: no labels, or not one of each row, pairs from a miner, or references
+                without labels.
         """
         if indices_tuple is not None or labels is None:
             raise ArgumentError(
@@ -68,19 +69,29 @@ class _ByLabel(nn.Module):
             )
         if (ref_emb is None) != (ref_labels is None):
             raise ArgumentError("give both ref_emb and ref_labels, or neither.")
-        labels = labels.to(embeddings.device)
+        labels = _of_rows("labels", labels, embeddings)
         scale, x = 1 / self.temperature, normalize(embeddings, dim=1)
         if ref_emb is None or ref_labels is None:
             _, counts = torch.unique(labels, return_counts=True)
             if len(counts) < 2 or int(counts.max()) < 2:
                 return 0 * embeddings.sum()
             return self._one_set(x, ids=labels, logit_scale=scale)
-        ref_labels = ref_labels.to(embeddings.device)
+        ref_labels = _of_rows("ref_labels", ref_labels, ref_emb)
         several = torch.unique(torch.cat([labels, ref_labels])).numel() > 1
         if not several or not bool(torch.isin(labels, ref_labels).any()):
             return 0 * embeddings.sum()
         y = normalize(ref_emb, dim=1)
         return self._two_sets(x, y, row_ids=labels, col_ids=ref_labels, logit_scale=scale)
+
+
+def _of_rows(name: str, labels: Any, rows: Tensor) -> Tensor:
+    """One label of each row, beside it."""
+    found = torch.as_tensor(labels, device=rows.device)
+    if found.shape != rows.shape[:1]:
+        raise ArgumentError(
+            f"{name} has shape {list(found.shape)} for {rows.shape[0]} embeddings: give one each."
+        )
+    return found
 
 
 class NTXentLoss(_ByLabel):

@@ -6,6 +6,7 @@ Both are factories: which terms there are is structure; logit scale and margin a
 from functools import reduce
 
 from cl_compiler import lang as cl
+from cl_compiler.errors import check_word
 
 
 def qwen3(query_query=False, doc_doc=False, hard_negatives=False) -> cl.LossIR:
@@ -59,6 +60,7 @@ def gist(
         hard_negatives: whether there are more columns than rows; then contrast_positives takes the
             first M of them once more, as ``positives`` and ``guide_positives``.
     """
+    check_word("margin_strategy", margin_strategy, ("absolute", "relative"))
     constants = [
         ("margin_strategy", margin_strategy),
         ("contrast_anchors", contrast_anchors),

@@ -1,6 +1,7 @@
 """InfoNCE on several prefixes of the same embeddings at once; a factory."""
 
 from cl_compiler import lang as cl
+from cl_compiler.errors import ArgumentError
 
 
 def matryoshka(prefixes, weights=None) -> cl.LossIR:
@@ -12,6 +13,8 @@ def matryoshka(prefixes, weights=None) -> cl.LossIR:
     """
     prefixes = tuple(prefixes)
     weights = (1.0,) * len(prefixes) if weights is None else tuple(weights)
+    if len(weights) != len(prefixes):
+        raise ArgumentError(f"{len(prefixes)} prefixes and {len(weights)} weights: give as many.")
 
     @cl.define_loss(constants=[("prefixes", prefixes), ("weights", weights)])
     def matryoshka(logit_scale):

@@ -1,6 +1,7 @@
 """A smooth surrogate of recall@k; a factory."""
 
 from cl_compiler import lang as cl
+from cl_compiler.errors import ArgumentError
 
 
 def recall_at_k(ks) -> cl.LossIR:
@@ -10,9 +11,14 @@ def recall_at_k(ks) -> cl.LossIR:
     give a row several positives are refused: each would have a rank of its own.
 
     Args:
-        ks: cut-offs.
+        ks: cut-offs, or one.
+
+    Raises:
+        ArgumentError: cut-offs that are not whole numbers from 1.
     """
-    ks = tuple(ks)
+    ks = (ks,) if isinstance(ks, int) else tuple(ks)
+    if not ks or not all(isinstance(k, int) and k > 0 for k in ks):
+        raise ArgumentError(f"ks={ks}: cut-offs are whole numbers from 1, such as (1, 5, 10).")
 
     @cl.define_loss(constants=[("ks", ks), ("positives_per_row", 1)])
     def recall(sim, tau_rank, tau_k):

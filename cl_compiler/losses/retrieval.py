@@ -8,8 +8,10 @@ time, in the same order.  ``mnrl`` is a factory: the structure is its arguments,
 from functools import reduce
 
 from cl_compiler import lang as cl
+from cl_compiler.errors import ArgumentError, check_word
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
 def mnrl(
@@ -28,7 +30,20 @@ def mnrl(
         hard_negatives: whether there are more documents than queries.  The loss then also takes
             ``row_code`` and ``col_code``, whose inner product is positive where a document belongs
             to a query and not otherwise, and for "doc_to_doc" ``positives``, the first M documents.
+
+    Raises:
+        ArgumentError: a word that is none of these, or directions without "query_to_doc".
     """
+    if isinstance(directions, str) or "query_to_doc" not in directions:
+        raise ArgumentError(
+            f"directions={directions!r}: give a tuple with 'query_to_doc', which is always in the "
+            f"denominator, and any of {', '.join(DIRECTIONS[1:])}."
+        )
+    for direction in directions:
+        check_word("directions", direction, DIRECTIONS)
+    check_word("partition_mode", partition_mode, ("joint", "per_direction"))
+    if hardness_mode is not None:
+        check_word("hardness_mode", hardness_mode, HARDNESS_MODES)
     if hardness_mode == "hard_negatives" and not hard_negatives:
         hardness_mode = None
     constants = [

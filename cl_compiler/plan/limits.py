@@ -111,7 +111,8 @@ def budget_error(space: Space) -> BudgetError:
     fitting = smaller if batch else "; no batch fits, however small"
     return BudgetError(
         f"{request.loss.name} at {size}, D={problem.D}, {problem.dtype}{schedule} needs at least "
-        f"{format_bytes(least)} ({least} bytes); {obstacle}. {remedy}{fitting}."
+        f"{format_bytes(least)} ({least} bytes); {obstacle}. {remedy}{fitting}.",
+        least if limit == request.budget.device_bytes else 0,
     )
 
 

@@ -277,15 +277,25 @@ class ArgumentChecker:
                         f"{self.signature.name}: {name} has {length} {axis}, another operand has "
                         f"{lengths[axis]}; they must be equal."
                     )
-        widths = {operands[n].shape[-1] for n in ("x", "y") if n in operands}
-        if len(widths) > 1:
-            raise ArgumentError(
-                f"{self.signature.name}: x has D={operands['x'].shape[-1]} and y has "
-                f"D={operands['y'].shape[-1]}; both live in one space, so D must be equal."
-            )
+        self._widths(operands)
         lengths.setdefault("rows", lengths.get("cols", 1))
         lengths.setdefault("cols", lengths["rows"])
         return lengths
+
+    def _widths(self, operands: Mapping[str, Tensor]) -> None:
+        for left, right in self.signature.compared:
+            widths = [operands[name].shape[-1] for name in (left, right)]
+            if widths[0] != widths[1]:
+                raise ArgumentError(
+                    f"{self.signature.name}: {left} has D={widths[0]} and {right} has "
+                    f"D={widths[1]}; both live in one space, so D must be equal."
+                )
+        for name, columns in self.signature.prefixes:
+            if columns > operands[name].shape[-1]:
+                raise ArgumentError(
+                    f"{self.signature.name}: {name} has D={operands[name].shape[-1]}, and the loss "
+                    f"reads its first {columns} columns. Take prefixes of at most D columns."
+                )
 
     def _input(
         self, name: str, axis: str, value: Any, lengths: Mapping[str, int], dtype: torch.dtype

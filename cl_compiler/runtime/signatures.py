@@ -13,7 +13,8 @@ class LossSignature:
     """What a loss is called with: names and kinds, nothing of how it is computed.
 
     ``operands``: (name, axes); ``inputs``: (name, axis); ``parameters``: names; ``one_positive``:
-    the formula has no meaning where a row has several.
+    the formula has no meaning where a row has several; ``compared``: pairs of operands of one
+    width; ``prefixes``: (operand, columns) that are compared alone.
     """
 
     name: str
@@ -23,6 +24,8 @@ class LossSignature:
     uses_positives: bool
     stops: frozenset[str] = frozenset()
     one_positive: bool = False
+    compared: tuple[tuple[str, str], ...] = ()
+    prefixes: tuple[tuple[str, int], ...] = ()
 
     @property
     def single_set(self) -> bool:

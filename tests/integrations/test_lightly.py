@@ -113,3 +113,9 @@ def test_defaults_are_lightlys():
     for ours, theirs in ((NTXentLoss(), peer.NTXentLoss()), (DCLLoss(), peer.DCLLoss())):
         assert ours.temperature == theirs.temperature
         assert ours.gather_distributed == theirs.gather_distributed
+
+
+@pytest.mark.parametrize("loss", [NTXentLoss, DCLLoss, DCLWLoss])
+def test_views_of_different_samples_are_refused(loss):
+    with pytest.raises(ArgumentError, match="two views of the same samples"):
+        loss()(unit(8, 5, seed=1), unit(4, 5, seed=2))

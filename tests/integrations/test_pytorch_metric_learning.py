@@ -96,3 +96,19 @@ def test_losses_are_those_of_pytorch_metric_learning(name, rows, options):
     assert_same(lambda: mine(x, labels), lambda: theirs(x, labels), [x])
     refs = {"ref_emb": y, "ref_labels": ref_labels}
     assert_same(lambda: mine(x, labels, **refs), lambda: theirs(x, labels, **refs), [x, y])
+
+
+@pytest.mark.parametrize("loss", [NTXentLoss, SupConLoss])
+@pytest.mark.parametrize("labels", [torch.arange(5), torch.zeros(1, dtype=torch.long), [0, 0, 1]])
+def test_labels_that_are_not_one_of_each_row_are_refused(loss, labels):
+    """Even those that make no pair."""
+    x = unit(8, 4, seed=1)
+    with pytest.raises(ArgumentError, match="for 8 embeddings"):
+        loss()(x, labels)
+    with pytest.raises(ArgumentError, match="ref_labels has shape"):
+        loss()(x, torch.arange(8), ref_emb=x, ref_labels=labels)
+
+
+def test_labels_may_be_a_list():
+    x = unit(4, 4, seed=1)
+    assert torch.equal(SupConLoss()(x, [0, 0, 1, 1]), SupConLoss()(x, torch.tensor([0, 0, 1, 1])))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
 import torch
 
-from cl_compiler import losses
-from cl_compiler.errors import LossDefinitionError
+from cl_compiler import compile_loss, losses
+from cl_compiler.errors import ArgumentError, LossDefinitionError
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.reference import evaluate
 from cl_compiler.losses.retrieval import DIRECTIONS
@@ -156,3 +157,47 @@ def test_a_factory_is_a_function_and_not_a_loss(name):
 def test_structures_are_told_apart_by_their_constants():
     variants = [losses.gist(s, a) for s in ("absolute", "relative") for a in (False, True)]
     assert len({loss.constants for loss in variants}) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: losses.gist("relativ"), "did you mean 'relative'"),
+        (lambda: losses.mnrl(("query_to_doc", "doc_to_qery")), "did you mean 'doc_to_query'"),
+        (lambda: losses.mnrl(partition_mode="jont"), "did you mean 'joint'"),
+        (lambda: losses.mnrl(hardness_mode="all"), "did you mean|use one of in_batch_negatives"),
+        (lambda: losses.mnrl("query_to_doc"), "give a tuple with 'query_to_doc'"),
+        (lambda: losses.mnrl(("doc_to_query",)), "give a tuple with 'query_to_doc'"),
+        (lambda: losses.matryoshka((8, 16), (1.0,)), "2 prefixes and 1 weights"),
+        (lambda: losses.recall_at_k((0, 1.5)), "whole numbers from 1"),
+        (lambda: losses.recall_at_k(()), "whole numbers from 1"),
+    ],
+)
+def test_what_makes_another_loss_is_refused(make: Callable[[], LossIR], said: str) -> None:
+    """A misspelt word must not pick the other structure."""
+    with pytest.raises(ArgumentError, match=said):
+        make()
+
+
+def test_one_cut_off_needs_no_tuple() -> None:
+    assert losses.recall_at_k(5).constants == losses.recall_at_k((5,)).constants
+
+
+def rows(*shape: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "more", "said"),
+    [
+        ("queue", {"queue": rows(30, 9)}, "queue has D=9|D=9; both live in one space"),
+        ("hard_negatives", {"hard": rows(20, 3, 9)}, "D must be equal"),
+        (losses.matryoshka((4, 16)), {}, "x has D=8, and the loss reads its first 16 columns"),
+    ],
+)
+def test_widths_are_compared_where_embeddings_are(
+    loss: str | LossIR, more: dict[str, torch.Tensor], said: str
+) -> None:
+    loss_fn = compile_loss("auto", "16MiB", loss=loss)
+    with pytest.raises(ArgumentError, match=said):
+        loss_fn(rows(20, 8), rows(20, 8), logit_scale=3.0, **more)

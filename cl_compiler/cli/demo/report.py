@@ -22,6 +22,7 @@ from cl_compiler.cli.demo.outcome import Outcome, to_json
 from cl_compiler.cli.demo.same_batch import SameBatch
 from cl_compiler.cli.demo.training import best_evaluation
 from cl_compiler.errors import ArgumentError
+from cl_compiler.runtime.busy import cores_here
 from cl_compiler.units import format_bytes, format_seconds
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 _TEMPLATE = "report.html.jinja"
+BUSY = 0.1
+"""Of all cores: other work that takes more is said."""
 
 
 def headline(outcome: Outcome) -> str:
@@ -83,6 +86,14 @@ def caveats(outcome: Outcome) -> list[str]:
     notes += [verdict(comparison) for comparison in outcome.comparisons]
     if outcome.ended == "interrupted":
         notes.append("The run was interrupted: this is what was done until then.")
+    same = outcome.same_batch
+    foreign = (same.foreign_cores if same is not None else None) or 0.0
+    if foreign > BUSY * cores_here():
+        notes.append(
+            f"Other processes kept {foreign:.1f} of {cores_here()} cores busy during the steps at "
+            "the same batch, which slows the compiled loss more than the dense one: run it again "
+            "when the machine is quiet, or with OMP_WAIT_POLICY=PASSIVE."
+        )
     if outcome.no_same_batch:
         notes.append(f"The losses were not run at the same batch: {outcome.no_same_batch}.")
     notes.append(

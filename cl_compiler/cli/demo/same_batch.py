@@ -17,6 +17,7 @@ from pathlib import Path
 from cl_compiler.cli.demo.arms import Arm, dense_loss, measure_bytes
 from cl_compiler.cli.demo.metrics import Retrieval
 from cl_compiler.cli.demo.training import Dataset, Learner, ModelSettings, learning_rate
+from cl_compiler.runtime.busy import CpuTimes, foreign_cores
 from cl_compiler.units import format_bytes
 
 __all__ = ["SameBatch", "Side", "available_bytes", "run_same_batch", "why_not"]
@@ -40,12 +41,16 @@ class Side:
 
 @dataclass(frozen=True)
 class SameBatch:
-    """Both sides after the same steps at ``batch`` and ``rate``."""
+    """Both sides after the same steps at ``batch`` and ``rate``.
+
+    foreign_cores: that other processes kept busy meanwhile; None where nobody knows.
+    """
 
     batch: int
     rate: float
     compiled: Side
     dense: Side
+    foreign_cores: float | None = None
 
     @property
     def steps(self) -> int:
@@ -86,7 +91,7 @@ def run_same_batch(
     losses: tuple[list[float], list[float]] = ([], [])
     loss_s: tuple[list[float], list[float]] = ([], [])
     step_s: tuple[list[float], list[float]] = ([], [])
-    started = time.perf_counter()
+    started, times = time.perf_counter(), CpuTimes.now()
     for step in range(max_steps):
         if step >= _MIN_STEPS and time.perf_counter() - started > max_s:
             break
@@ -99,6 +104,7 @@ def run_same_batch(
             losses[side].append(learner.loss)
             loss_s[side].append(learner.loss_seconds - before[0])
             step_s[side].append(learner.seconds - before[1])
+    foreign = foreign_cores(times, CpuTimes.now(), time.perf_counter() - started)
     sides = [
         Side(
             bytes_,
@@ -111,7 +117,7 @@ def run_same_batch(
             zip(learners, (compiled.measured_bytes, peak_bytes), strict=True)
         )
     ]
-    return SameBatch(compiled.batch, rate, sides[0], sides[1])
+    return SameBatch(compiled.batch, rate, sides[0], sides[1], foreign)
 
 
 def why_not(batch: int, dim: int, available: int | None) -> str:
