@@ -138,6 +138,13 @@ def _tiles(p: PassFacts, casts: bool) -> list[Item]:
     return items
 
 
+def freed_bytes(facts: ProgramFacts, *, casts: bool) -> sp.Expr:
+    """What a sweep allocates for its tiles and frees when it returns: the most of any."""
+    if facts.program.is_whole or not facts.passes:
+        return sp.Integer(0)
+    return largest(sp.Add(*(bytes_ for _, bytes_ in _tiles(p, casts))) for p in facts.passes)
+
+
 def _whole_tiles(facts: ProgramFacts, casts: bool) -> list[Item]:
     """Where one tile holds everything, what its function has until it returns."""
     if not facts.program.is_whole:
@@ -257,6 +264,7 @@ __all__ = [
     "CompiledMemory",
     "Phase",
     "compile_memory",
+    "freed_bytes",
     "part_of",
     "phases_of",
 ]

@@ -7,6 +7,8 @@ the one with the fewest bytes is taken.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import networkx as nx
 
 from cl_compiler.lang.base_two import has_exp2
@@ -51,7 +53,7 @@ def choose_plan(
     best = _best_of_each(space)
     if not best:
         raise budget_error(space)
-    chosen = select(list(best.values()))
+    chosen = select(_with_room(space, best.values()))
     return _plan(space, chosen, _rejected(space, chosen, best))
 
 
@@ -84,7 +86,10 @@ def plan_candidates(
     best = _best_of_each(space)
     if not best:
         raise budget_error(space)
-    return tuple(_plan(space, p, ()) for p in sorted(best.values(), key=lambda p: p.seconds))
+    return tuple(
+        _plan(space, p, ())
+        for p in sorted(_with_room(space, best.values()), key=lambda p: p.seconds)
+    )
 
 
 def nearby_plans(
@@ -104,7 +109,7 @@ def nearby_plans(
     for point in best.values():
         around = [c for c in _neighbours(space, point) if c.peak_bytes <= space.limit_bytes]
         points += [space.point(c.schedule, c.tile, c.kept_tiles) for c in around]
-    points = sorted(points, key=lambda p: p.seconds)
+    points = sorted(_with_room(space, points), key=lambda p: p.seconds)
     return tuple(_plan(space, p, ()) for p in points[:most])
 
 
@@ -121,9 +126,15 @@ def select(points: list[Point]) -> Point:
 def _best_of_each(space: Space) -> dict[Schedule, Point]:
     best = {}
     for schedule in space.schedules():
-        if points := list(space.points(schedule)):
+        if points := _with_room(space, space.points(schedule)):
             best[schedule] = select(points)
     return best
+
+
+def _with_room(space: Space, points: Iterable[Point]) -> list[Point]:
+    """Those that leave the allocator room, if there are any; else all."""
+    found = list(points)
+    return [p for p in found if space.leaves_room(p)] or found
 
 
 def _rejected(space: Space, chosen: Point, best: dict[Schedule, Point]) -> tuple[Candidate, ...]:
@@ -134,7 +145,7 @@ def _rejected(space: Space, chosen: Point, best: dict[Schedule, Point]) -> tuple
             continue
         if schedule in best:
             point = best[schedule]
-            result.append(_candidate(point, _worse(point, chosen)))
+            result.append(_candidate(point, _worse(space, point, chosen)))
         elif space.reasons[schedule]:
             result.append(Candidate(schedule, Tile(0, 0), 0, 0, 0.0, space.reasons[schedule]))
         elif space.request.schedule != "auto":
@@ -169,7 +180,7 @@ def _neighbours(space: Space, chosen: Point) -> list[Candidate]:
         counts = option.kept_counts(space.sizes, option.bytes_by_phase, other, space.limit_bytes)
         point = space.point(chosen.schedule, other, counts[-1] if counts else 1)
         fits = point.peak_bytes <= space.limit_bytes
-        reason = _worse(point, chosen) if fits else _too_big(space, point)
+        reason = _worse(space, point, chosen) if fits else _too_big(space, point)
         result.append(_candidate(point, reason))
     return result
 
@@ -178,8 +189,11 @@ def _is_allowed(side: int, length: int) -> bool:
     return side == length or (side > 0 and side % STEP == 0)
 
 
-def _worse(point: Point, chosen: Point) -> str:
-    """Where the time goes that a candidate loses."""
+def _worse(space: Space, point: Point, chosen: Point) -> str:
+    """The room that a candidate leaves too little of, or where the time goes that it loses."""
+    if space.leaves_room(chosen) and not space.leaves_room(point):
+        kept = space.allocator_bytes(point)
+        return f"leaves too little for an allocator, which may keep {format_bytes(round(kept))}"
     ratio = point.seconds / chosen.seconds - 1
     if ratio <= RESOLUTION:
         more = point.peak_bytes - chosen.peak_bytes

@@ -19,9 +19,9 @@ from cl_compiler.lang.sweeps import SweepPlan, plan_sweeps
 from cl_compiler.plan.cost import CompiledCost, compile_cost
 from cl_compiler.plan.facts import ProgramFacts, facts_of
 from cl_compiler.plan.machine import Machine, machine_of
-from cl_compiler.plan.memory import CompiledMemory, compile_memory
+from cl_compiler.plan.memory import CompiledMemory, compile_memory, freed_bytes
 from cl_compiler.plan.sizes import COMPUTE_BYTES
-from cl_compiler.plan.tape import Tape
+from cl_compiler.plan.tape import Tape, tape_of
 from cl_compiler.plan.types import Problem, Request, Tile
 
 STEP = 64
@@ -32,6 +32,12 @@ per octave beyond."""
 
 SPARE = 1 / 64
 """Of the budget, what tiles that are kept for speed alone leave free: allocators round up."""
+
+REUSED = 1.5
+"""Of what a sweep frees, how much the allocator is left for keeping it in the way of the next one.
+
+glibc kept 0.7 to 1.4 times as much; with its defaults, ``tests/runtime/test_memory.py`` holds the
+process to its budget."""
 
 MAPPED_BYTES = 32 * 2**20
 """Tensors from this size on are mapped when they are made and unmapped when they are freed, by
@@ -65,9 +71,10 @@ class Option:
     cost: CompiledCost
     bytes_by_phase: Tape
     seconds_by_part: Tape
-    """Both of the request's sizes: what is left open is the tile."""
-    allocates_tiles: bool
-    """Each tile that may be kept is a new tensor, which glibc allocates."""
+    freed_bytes: Tape
+    """All of the request's sizes: what is left open is the tile."""
+    in_host: bool
+    """It runs in one process on a CPU, and glibc allocates what it needs."""
     by_onednn: bool
     """oneDNN makes its products."""
 
@@ -85,7 +92,7 @@ class Option:
         page of them, are left out if there are smaller ones.
         """
         found = list(self._all_tiles(sizes))
-        if not self.allocates_tiles:
+        if not (self.in_host and self.facts.kept_in_loops):
             return found
         most = MAPPED_BYTES / sizes[COMPUTE_BYTES.name]
         return [t for t in found if t.rows * t.cols < most] or found
@@ -115,10 +122,19 @@ class Option:
         down, across = -(-rows // min(tile.rows, rows)), -(-cols // min(tile.cols, cols))
         return down * (across + 1) // 2 if writer.symmetric else down * across
 
+    def allocator_bytes(self, values: Values) -> float:
+        """What glibc may keep, beside what is in use, of tiles that come and go; 0 on a GPU.
+
+        ``values``: of the symbols that depend on the tile.
+        """
+        return REUSED * self.freed_bytes(values)[0] if self.in_host else 0.0
+
     def kept_counts(
         self, sizes: Values, totals: Tape, tile: Tile, limit_bytes: float
     ) -> tuple[int, ...]:
         """How many tiles to keep, 0 where nothing is kept; empty where not one fits.
+
+        ``limit_bytes``: the budget, of which what the allocator keeps is not filled.
 
         As many as fit: each saves the same work, and where keeping does not pay, ``spill`` wins.
         """
@@ -127,13 +143,13 @@ class Option:
             return (0,)
         if count == 1 and tile != self.smallest_tile(sizes):
             return ()  # all in one tile is what ``dense`` does
-        if max(totals(at(tile, count))) <= limit_bytes:
+        every, none, one = at(tile, count), at(tile, 0, scratch=1), at(tile, 1, scratch=1)
+        if max(totals(every)) <= limit_bytes - self.allocator_bytes(every):
             return (count,)
-        none, one = totals(at(tile, 0, scratch=1)), totals(at(tile, 1, scratch=1))
-        if max(one) > limit_bytes:
+        if max(totals(one)) > limit_bytes:
             return ()
-        room, goal = count - 1, limit_bytes * (1 - SPARE)
-        for a, b in zip(none, one, strict=True):
+        room, goal = count - 1, limit_bytes * (1 - SPARE) - self.allocator_bytes(one)
+        for a, b in zip(totals(none), totals(one), strict=True):
             if b > a:
                 room = min(room, int((goal - a) // (b - a)))
         return (max(room, 1),)
@@ -253,7 +269,8 @@ class Space:
                 cost,
                 memory.totals.bind(self.sizes),
                 cost.seconds_by_part.bind(self.sizes),
-                self.machine.spec.kind == "cpu" and facts.kept_in_loops,
+                tape_of([freed_bytes(facts, casts=casts)]).bind(self.sizes),
+                self.machine.spec.kind == "cpu" and self.ring is None,
                 onednn,
             )
         return self.options[schedule]
@@ -267,6 +284,15 @@ class Space:
                 peak = round(max(option.bytes_by_phase(values)))
                 if peak <= limit:
                     yield Point(schedule, tile, kept, peak, option.seconds_by_part(values))
+
+    def leaves_room(self, point: Point) -> bool:
+        """Whether the budget holds what the allocator keeps, too."""
+        return point.peak_bytes + self.allocator_bytes(point) <= self.limit_bytes
+
+    def allocator_bytes(self, point: Point) -> float:
+        """See ``Option.allocator_bytes``."""
+        option = self.option(point.schedule)
+        return option.allocator_bytes(self.tile_values(option, point.tile, point.kept_tiles))
 
     def point(self, schedule: Schedule, tile: Tile, kept: int) -> Point:
         """Evaluate one point, whether or not it fits."""

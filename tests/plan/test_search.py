@@ -93,7 +93,7 @@ def brute_force(loss: LossIR, rows: int, budget: str, step: int = 64) -> float:
                     if schedule == "retain" and count == 1:
                         continue
                     found = space.point(schedule, tile, kept)
-                    if found.peak_bytes <= space.limit_bytes:
+                    if space.leaves_room(found):
                         best = min(best, found.seconds)
     return best
 
