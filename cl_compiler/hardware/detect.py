@@ -50,10 +50,11 @@ _OP_OVERHEAD_S = 2e-6
 _BF16_GAIN = {"amx_bf16": 2.9, "avx512_bf16": 1.1, "bf16": 1.5}
 
 # oneDNN's float32 products against BLAS's, PyTorch 2.13: 1.07 to 1.33 on a Zen 4, 2.2 on a
-# Zen 5.  Where # no calibration has measured them, only AMD CPUs with bf16 products plan with them.
+# Zen 5.  Where no calibration has measured them, only AMD CPUs with bf16 products plan with them.
 _ONEDNN_GAIN = 1.2
 
-# Exponentials to base 2 against those to base e: measured on a Zen 4, PyTorch 2.13, 3.2 to 3.6.
+# Exponentials to base 2 against those to base e, PyTorch 2.13: 3.2 to 3.6 on a Zen 4, 4.0 to 4.5 on
+# a Zen 5.
 _EXP2_GAIN = 3.0
 
 # (part of the device's name, SMs, preset): longer names first, as "A100" is in no other.
@@ -109,9 +110,9 @@ def cpu_spec(facts: CpuFacts, threads: int) -> HardwareSpec:
     cores = min(facts.cores, threads)
     clock, arch = facts.clock_hz, facts.arch
     per_clock = _FLOPS_PER_CLOCK.get(arch, 8)
-    is_zen4 = arch == "x86-avx512" and "AMD" in facts.model and "avx512_bf16" in facts.features
-    if is_zen4:
-        per_clock = 32  # it runs 512-bit instructions in two halves
+    is_zen = arch == "x86-avx512" and "AMD" in facts.model and "avx512_bf16" in facts.features
+    if is_zen:
+        per_clock = 32  # a Zen 4 runs 512-bit instructions in two halves
     exponentials = _EXP_PER_CLOCK.get(arch, 0.15) * clock * cores
     float32 = per_clock * clock * cores * _GEMM_FRACTION
     ghz = f"{clock / 1e9:.2f} GHz x {cores} cores"
@@ -130,12 +131,12 @@ def cpu_spec(facts: CpuFacts, threads: int) -> HardwareSpec:
             ("float32", float32),
             ("bfloat16", float32 * gain),
             ("float16", float32),
-            *([("onednn", float32 * _ONEDNN_GAIN)] if is_zen4 else []),
+            *([("onednn", float32 * _ONEDNN_GAIN)] if is_zen else []),
         ),
         exp_per_s=exponentials,
         pass_per_s=_PASS_PER_CLOCK * clock * cores,
         op_overhead_s=_OP_OVERHEAD_S,
-        exp2_per_s=_EXP2_GAIN * exponentials if is_zen4 else 0.0,
+        exp2_per_s=_EXP2_GAIN * exponentials if is_zen else 0.0,
         sources=(
             ("gemm_flops_per_s", nominal),
             ("gemm_flops_per_s.float64", f"{nominal}, half as many lanes"),
@@ -148,10 +149,10 @@ def cpu_spec(facts: CpuFacts, threads: int) -> HardwareSpec:
             ("gemm_flops_per_s.float16", "nominal: float32's, operands are widened"),
             *(
                 [
-                    ("gemm_flops_per_s.onednn", f"nominal: {_ONEDNN_GAIN} x float32's (Zen 4)"),
-                    ("exp2_per_s", f"nominal: {_EXP2_GAIN} x base e (Zen 4)"),
+                    ("gemm_flops_per_s.onednn", f"nominal: {_ONEDNN_GAIN} x float32's (Zen 4, 5)"),
+                    ("exp2_per_s", f"nominal: {_EXP2_GAIN} x base e (Zen 4, 5)"),
                 ]
-                if is_zen4
+                if is_zen
                 else []
             ),
             ("exp_per_s", f"nominal: PyTorch's vectorised exponential, {ghz}"),
