@@ -106,8 +106,9 @@ def test_what_onednn_cannot_do_is_left_to_blas() -> None:
 
 
 def test_small_batches_without_loops_are_multiplied_by_it_too() -> None:
-    small = planned(rows=128, width=64)
+    small = planned(rows=200, width=128)
     assert (small.schedule, small.library) == ("dense", "onednn")
+    assert planned(rows=64, width=512).library == "blas"
 
 
 def test_positives_that_are_subtracted_from_tiles_are_made_as_tiles_are() -> None:
