@@ -318,12 +318,19 @@ def _shards(ring, axis, sent, folds):
         line.finish()
 
 
+def _own_setting():
+    """The caller's ``fp32_precision`` of products; "none" where it is that of all operators."""
+    found = torch.backends.mkldnn.matmul.fp32_precision
+    return "none" if found == torch.backends.mkldnn.fp32_precision else found
+
+
 class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
     def __enter__(self):
         found = torch.backends.mkldnn.matmul.fp32_precision
-        self.before = None if found in ("ieee", "none") else found
+        own = _own_setting()
+        self.before = None if found in ("ieee", "none") else own
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         if self.before is not None:
             torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION

@@ -35,6 +35,12 @@ SAFE_BOUND, LARGEST, SMALLEST = 70.0, 87.0, 2.0**-102
 # has lost less than the last bit to terms that underflowed.  Smaller sums are redone with maxima.
 
 
+def _own_setting():
+    """The caller's ``fp32_precision`` of products; "none" where it is that of all operators."""
+    found = torch.backends.mkldnn.matmul.fp32_precision
+    return "none" if found == torch.backends.mkldnn.fp32_precision else found
+
+
 @functools.cache
 def _precision():
     """The setting with which oneDNN multiplies fp32 matrices exactly; BLAS's where it cannot.
@@ -42,12 +48,12 @@ def _precision():
     MATMUL_PRECISION makes products oneDNN's and lets it round, which it does on matrix units only.
     """
     settings = torch.backends.mkldnn.matmul
-    found, settings.fp32_precision = settings.fp32_precision, MATMUL_PRECISION
+    own, settings.fp32_precision = _own_setting(), MATMUL_PRECISION
     try:
         more = torch.full((64, 64), 1 + 2.0**-20, dtype=torch.float32, device="cpu")
         product = torch.mm(more, more, out=torch.empty_like(more))
     finally:
-        settings.fp32_precision = found
+        settings.fp32_precision = own
     return MATMUL_PRECISION if product.amin() > 64 else "ieee"
 
 
@@ -56,7 +62,8 @@ class _MatmulPrecision:
 
     def __enter__(self):
         found = torch.backends.mkldnn.matmul.fp32_precision
-        self.before = None if found == _precision() else found
+        own = _own_setting()
+        self.before = None if found == _precision() else own
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         if self.before is not None:
             torch.backends.mkldnn.matmul.fp32_precision = _precision()

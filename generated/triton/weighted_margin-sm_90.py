@@ -87,7 +87,8 @@ class _MatmulPrecision:
 
     def __enter__(self):
         found = torch.backends.cuda.matmul.fp32_precision
-        self.before = None if found == MATMUL_PRECISION else found
+        own = found
+        self.before = None if found == MATMUL_PRECISION else own
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
         if self.before is not None:
             torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION

@@ -150,6 +150,24 @@ def test_the_setting_is_the_callers_again(theirs: str) -> None:
         settings.fp32_precision = found
 
 
+@pytest.mark.parametrize("library", ["blas", "onednn"])
+@pytest.mark.parametrize("theirs", ["tf32", "bf16"])
+def test_a_setting_that_was_inherited_is_inherited_again(library: str, theirs: str) -> None:
+    module = load(emit(CASES["clip"], dtype="float32", library=library, width=64))
+    settings = torch.backends.mkldnn.matmul
+    if library == "onednn":
+        module._precision.cache_clear()
+    try:
+        torch.backends.mkldnn.fp32_precision = theirs
+        assert settings.fp32_precision == theirs
+        step(module)
+        torch.backends.mkldnn.fp32_precision = "ieee"
+        assert settings.fp32_precision == "ieee"
+    finally:
+        torch.backends.mkldnn.fp32_precision = "none"
+        settings.fp32_precision = "none"
+
+
 def test_where_onednn_would_round_products_are_blass(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does on matrix units: the file multiplies numbers that bf16 does not have."""
     multiply = torch.mm
