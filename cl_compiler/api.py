@@ -279,19 +279,17 @@ def _views(ir: LossIR) -> list[View]:
 
 
 def _compared(ir: LossIR) -> tuple[tuple[str, str], ...]:
-    """Pairs of operands, each whole, that have inner products."""
-    return tuple(
-        sorted(
-            {
-                (leaf.left.operand, leaf.right.operand)
-                for leaf in ir.leaves.values()
-                if leaf.left is not None
-                and leaf.right is not None
-                and leaf.left.prefix == leaf.right.prefix is None
-                and leaf.left.operand != leaf.right.operand
-            }
-        )
-    )
+    """Pairs of operands, each whole, that have inner products; x and y always have one width."""
+    found = {
+        (leaf.left.operand, leaf.right.operand)
+        for leaf in ir.leaves.values()
+        if leaf.left is not None
+        and leaf.right is not None
+        and leaf.left.prefix == leaf.right.prefix is None
+        and leaf.left.operand != leaf.right.operand
+    }
+    both = {"x", "y"} <= {op.name for op in ir.operands}
+    return tuple(sorted(found | ({("x", "y")} if both else set())))
 
 
 def _budget(

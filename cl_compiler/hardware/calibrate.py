@@ -188,7 +188,7 @@ def _has_onednn(module: Any) -> bool:
     """Whether the setting that lets oneDNN round its products leaves them exact, as emitted files
     find out, too: it rounds on matrix units only.
     """
-    more = module.full((64, 64), 1 + 2.0**-20)
+    more = module.full((64, 64), 1 + 2.0**-20, dtype=module.float32, device="cpu")
     with _cpu_precision(module, "bf16"):
         product = module.mm(more, more, out=module.empty_like(more))
     return bool(module.backends.mkldnn.is_available() and product.amin() > 64)

@@ -1,5 +1,7 @@
 """A smooth surrogate of recall@k; a factory."""
 
+from numbers import Integral
+
 from cl_compiler import lang as cl
 from cl_compiler.errors import ArgumentError
 
@@ -16,9 +18,11 @@ def recall_at_k(ks) -> cl.LossIR:
     Raises:
         ArgumentError: cut-offs that are not whole numbers from 1.
     """
-    ks = (ks,) if isinstance(ks, int) else tuple(ks)
-    if not ks or not all(isinstance(k, int) and k > 0 for k in ks):
+    ks = (ks,) if isinstance(ks, Integral) else tuple(ks)
+    if not ks or not all(isinstance(k, Integral) and not isinstance(k, bool) and k > 0 for k in ks):
         raise ArgumentError(f"ks={ks}: cut-offs are whole numbers from 1, such as (1, 5, 10).")
+
+    ks = tuple(map(int, ks))
 
     @cl.define_loss(constants=[("ks", ks), ("positives_per_row", 1)])
     def recall(sim, tau_rank, tau_k):

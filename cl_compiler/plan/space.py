@@ -94,8 +94,8 @@ class Option:
     def tiles(self, sizes: Values) -> list[Tile]:
         """Every tile that the emitted loops may step by.
 
-        Where a tile is a new tensor each time, those that the allocator would map anew, with every
-        page of them, are left out if there are smaller ones.
+        Where tiles are kept, each of them a new tensor, those that the allocator would map anew,
+        with every page of them, are left out if there are smaller ones.
         """
         found = list(self._all_tiles(sizes))
         if not (self.in_host and self.facts.kept_in_loops):
@@ -150,7 +150,8 @@ class Option:
         if count == 1 and tile != self.smallest_tile(sizes):
             return ()  # all in one tile is what ``dense`` does
         every, none, one = at(tile, count), at(tile, 0, scratch=1), at(tile, 1, scratch=1)
-        if max(totals(every)) <= limit_bytes - self.allocator_bytes(every):
+        left = 0.0 if count == 1 else self.allocator_bytes(every)
+        if max(totals(every)) <= limit_bytes - left:
             return (count,)
         if max(totals(one)) > limit_bytes:
             return ()

@@ -28,7 +28,8 @@ D = 512  # columns of the operands
 TILE_M, TILE_N = 2048, 4096
 STRIP = 128  # columns of a tile between its products, in the caches of the cores
 LOG2E = math.log2(math.e)  # exp2(LOG2E * t) is exp(t), and faster here
-MATMUL_PRECISION = "bf16"  # of fp32 products: oneDNN's, if they are exact all the same
+MATMUL_PRECISION = "bf16"  # asks for oneDNN's fp32 products, if they are exact all the same
+SIZES_BY_ONEDNN = 4  # of batches, for which oneDNN keeps code
 SAFE_BOUND, LARGEST, SMALLEST = 70.0, 87.0, 2.0**-102
 # |logits| <= SAFE_BOUND: no exponential can overflow, or lose bits to underflow.  Beyond it they
 # are shifted so that the largest sum is below e^LARGEST; a sum of n terms of at least n * SMALLEST
@@ -42,31 +43,49 @@ def _own_setting():
 
 
 @functools.cache
-def _precision():
+def _exact_setting():
     """The setting with which oneDNN multiplies fp32 matrices exactly; BLAS's where it cannot.
 
     MATMUL_PRECISION makes products oneDNN's and lets it round, which it does on matrix units only.
     """
+    has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    if has_matrix_units is not None and has_matrix_units():
+        return "ieee"
     settings = torch.backends.mkldnn.matmul
     own, settings.fp32_precision = _own_setting(), MATMUL_PRECISION
     try:
-        more = torch.full((64, 64), 1 + 2.0**-20, dtype=torch.float32, device="cpu")
-        product = torch.mm(more, more, out=torch.empty_like(more))
+        finer = torch.full((64, 64), 1 + 2.0**-20, dtype=torch.float32, device="cpu")  # than bf16
+        product = torch.mm(finer, finer, out=torch.empty_like(finer))
     finally:
         settings.fp32_precision = own
     return MATMUL_PRECISION if product.amin() > 64 else "ieee"
 
 
+_sizes = set()  # of batches whose products are oneDNN's
+
+
+def _setting_for(*operands):
+    """oneDNN keeps code for every size of a batch, megabytes of it: BLAS takes more than a few."""
+    size = tuple(operand.shape for operand in operands)
+    if size not in _sizes and len(_sizes) == SIZES_BY_ONEDNN:
+        return "ieee"
+    _sizes.add(size)
+    return _exact_setting()
+
+
 class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
+
+    def __init__(self, *operands):
+        self.wanted = _setting_for(*operands)
 
     def __enter__(self):
         found = torch.backends.mkldnn.matmul.fp32_precision
         own = _own_setting()
-        self.before = None if found == _precision() else own
+        self.before = None if found == self.wanted else own
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         if self.before is not None:
-            torch.backends.mkldnn.matmul.fp32_precision = _precision()
+            torch.backends.mkldnn.matmul.fp32_precision = self.wanted
         if self.autocast:
             torch.set_autocast_enabled("cpu", False)
 
@@ -418,7 +437,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, logit_scale):
-        with _MatmulPrecision():
+        with _MatmulPrecision(x, y):
             value, outputs, saved = forward(x, y, _scalar(logit_scale))
         tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
         ctx.others = {name: t for name, t in saved.items() if name not in tensors}
@@ -430,7 +449,7 @@ class Loss(torch.autograd.Function):
     def backward(ctx, grad_output, *_):
         x, y, logit_scale, *tensors = ctx.saved_tensors
         saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-        with torch.no_grad(), _MatmulPrecision():
+        with torch.no_grad(), _MatmulPrecision(x, y):
             d_x, d_y, d_logit_scale = backward(grad_output, saved, x, y, _scalar(logit_scale))
         d_logit_scale = _like(d_logit_scale, logit_scale)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated

@@ -65,7 +65,7 @@ def test_more_random_losses(first: int) -> None:
 
 @pytest.mark.parametrize("name", ["clip", "infonce", "nt_xent", "matryoshka"])
 def test_what_is_not_finite_goes_where_it_goes_with_blas(name: str) -> None:
-    """A row of NaN, an infinite one: oneDNN pads what it packs."""
+    """A row of NaN, an infinite one: the libraries pad differently."""
     case = CASES[name]
     for schedule in schedules_of(case):
         texts = [emit(case, schedule, dtype="float32", library=b) for b in ("blas", "onednn")]
@@ -123,7 +123,8 @@ def test_positives_that_are_subtracted_from_tiles_are_made_as_tiles_are() -> Non
 def loaded() -> ModuleType:
     """A file that has not asked yet how products are made."""
     module = load(emit(CASES["clip"], dtype="float32", library="onednn", width=64))
-    module._precision.cache_clear()
+    module._exact_setting.cache_clear()
+    module._sizes.clear()
     return module
 
 
@@ -156,7 +157,7 @@ def test_a_setting_that_was_inherited_is_inherited_again(library: str, theirs: s
     module = load(emit(CASES["clip"], dtype="float32", library=library, width=64))
     settings = torch.backends.mkldnn.matmul
     if library == "onednn":
-        module._precision.cache_clear()
+        module._exact_setting.cache_clear()
     try:
         torch.backends.mkldnn.fp32_precision = theirs
         assert settings.fp32_precision == theirs
@@ -166,6 +167,27 @@ def test_a_setting_that_was_inherited_is_inherited_again(library: str, theirs: s
     finally:
         torch.backends.mkldnn.fp32_precision = "none"
         settings.fp32_precision = "none"
+
+
+def test_only_a_few_sizes_of_batches_are_onednns() -> None:
+    """It keeps megabytes of code for each."""
+    module, asked = loaded(), loaded()._exact_setting()
+    batches = [[torch.randn(n, 64) for _ in "xy"] for n in range(90, 100)]
+    found = [module._setting_for(*batch) for batch in (*batches, *batches)]
+    most = module.SIZES_BY_ONEDNN
+    assert found == ([asked] * most + ["ieee"] * (10 - most)) * 2
+    value = module.Loss.apply(*(t.requires_grad_() for t in batches[-1]), torch.tensor(0.5))[0]
+    value.backward()
+    assert len(module._sizes) == most
+
+
+def test_on_matrix_units_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the setting, as long as it is set, would round the products of other threads."""
+    module = loaded()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch, "mm", None)
+    assert module._exact_setting() == "ieee"
+    module._exact_setting.cache_clear()
 
 
 def test_where_onednn_would_round_products_are_blass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +201,8 @@ def test_where_onednn_would_round_products_are_blass(monkeypatch: pytest.MonkeyP
 
     exact, module = step(loaded()), loaded()
     monkeypatch.setattr(torch, "mm", rounding)
-    found, asked = step(module), module._precision()
-    module._precision.cache_clear()
+    found, asked = step(module), module._exact_setting()
+    module._exact_setting.cache_clear()
     assert asked == "ieee"
     for got, want in zip(found, exact, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
@@ -188,16 +210,16 @@ def test_where_onednn_would_round_products_are_blass(monkeypatch: pytest.MonkeyP
 
 def test_whoever_asks_first_gets_the_same_products() -> None:
     """In a region of autocast, in inference, with other defaults."""
-    asked = loaded()._precision()
+    asked = loaded()._exact_setting()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert loaded()._precision() == asked
+        assert loaded()._exact_setting() == asked
     with torch.inference_mode():
-        assert loaded()._precision() == asked
+        assert loaded()._exact_setting() == asked
     with torch.device("meta"):
-        assert loaded()._precision() == asked
+        assert loaded()._exact_setting() == asked
     torch.set_default_dtype(torch.float64)
     try:
-        assert loaded()._precision() == asked
+        assert loaded()._exact_setting() == asked
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -192,6 +192,7 @@ def rows(*shape: int) -> torch.Tensor:
     [
         ("queue", {"queue": rows(30, 9)}, "queue has D=9|D=9; both live in one space"),
         ("hard_negatives", {"hard": rows(20, 3, 9)}, "D must be equal"),
+        (losses.matryoshka((4,)), {"y": rows(20, 9)}, "D must be equal"),
         (losses.matryoshka((4, 16)), {}, "x has D=8, and the loss reads its first 16 columns"),
     ],
 )
@@ -200,4 +201,4 @@ def test_widths_are_compared_where_embeddings_are(
 ) -> None:
     loss_fn = compile_loss("auto", "16MiB", loss=loss)
     with pytest.raises(ArgumentError, match=said):
-        loss_fn(rows(20, 8), rows(20, 8), logit_scale=3.0, **more)
+        loss_fn(**{"x": rows(20, 8), "y": rows(20, 8), **more}, logit_scale=3.0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from cl_compiler.errors import BudgetError
 from cl_compiler.hardware import load_hardware
 from cl_compiler.losses.cross_entropy import clip
 from cl_compiler.plan import choose_plan, max_batch, plan_candidates
@@ -81,3 +82,16 @@ def test_kept_tiles_that_glibc_would_map_each_time_are_not_taken() -> None:
     """Pages of a new tensor of 32 MiB are cleared whenever one is made."""
     plan = choose_plan(request(clip, ZEN4, rows=65536, width=512, budget="4GiB", schedule="retain"))
     assert 8 * 2**20 <= plan.tile.rows * plan.tile.cols * 4 < 32 * 2**20
+
+
+@pytest.mark.parametrize("hardware", [ZEN4, XEON], ids=["onednn", "blas"])
+@pytest.mark.parametrize("schedule", ["retain", "spill", "recompute"])
+def test_the_bytes_that_a_refusal_names_are_enough(hardware: object, schedule: str) -> None:
+    """Whether one tile holds everything or many, and with a little more, too."""
+    for rows in (64, 300):
+        wanted = request(clip, hardware, rows=rows, width=64, schedule=schedule)
+        with pytest.raises(BudgetError) as refusal:
+            choose_plan(replace(wanted, budget=MemoryBudget(1024)))
+        for more in range(0, 80_000, 10_000):
+            least = refusal.value.least_bytes + more
+            assert choose_plan(replace(wanted, budget=MemoryBudget(least))).peak_bytes <= least
