@@ -44,6 +44,8 @@ class PassPrinter:
     """Of a symmetric pass: when a tile stands for its transpose, which is not made."""
     on_device = False
     """Scalars stay tensors, which the host would have to wait for."""
+    col_index = "j"
+    """What counts columns where instructions are printed."""
 
     def __init__(
         self,
@@ -139,7 +141,8 @@ class PassPrinter:
     def at_cols(self, vector: str) -> str:
         """The tile's part of a vector of columns, or of a matrix of them."""
         p = self.pass_
-        return vector if p.whole_rows or p.is_slots else f"{vector}[j:j1]"
+        c = self.col_index
+        return vector if p.whole_rows or p.is_slots else f"{vector}[{c}:{c}1]"
 
     def whole(self, value: int) -> str:
         """A value as products read it: all of its tile."""
@@ -379,7 +382,9 @@ class PassPrinter:
 
     def extent(self) -> tuple[str, str]:
         """The tile's first and last row, and its first and last column."""
-        return "i, i1", f"0, {LENGTH[self.pass_.grid[1]]}" if self.pass_.whole_rows else "j, j1"
+        if self.pass_.whole_rows:
+            return "i, i1", f"0, {LENGTH[self.pass_.grid[1]]}"
+        return "i, i1", f"{self.col_index}, {self.col_index}1"
 
     def _on_diagonal(self, printer: TilePrinter, marks: dict[str, Ref], name: str) -> str:
         ref = marks.get(name)

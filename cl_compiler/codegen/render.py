@@ -38,9 +38,6 @@ def render(plan: Plan, program: Program, variant: str, device: str = "cpu") -> s
         "variant": variant,
         "device": device,
         "products": library_products(device, plan.precision, plan.library),
-        "multiplied": ", ".join(op.name for op in program.plan.ir.operands)
-        if plan.library == "onednn"
-        else "",
         "scalar_home": '"cpu", ',
         "beside": "",
         "operand_dtype": "",

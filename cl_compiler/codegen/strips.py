@@ -6,6 +6,7 @@ Tiles are [m, n], column by column, so that a strip of columns is in one piece.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.pass_text import PassText
@@ -15,6 +16,8 @@ from cl_compiler.codegen.stages import StagePrinter
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.tile_ir import Gemm, Mode, TileProgram
 
+Text = TypeVar("Text", bound=PassText)
+
 
 class StripPassPrinter(PassPrinter):
     """Prints one pass in one mode; passes without strips as ``PassPrinter`` does.
@@ -22,8 +25,6 @@ class StripPassPrinter(PassPrinter):
     ``t0_tile`` is the tile whose strip is ``t0``.
     """
 
-    in_strip = False
-    """Whether what is printed is done to a strip of the tile's columns."""
     in_products = False
     """Whether what is printed makes whole tiles."""
 
@@ -40,12 +41,6 @@ class StripPassPrinter(PassPrinter):
             buffers = {value: f"{buffer}_tile" for value, buffer in buffers.items()}
         return TilePrinter(buffers, self.scalar, self.vector, self.numbers, self.on_device)
 
-    def at_cols(self, vector: str) -> str:
-        return f"{vector}[c:c1]" if self.in_strip else super().at_cols(vector)
-
-    def extent(self) -> tuple[str, str]:
-        return ("i, i1", "c, c1") if self.in_strip else super().extent()
-
     def whole(self, value: int) -> str:
         tile = super().whole(value)
         return f"{tile}_tile" if self.pass_.in_strips else tile
@@ -57,13 +52,16 @@ class StripPassPrinter(PassPrinter):
         gemms = [i for i in code.instructions if isinstance(i, Gemm)]
         self.in_products = True
         self.tile_products[id(code)] = self.lines(code, gemms)
-        self.in_products, self.in_strip = False, True
+        self.in_products, self.col_index = False, "c"
         lines = self.lines(code, [i for i in code.instructions if not isinstance(i, Gemm)])
-        self.in_strip = False
+        self.col_index = "j"
         return lines
 
     def text(self) -> PassText:
-        text = super().text()
+        return self.stripped(super().text())
+
+    def stripped(self, text: Text) -> Text:
+        """The text with what a pass in strips has besides."""
         if not self.pass_.in_strips:
             return text
         again = self.pass_.remake.get(self.mode) if self.pass_.keep == "read" else None

@@ -14,6 +14,7 @@ from typing import Any
 
 from cl_compiler.errors import BudgetError, ScheduleError
 from cl_compiler.hardware.graph import hardware_graph
+from cl_compiler.lang.base_two import in_base_two
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.ring import (
     CANONICAL,
@@ -26,6 +27,7 @@ from cl_compiler.lang.ring import (
     canonical_obstacle,
     ring_schedules,
 )
+from cl_compiler.lang.strips import in_strips
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan.exchange import PRODUCTS, hops_of, levels_of
 from cl_compiler.plan.host import check_host_memory, host_obstacle, host_plan, streams
@@ -90,7 +92,7 @@ def _least_shares(request: Request, sweeps: SweepPlan) -> Callable[[int], list[S
     machine = machine_of(hardware_graph(request.hardware))
     usable, _ = _usable(request, sweeps, machine)
     nodes = {name: _node(machine, name, request.group_size) for name in usable}
-    programs = {name: _program(sweeps, name) for name in usable}
+    programs = {name: _program(request, sweeps, name, machine) for name in usable}
 
     def shares(rows: int) -> list[Share]:
         asked = replace(request, problem=scaled(request.problem, rows))
@@ -150,7 +152,8 @@ def _fastest(
     Raises:
         as ``choose_cluster_plan``.
     """
-    usable, reasons = _usable(request, sweeps, machine_of(hardware_graph(request.hardware)))
+    machine = machine_of(hardware_graph(request.hardware))
+    usable, reasons = _usable(request, sweeps, machine)
     found: dict[str, _Candidate] = {}
     programs: dict[str, Program] = {}
     obstacles: dict[str, BudgetError | ScheduleError] = {}
@@ -158,7 +161,7 @@ def _fastest(
         if name == HOST and found:  # inputs would have to be elsewhere
             reasons[HOST] = "shards fit the device's memory"
             continue
-        programs[name] = _program(sweeps, name)
+        programs[name] = _program(request, sweeps, name, machine)
         try:
             found[name] = _candidate(request, sweeps, programs[name], name, plan_share)
         except (BudgetError, ScheduleError) as error:
@@ -206,13 +209,19 @@ def _usable(
     return usable, reasons
 
 
-def _program(sweeps: SweepPlan, schedule: str) -> Program:
-    return build_ring_program(
+def _program(request: Request, sweeps: SweepPlan, schedule: str, machine: Machine) -> Program:
+    """A schedule's program, as PyTorch's tiles run it on this machine."""
+    program = build_ring_program(
         sweeps,
         owner_computes=schedule in OWNER_COMPUTES,
         canonical=schedule == CANONICAL,
         half=schedule == HALF_RING,
     )
+    dtype = request.problem.dtype
+    if machine.prefers_exp2(dtype):
+        program = in_base_two(program)
+    strips = machine.prefers_onednn(dtype, request.precision) and not program.subtracts_positives
+    return in_strips(program) if strips and schedule not in (CANONICAL, HOST) else program
 
 
 def _candidate(

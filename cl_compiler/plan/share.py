@@ -52,7 +52,8 @@ class Share:
     @property
     def ring(self) -> RingProgram:
         """What this rank makes of the shards that it meets."""
-        return RingProgram(self.program, self.request.group_size, self.streams)
+        reproducible = self.schedule == CANONICAL
+        return RingProgram(self.program, self.request.group_size, self.streams, reproducible)
 
     @property
     def streams(self) -> bool:

@@ -192,6 +192,8 @@ class RingProgram:
     ranks: int
     streams: bool = False
     """Shards, and gradients of them, are in host memory, which is not the device's."""
+    reproducible: bool = False
+    """Results do not depend on what was computed before, bit for bit."""
 
     def facts(self, extra_operands: Iterable[str] = ()) -> ProgramFacts:
         """Counted; tiles of the diagonal are made whole in the own shard, and in the shard of the
@@ -253,16 +255,14 @@ class Space:
             problem = self.request.problem
             if self.ring is None:
                 program = build_program(self.sweep_plan, schedule)
-                onednn = not program.subtracts_positives
-                onednn &= problem.M * problem.N * problem.D >= ONEDNN_FROM
-                onednn &= self.machine.prefers_onednn(problem.dtype, self.request.precision)
+                onednn = self._by_onednn(program)
                 if self.machine.prefers_exp2(problem.dtype):
                     program = in_base_two(program)
                 if onednn:
                     program = in_strips(program)
                 facts = facts_of(program, problem.operands)
             else:
-                onednn = False
+                onednn = not self.ring.reproducible and self._by_onednn(self.ring.program)
                 facts = self.ring.facts(problem.operands)
             casts = problem.input_bytes < problem.compute_bytes
             cost = compile_cost(
@@ -282,6 +282,13 @@ class Space:
                 onednn,
             )
         return self.options[schedule]
+
+    def _by_onednn(self, program: Program) -> bool:
+        """Whether oneDNN should make a program's products."""
+        problem = self.request.problem
+        if program.subtracts_positives or problem.M * problem.N * problem.D < ONEDNN_FROM:
+            return False
+        return self.machine.prefers_onednn(problem.dtype, self.request.precision)
 
     def points(self, schedule: Schedule) -> Iterator[Point]:
         """Every tile of a schedule that fits, with the seconds that it takes."""

@@ -14,11 +14,14 @@ from tests.ring.shards import local, split
 from tests.zoo_case import sample
 
 ROWS, COLS, WIDTH = 40, 52, 16
+HARDWARE = {"blas": "xeon-amx-2c", "onednn": "epyc-zen5-2c"}
+"""Where a library multiplies."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One loss, schedule and way to cut; ``scale``: what the embeddings are multiplied by."""
+    """One loss, schedule and way to cut; ``scale``: what the embeddings are multiplied by;
+    ``size``: rows, columns, width."""
 
     case: str
     schedule: str
@@ -26,12 +29,14 @@ class Job:
     seed: int
     dtype: torch.dtype = torch.float32
     scale: float = 1.0
+    library: str = "blas"
+    size: tuple[int, int, int] = (ROWS, COLS, WIDTH)
 
 
 def drawn(job: Job):
     """(sample, split) of a job: the same in every process."""
     case = next(c for c in zoo.cases() if c.name == job.case)
-    whole = sample(case, ROWS, COLS, WIDTH, seed=job.seed)
+    whole = sample(case, *job.size, seed=job.seed)
     with torch.no_grad():
         for name in case.operands:
             whole.tensors[name].copy_((whole.tensors[name] * job.scale).to(job.dtype))
@@ -45,7 +50,7 @@ def run(rank: int, jobs: list[Job]) -> list[tuple[float, dict[str, torch.Tensor]
     for job in jobs:
         whole, cut = drawn(job)
         loss_fn = compile_loss(
-            "xeon-amx-2c",
+            HARDWARE[job.library],
             "16MiB",
             loss=whole.case.loss,
             schedule=job.schedule,
@@ -56,6 +61,8 @@ def run(rank: int, jobs: list[Job]) -> list[tuple[float, dict[str, torch.Tensor]
         values = local(whole, cut, rank, job.dtype)
         value = loss_fn(**values)
         value.backward()
+        assert loss_fn.plan.library == job.library
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # as before
         grads = {n: values[n].grad for n in sorted(whole.case.needs)}
         results.append((float(value.detach()), grads))
         loss_fn.close()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cl_compiler.codegen.ring.render import render_ring
 from cl_compiler.codegen.triton.core import CoreTile
+from cl_compiler.lang.base_two import in_base_two
 from cl_compiler.lang.ir import BANK, COLS, ROWS
 from cl_compiler.lang.ring import (
     CANONICAL,
@@ -23,6 +24,7 @@ from cl_compiler.lang.ring import (
     build_ring_program,
     ring_schedules,
 )
+from cl_compiler.lang.strips import in_strips
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
 from cl_compiler.runtime.loader import load_source
@@ -52,10 +54,13 @@ def emit_ring(
     arch: str = "",
     core: CoreTile | None = None,
     device: str = "",
+    library: str = "blas",
+    strip: int = 0,
 ) -> str:
     """The text of the file for one case, without the planner; ``arch``: as Triton kernels.
 
-    ``device``: "cuda" for PyTorch's tiles on GPUs.
+    ``device``: "cuda" for PyTorch's tiles on GPUs.  ``strip``: of so many columns, with
+    exponentials to base 2.
     """
     needs = case.needs if needs is None else needs
     sweeps = plan_sweeps(case.loss, case.positives, needs)
@@ -65,6 +70,8 @@ def emit_ring(
         canonical=schedule == CANONICAL,
         half=schedule == HALF_RING,
     )
+    if strip:
+        program = in_strips(in_base_two(program))
     plan = Plan(
         case.loss.name,
         "test",
@@ -81,6 +88,9 @@ def emit_ring(
         0,
         0.0,
         4.0,
+        library=library,  # type: ignore[arg-type]
+        exponential="exp2" if strip else "exp",
+        strip=strip,
     )
     return render_ring(
         plan,

@@ -30,10 +30,17 @@ from tests.ring.processes import launch
 NEEDS = frozenset({"x", "y", "logit_scale"})
 
 
-def request(schedule: str, ranks: int, rows: int, width: int, budget: str = "1GiB") -> Request:
+def request(
+    schedule: str,
+    ranks: int,
+    rows: int,
+    width: int,
+    budget: str = "1GiB",
+    hardware: str = "xeon-amx-2c",
+) -> Request:
     return Request(
         find("clip"),
-        with_ranks(load_hardware("xeon-amx-2c"), ranks, ranks),
+        with_ranks(load_hardware(hardware), ranks, ranks),
         MemoryBudget.parse(budget),
         Problem(rows, rows, width),
         "paired",

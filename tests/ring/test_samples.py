@@ -39,32 +39,34 @@ class Golden:
     loss: str
     schedule: str
     positives: Positives = "paired"
-    hardware: str = ""
-    """A preset of many GPUs, in place of many small CPUs: the architecture of its kernels."""
+    hardware: str = "xeon-amx-2c"
+    """A preset: many of its CPUs, or of its GPUs, which kernels are for."""
 
     @property
     def arch(self) -> str:
         """Of the kernels; "" where there are none."""
-        return load_hardware(self.hardware).arch if self.hardware else ""
+        spec = load_hardware(self.hardware)
+        return "" if spec.kind == "cpu" else spec.arch
 
     @property
     def name(self) -> str:
         ids = "-ids" if self.positives == "ids" else ""
-        return f"{self.loss}-{self.schedule}{ids}{f'-{self.arch}' * bool(self.arch)}"
+        where = "onednn" if self.hardware.startswith("epyc-zen") else self.arch
+        return f"{self.loss}-{self.schedule}{ids}{f'-{where}' * bool(where)}"
 
     def text(self) -> str:
         """What the planner and the templates make of it."""
         ir = find(self.loss)
         per_node = RANKS // 2 if self.schedule == "two_level" else RANKS
-        hardware = with_ranks(load_hardware(self.hardware or "xeon-amx-2c"), RANKS, per_node)
+        hardware = with_ranks(load_hardware(self.hardware), RANKS, per_node)
         request = Request(
             ir,
             hardware,
             MemoryBudget.parse("256MiB"),
-            Problem(8192, 8192, 512, "bfloat16" if self.hardware else "float32"),
+            Problem(8192, 8192, 512, "bfloat16" if self.arch else "float32"),
             self.positives,
             frozenset({op.name for op in ir.operands} | set(ir.parameters)),
-            "bf16" if self.hardware else "ieee",
+            "bf16" if self.arch else "ieee",
             self.schedule,
             0,
             RANKS,
@@ -75,6 +77,7 @@ class Golden:
 GOLDENS = (
     Golden("clip", "ring_owner"),
     Golden("siglip", "ring_travel"),
+    Golden("clip", "ring_travel", hardware="epyc-zen4-2c"),
     Golden("infonce", "all_gather"),
     Golden("supcon", "ring_owner", "ids"),
     Golden("clip", "two_level"),
@@ -127,12 +130,14 @@ def test_samples_import_torch_alone_and_kernels_triton(golden: Golden):
             names |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
-    assert names == {"contextlib", "math", "torch"} | ({"triton"} if golden.hardware else set())
+    more = {"triton"} if golden.arch else set()
+    more |= {"functools"} if golden.name.endswith("-onednn") else set()
+    assert names == {"contextlib", "math", "torch"} | more
 
 
 def test_samples_run_as_their_docstrings_say():
-    names = ("clip-ring_owner", "clip-host", "clip-both_ways", "clip-canonical")
-    paths = [str(FOLDER / f"{name}.py") for name in names]
+    names = ("ring_owner", "host", "both_ways", "canonical", "ring_travel-onednn")
+    paths = [str(FOLDER / f"clip-{name}.py") for name in names]
     for outcome in launch(usage.follow, 2, paths):
         found = outcome.needed()
         assert len(found) == 2 * len(names)

@@ -63,7 +63,7 @@ class HostPassPrinter(RingPassPrinter):
 
 def in_blocks(text: Text) -> Text:
     """A sweep that is given what is at home as a tuple, and where the block begins."""
-    reads_place = any("h1" in line for line in text.body)
+    reads_place = any("h1" in line for line in text.lines)
     fixed = ["home"] * bool(text.stays or text.gains)  # a grid of ids alone has no operands
     fixed += ["shard", *(["parts"] if "parts" in text.params else [])]
     fixed += ["begin"] * reads_place

@@ -216,7 +216,7 @@ class KernelPassPrinter(RingPassPrinter):
         anchor = base.extents[1 - self.travels]
         found = printed(target, self, self.travels, base.sent, anchor)
         launcher = self._launcher(base, fixed, found, anchor)
-        fields = {**vars(base), "params": launcher.params, "body": [], "remake": []}
+        fields = {**vars(base), "params": launcher.params, "body": [], "products": []}
         return KernelPassText(**fields, launcher=launcher)
 
     def _launcher(

@@ -15,6 +15,7 @@ import sympy as sp
 from cl_compiler.codegen.names import RESERVED, Names
 from cl_compiler.codegen.pass_text import PassText
 from cl_compiler.codegen.passes import PassPrinter
+from cl_compiler.codegen.strips import StripPassPrinter
 from cl_compiler.codegen.symbols import LENGTH
 from cl_compiler.lang.program import Pass, Program
 from cl_compiler.lang.ring import is_local
@@ -144,7 +145,7 @@ class RingPassText(PassText):
         return _targets([n for _, group in self.folds for n in group])
 
 
-class RingPassPrinter(PassPrinter):
+class RingPassPrinter(StripPassPrinter):
     """Prints one pass in one mode; columns travel, or rows if only columns get a gradient."""
 
     transposed = "twice"
@@ -184,13 +185,14 @@ class RingPassPrinter(PassPrinter):
             text = f"{text}_peer"
         else:
             self.params.setdefault(text)
-        return f"{text}[j:j1]" if dim == 1 else f"{text}[i:i1, None]"
+        c = self.col_index
+        return f"{text}[{c}:{c}1]" if dim == 1 else f"{text}[i:i1, None]"
 
     def at_rows(self, vector: str) -> str:
         return f"{self._at(vector, 0)}[i:i1]"
 
     def at_cols(self, vector: str) -> str:
-        return f"{self._at(vector, 1)}[j:j1]"
+        return f"{self._at(vector, 1)}[{self.col_index}:{self.col_index}1]"
 
     def _at(self, name: str, dim: int) -> str:
         return f"{name}_peer" if dim == self.travels else name
@@ -205,9 +207,10 @@ class RingPassPrinter(PassPrinter):
 
     def extent(self) -> tuple[str, str]:
         """In positions of this rank's own shard; other shards lie far beyond it."""
+        c = self.col_index
         if self.travels == 0:
-            return "first + i, first + i1", "j, j1"
-        return "i, i1", "first + j, first + j1"
+            return "first + i, first + i1", f"{c}, {c}1"
+        return "i, i1", f"first + {c}, first + {c}1"
 
     # -- text ------------------------------------------------------------------------------------
 
@@ -222,7 +225,7 @@ class RingPassPrinter(PassPrinter):
                     sides[dim].append(op.name)
         at_home, travelling = sides[1 - self.travels], sides[self.travels]
         body = self.body(self.code)
-        body += [line for g in self.code.gradients for line in self.products.lines(g)]
+        products = [line for g in self.code.gradients for line in self.products.lines(g)]
         own, folds = self._folded()
         lengths = [names[0] if names else self.lengths[dim] for dim, names in enumerate(sides)]
         outputs = self._outputs()
@@ -249,7 +252,7 @@ class RingPassPrinter(PassPrinter):
             for o in sides[d]
             if self.cast
         ]
-        return RingPassText(
+        text = RingPassText(
             name=self.name,
             doc=self._doc(),
             params=list(dict.fromkeys([*fixed, *self.params])),
@@ -261,6 +264,7 @@ class RingPassPrinter(PassPrinter):
             col_operands=slices[1],
             casts=casts,
             body=body,
+            products=products,
             remake=[],
             symmetric=p.symmetric,
             whole_rows=False,
@@ -278,6 +282,7 @@ class RingPassPrinter(PassPrinter):
             stays=at_home,
             gains=homely,
         )
+        return self.stripped(text)
 
     def _folded(self) -> tuple[list[str], list[tuple[str, list[str]]]]:
         """Accumulators of the side at home, and of the travelling side with how they join."""
@@ -341,7 +346,7 @@ def pass_printer(
     cast: bool,
 ) -> PassPrinter:
     """The printer of a pass: without peers where a rank has both sides to itself."""
-    kind = PassPrinter if is_local(pass_.grid) else RingPassPrinter
+    kind = StripPassPrinter if is_local(pass_.grid) else RingPassPrinter
     return kind(program, pass_, mode, names, name, cast)
 
 

@@ -88,7 +88,7 @@ def render_ring(
         "glossary": [*context["glossary"], *map(wrap, names.meanings)],
         "usage": _usage(context["arguments"]),
         "device": device,
-        "products": library_products(device, plan.precision),
+        "products": library_products(device, plan.precision, plan.library),
         "scalar_home": '"cpu", ',
         "beside": _beside(device, context["arguments"][0], bool(arch), cluster_schedule == HOST),
         "kernels": kernel_context(plan, arch, context) if arch else {},

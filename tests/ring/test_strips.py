@@ -1,0 +1,134 @@
+"""Tiles of a group's ranks on CPUs: worked on in strips, their products made by oneDNN."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+
+from cl_compiler.codegen.ring.backend import plan_and_print_ring
+from cl_compiler.hardware import load_hardware
+from cl_compiler.hardware.ranks import with_ranks
+from cl_compiler.lang.ring import CANONICAL, HOST
+from cl_compiler.lang.sweeps import plan_sweeps
+from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Request, Tile
+from tests import losses_zoo as zoo
+from tests.dense_fp32 import dense
+from tests.random_losses import draw
+from tests.ring.numerics import Job
+from tests.ring.shards import emit_ring, run_group, schedules_of, split
+from tests.ring.test_numerics import check
+from tests.ring.test_plan import live_bytes, request
+from tests.tiles import errors
+from tests.zoo_case import Case, sample
+
+ZEN5 = "epyc-zen5-2c"
+SHARES = ((3, 2), (2, 0, 1), (1, 2, 3, 1))
+STRIPS = (1, 2, 64)
+"""Columns: one at a time, ragged strips, one strip of a whole tile."""
+
+
+def usable(case: Case) -> list[str]:
+    """The schedules whose tiles are in strips."""
+    return [schedule for schedule in schedules_of(case) if schedule != HOST]
+
+
+CASES = {case.name: case for case in zoo.cases() if usable(case)}
+
+
+def assert_right(case: Case, schedule: str, seed: int) -> None:
+    """In fp64; uneven and empty shards."""
+    rng = Random(seed)
+    shares, strip = rng.choice(SHARES), rng.choice(STRIPS)
+    whole = sample(case, 11, 15, seed=seed)
+    cut = split(case, *whole.is_positive.shape, shares)
+    text = emit_ring(
+        case, schedule, strip=strip, library="onednn", node=2 if len(shares) == 4 else 1
+    )
+    found = errors(run_group(text, whole, cut).result, whole)
+    assert max(found.values()) < 1e-11, (schedule, shares, strip, found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_zoo(name: str) -> None:
+    """Schedules take turns; ``test_every_schedule`` has all of them."""
+    turn, schedules = list(CASES).index(name), usable(CASES[name])
+    assert_right(CASES[name], schedules[turn % len(schedules)], seed=turn)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_every_schedule(name: str) -> None:
+    for schedule in usable(CASES[name]):
+        for seed in range(3):
+            assert_right(CASES[name], schedule, seed)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("first", range(0, 100, 20))
+def test_random_losses(first: int) -> None:
+    drawn = [draw(seed) for seed in range(first, first + 20)]
+    checked = [(case, schedule) for case in drawn for schedule in usable(case)]
+    assert len(checked) > len(drawn)
+    for number, (case, schedule) in enumerate(checked):
+        assert_right(case, schedule, first + number)
+
+
+@pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel", "all_gather"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "infonce_ids"])
+def test_products_by_onednn_are_as_exact_as_dense_fp32(name: str, schedule: str) -> None:
+    """Large enough that strips and tiles end raggedly."""
+    case = CASES[name]
+    whole = sample(case, 300, 340, 64, seed=7)
+    text = emit_ring(
+        case, schedule, dtype="float32", width=64, tile=Tile(96, 128), chunk=70, strip=48,
+        library="onednn",
+    )  # fmt: skip
+    found = run_group(text, whole, split(case, 300, 340, (3, 2)), dtype=torch.float32)
+    limits = errors(dense(whole, torch.float32), whole)
+    for what, error in errors(found.result, whole).items():
+        assert error <= max(2e-6, 3 * limits[what]), what
+
+
+def planned(schedule: str, *, hardware: str = ZEN5, rows: int = 2048, name: str = "clip") -> Plan:
+    case = CASES[name]
+    asked = Request(
+        case.loss, with_ranks(load_hardware(hardware), 2, 2), MemoryBudget(1 << 30),
+        Problem(rows, rows, 256), case.positives, case.needs, "ieee", schedule, 0, 2,
+    )  # fmt: skip
+    sweeps = plan_sweeps(asked.loss, asked.positives, asked.needs)
+    plan, text = plan_and_print_ring(asked, sweeps, "test")
+    assert ("\nSTRIP = " in text) == bool(plan.strip)
+    assert ("LOG2E" in text) == (plan.exponential == "exp2")
+    assert ("_setting_for" in text) == (plan.library == "onednn")
+    return plan
+
+
+def test_a_rank_takes_the_faster_library_and_exponential() -> None:
+    plan = planned("auto")
+    assert (plan.library, plan.exponential) == ("onednn", "exp2") and plan.strip
+    there = planned("auto", hardware="xeon-amx-2c")
+    assert (there.library, there.exponential, there.strip) == ("blas", "exp", 0)
+
+
+def test_what_is_left_to_blas() -> None:
+    """Bits that must not depend on earlier batches, subtracted positives, the smallest shards."""
+    assert planned(CANONICAL).library == "blas"
+    assert planned("auto", name="debiased_rows").library == "blas"
+    assert planned("auto", rows=64).library == "blas"
+
+
+def test_blocks_of_shards_in_host_memory_have_no_strips() -> None:
+    plan = planned(HOST)
+    assert plan.library == "onednn" and not plan.strip
+
+
+@pytest.mark.parametrize("schedule", ["ring_owner", "ring_travel", "all_gather", "both_ways"])
+def test_a_rank_holds_what_was_predicted(schedule: str) -> None:
+    predicted, measured = live_bytes(request(schedule, 3, 1024, 256, hardware=ZEN5))
+    assert abs(predicted - measured) <= 0.01 * predicted, (predicted, measured)
+
+
+def test_real_ranks_multiply_by_onednn() -> None:
+    check([Job("clip", "ring_travel", (3, 2), 4, library="onednn", size=(600, 660, 96))], 2)
