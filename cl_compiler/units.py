@@ -1,4 +1,4 @@
-"""Parse and print bytes, seconds and rates.
+"""Parse and print bytes, seconds, rates and counts.
 
 Every other module holds plain numbers in base units (bytes, seconds, bytes/s, FLOP/s); text with a
 unit exists only where a person writes a request or reads a report.
@@ -14,6 +14,7 @@ from numbers import Real
 from cl_compiler.errors import ArgumentError
 
 __all__ = [
+    "counted",
     "exact_bytes",
     "format_bytes",
     "format_flops",
@@ -28,6 +29,11 @@ _FACTOR = {unit.lower(): 1024**power for power, unit in enumerate(_BINARY_UNITS)
     unit.lower(): 1000**power for power, unit in enumerate(_DECIMAL_UNITS)
 }
 _AMOUNT = re.compile(r"\s*(?P<number>\d[\d_]*(\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z]*)\s*")
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 variant", "2 variants", "1,024 variants"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def parse_bytes(amount: str | int | float) -> int:

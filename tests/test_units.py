@@ -6,6 +6,7 @@ import pytest
 
 from cl_compiler.errors import ArgumentError
 from cl_compiler.units import (
+    counted,
     exact_bytes,
     format_bytes,
     format_flops,
@@ -13,6 +14,11 @@ from cl_compiler.units import (
     format_seconds,
     parse_bytes,
 )
+
+
+def test_one_is_not_many():
+    found = [counted(n, "chunk") for n in (0, 1, 2, 1234)]
+    assert found == ["0 chunks", "1 chunk", "2 chunks", "1,234 chunks"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from cl_compiler.cli import options as opt
-from cl_compiler.cli.output import Table, counted, working, write, write_json, write_table
+from cl_compiler.cli.output import Table, working, write, write_json, write_table
+from cl_compiler.units import counted
 
 if TYPE_CHECKING:
     from cl_compiler.hardware.spec import HardwareSpec

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Table",
     "bytes_or_dash",
-    "counted",
     "drawn_table",
     "in_options",
     "working",
@@ -57,11 +56,6 @@ def in_options(text: str) -> str:
     for pattern, words in _PYTHON:
         text = pattern.sub(words, text)
     return text
-
-
-def counted(number: int, what: str) -> str:
-    """ "1 variant", "2 variants"."""
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def bytes_or_dash(count: int | None) -> str:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cl_compiler.cli.output import counted
 from cl_compiler.cli.requests import reading
-from cl_compiler.units import format_bytes, format_seconds
+from cl_compiler.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from cl_compiler.hardware.spec import HardwareSpec

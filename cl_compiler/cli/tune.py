@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import warnings
+
 import typer
 
 from cl_compiler.cli import options as opt
@@ -35,7 +38,7 @@ def tune(
     are measured with fewer rows. Needs PyTorch, and the machine that is planned for.
     """
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError:
         typer.echo("tune runs what it measures: install PyTorch", err=True)
         raise typer.Exit(1) from None
@@ -48,11 +51,18 @@ def tune(
         step()
         from cl_compiler.plan.record import plan_from_json
         from cl_compiler.plan.report import explain
+        from cl_compiler.runtime.busy import CpuTimes, foreign_cores, in_the_way
         from cl_compiler.variants import fetch_variant
 
         request = request_of(question)
         step()
+        before, start = CpuTimes.now(), time.perf_counter()
         entry = fetch_variant(request, tuned=True)
+        foreign = foreign_cores(before, CpuTimes.now(), time.perf_counter() - start)
+    so = "the fastest may be another; `cl-compiler cache clear`, and tune on a quiet machine"
+    others = "" if entry.hit else in_the_way(foreign, torch.get_num_threads(), so)
+    if others:
+        warnings.warn(others, stacklevel=2)
     path = None if entry.path is None else str(entry.path)
     if json:
         write_json({"path": path, "cached": entry.hit, "plan": dict(entry.plan)})

@@ -11,9 +11,10 @@ from cl_compiler.api import compile_loss
 from cl_compiler.errors import BudgetError
 from cl_compiler.hardware import HardwareSpec
 from cl_compiler.lang.ir import LossIR
+from cl_compiler.plan import types
 from cl_compiler.runtime.function import CompiledLoss
 
-__all__ = ["DOUBLINGS", "Compiled", "MemoryBudget", "default_budget_bytes"]
+__all__ = ["DOUBLINGS", "Compiled", "MemoryBudget", "check_budget", "default_budget_bytes"]
 
 MemoryBudget = int | str | None
 """Bytes, "64MiB", or None: ``default_budget_bytes``."""
@@ -30,6 +31,9 @@ class Compiled:
         loss: a name in ``cl_compiler.losses`` or a loss.
         memory_budget: as in ``compile_loss``; None: in proportion to the embeddings of each call.
         hardware: as in ``compile_loss``.
+
+    Raises:
+        ArgumentError, BudgetError: the budget cannot be read, or is less than a byte.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Compiled:
         memory_budget: MemoryBudget = None,
         hardware: str | Path | HardwareSpec = "auto",
     ) -> None:
+        check_budget(memory_budget)
         self.loss, self.memory_budget, self.hardware = loss, memory_budget, hardware
         self._compiled: dict[int | str, CompiledLoss] = {}
 
@@ -63,6 +68,16 @@ class Compiled:
         if budget not in self._compiled:
             self._compiled[budget] = compile_loss(self.hardware, budget, loss=self.loss)
         return self._compiled[budget]
+
+
+def check_budget(memory_budget: MemoryBudget) -> None:
+    """Say what is wrong with a budget before the first batch does.
+
+    Raises:
+        ArgumentError, BudgetError: it cannot be read, or is less than a byte.
+    """
+    if memory_budget is not None:
+        types.MemoryBudget.parse(memory_budget)
 
 
 def default_budget_bytes(operands: list[Tensor]) -> int:

@@ -22,6 +22,7 @@ from cl_compiler.errors import ArgumentError
 from cl_compiler.step.deferred import Chunk, deferred
 from cl_compiler.step.inputs import chunk_ranges, cut
 from cl_compiler.step.modules import modules_of, reducers_of, without_reduction
+from cl_compiler.units import counted
 
 __all__ = ["GradCache", "cached", "cat_input_tensor", "gather_input_tensor"]
 
@@ -81,7 +82,10 @@ class GradCache:
             **loss_kwargs: go to the loss.
         """
         if len(model_inputs) != len(self.models):
-            raise ArgumentError(f"{len(model_inputs)} inputs for {len(self.models)} models.")
+            raise ArgumentError(
+                f"{counted(len(model_inputs), 'input')} for "
+                f"{counted(len(self.models), 'model')}: give one per model."
+            )
         columns = [
             [self._encode(model, part) for part in self.split_inputs(value, size)]
             for model, value, size in zip(self.models, model_inputs, self.chunk_sizes, strict=True)

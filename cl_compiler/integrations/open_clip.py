@@ -90,7 +90,11 @@ class ClipLoss(nn.Module):
             logit_scale: multiplies the similarities.
             logit_bias: without effect on a softmax; its gradient is 0.
             output_dict: return a dictionary.
+
+        Raises:
+            ArgumentError: images and texts of different shapes.
         """
+        _check_pairs(image_features, text_features)
         if self.world_size > 1:
             value = self._of_ranks(image_features, text_features, logit_scale)
         else:
@@ -170,6 +174,7 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or ``{"contrastive_loss": loss}``; arguments as in ``ClipLoss``."""
+        _check_pairs(image_features, text_features)
         if self.world_size > 1:
             _check_group(self.world_size)
             bias = 0.0 if logit_bias is None else logit_bias
@@ -218,6 +223,15 @@ def patch() -> None:
         for known, replacement in ours.items():
             if getattr(module, known, None) is theirs[known]:
                 setattr(module, known, replacement)
+
+
+def _check_pairs(images: Tensor, texts: Tensor) -> None:
+    if images.shape != texts.shape:
+        raise ArgumentError(
+            f"image_features {tuple(images.shape)} and text_features {tuple(texts.shape)} are no "
+            "pairs: give both the same shape. Further texts as negatives are what "
+            "cl_compiler.compile_loss takes."
+        )
 
 
 def _check_group(expected: int) -> None:

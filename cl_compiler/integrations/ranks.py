@@ -16,7 +16,12 @@ from torch import Tensor
 
 from cl_compiler.api import compile_loss
 from cl_compiler.errors import BudgetError
-from cl_compiler.integrations.compiled import DOUBLINGS, MemoryBudget, default_budget_bytes
+from cl_compiler.integrations.compiled import (
+    DOUBLINGS,
+    MemoryBudget,
+    check_budget,
+    default_budget_bytes,
+)
 from cl_compiler.lang.ir import LossIR
 
 __all__ = ["OfRanks", "Shards", "gather", "shards_of", "with_value", "world_size"]
@@ -40,6 +45,7 @@ class OfRanks:
     """
 
     def __init__(self, loss: str | LossIR, memory_budget: MemoryBudget = None) -> None:
+        check_budget(memory_budget)
         self.loss, self.memory_budget = loss, memory_budget
         self._budget: int | str = 0
         self._compiled: Any = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cl_compiler.errors import ArgumentError
-from cl_compiler.integrations.compiled import Compiled, MemoryBudget
+from cl_compiler.integrations.compiled import Compiled, MemoryBudget, check_budget
 from cl_compiler.integrations.ranks import OfRanks, shards_of, world_size
 from cl_compiler.integrations.replay import encode_columns, evaluated, mini_batches, replayed
 from cl_compiler.losses.false_negatives import gist
@@ -86,6 +86,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         self.partition_mode = partition_mode
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
+        check_budget(memory_budget)
         self.memory_budget = memory_budget
         self._compiled: dict[tuple[bool, bool], Compiled | OfRanks] = {}
 

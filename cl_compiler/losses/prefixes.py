@@ -1,5 +1,8 @@
 """InfoNCE on several prefixes of the same embeddings at once; a factory."""
 
+from collections.abc import Iterable
+from numbers import Integral
+
 from cl_compiler import lang as cl
 from cl_compiler.errors import ArgumentError
 
@@ -10,8 +13,17 @@ def matryoshka(prefixes, weights=None) -> cl.LossIR:
     Args:
         prefixes: how many leading columns each term sees; each prefix is normalised again.
         weights: of each term; 1 by default, as in sentence-transformers' MatryoshkaLoss.
+
+    Raises:
+        ArgumentError: prefixes that are not whole numbers from 1, or not as many weights.
     """
-    prefixes = tuple(prefixes)
+    prefixes = tuple(prefixes) if isinstance(prefixes, Iterable) else (prefixes,)
+    whole = [isinstance(p, Integral) and not isinstance(p, bool) and p > 0 for p in prefixes]
+    if not prefixes or not all(whole):
+        raise ArgumentError(
+            f"prefixes={prefixes}: give numbers of leading columns from 1, such as (64, 256, 768)."
+        )
+    prefixes = tuple(map(int, prefixes))
     weights = (1.0,) * len(prefixes) if weights is None else tuple(weights)
     if len(weights) != len(prefixes):
         raise ArgumentError(f"{len(prefixes)} prefixes and {len(weights)} weights: give as many.")

@@ -1,5 +1,6 @@
 """A smooth surrogate of recall@k; a factory."""
 
+from collections.abc import Iterable
 from numbers import Integral
 
 from cl_compiler import lang as cl
@@ -18,7 +19,7 @@ def recall_at_k(ks) -> cl.LossIR:
     Raises:
         ArgumentError: cut-offs that are not whole numbers from 1.
     """
-    ks = (ks,) if isinstance(ks, Integral) else tuple(ks)
+    ks = tuple(ks) if isinstance(ks, Iterable) else (ks,)
     if not ks or not all(isinstance(k, Integral) and not isinstance(k, bool) and k > 0 for k in ks):
         raise ArgumentError(f"ks={ks}: cut-offs are whole numbers from 1, such as (1, 5, 10).")
 

@@ -5,6 +5,7 @@ time, in the same order.  ``mnrl`` is a factory: the structure is its arguments,
 (20 in sentence-transformers) and the hardness strength are the loss's.
 """
 
+from collections.abc import Iterable
 from functools import reduce
 
 from cl_compiler import lang as cl
@@ -34,7 +35,9 @@ def mnrl(
     Raises:
         ArgumentError: a word that is none of these, or directions without "query_to_doc".
     """
-    if isinstance(directions, str) or "query_to_doc" not in directions:
+    several = isinstance(directions, Iterable) and not isinstance(directions, str)
+    directions = tuple(directions) if several else directions
+    if not several or "query_to_doc" not in directions:
         raise ArgumentError(
             f"directions={directions!r}: give a tuple with 'query_to_doc', which is always in the "
             f"denominator, and any of {', '.join(DIRECTIONS[1:])}."

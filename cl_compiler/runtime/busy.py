@@ -6,9 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CpuTimes", "cores_here", "foreign_cores", "in_the_way"]
+__all__ = ["CpuTimes", "cores_here", "foreign_cores", "in_the_way", "is_busy"]
 
 _STAT = Path("/proc/stat")
+_LITTLE = 0.1
+"""Of all cores: what others may use without changing much."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,18 @@ def foreign_cores(
     return max(0.0, after.machine_s - before.machine_s - own_s - 0.02) / wall_s
 
 
-def in_the_way(foreign: float | None, wanted: int) -> str:
+def is_busy(foreign: float | None) -> bool:
+    """Whether cores that others kept busy are more than a tenth of all; not where nobody knows."""
+    return foreign is not None and foreign >= _LITTLE * cores_here()
+
+
+def in_the_way(foreign: float | None, wanted: int, so: str = "") -> str:
     """What to say of cores that others kept busy; "" where enough were left.
 
-    ``wanted``: threads or processes that were measured.  A tenth of all cores changes little.
+    ``wanted``: threads or processes that were measured.  ``so``: what follows from it; by default
+    that rates are too low.
     """
-    cores = cores_here()
-    if foreign is None or foreign < 0.1 * cores or foreign + wanted <= cores:
+    if foreign is None or not is_busy(foreign) or foreign + wanted <= (cores := cores_here()):
         return ""
-    return (
-        f"other processes kept {foreign:.1f} of {cores} cores busy meanwhile, so these rates are "
-        "too low; calibrate again when the machine is quiet"
-    )
+    so = so or "these rates are too low; calibrate again when the machine is quiet"
+    return f"other processes kept {foreign:.1f} of {cores} cores busy meanwhile, so {so}"

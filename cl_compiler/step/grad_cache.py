@@ -46,6 +46,7 @@ from cl_compiler.step.planner import StepPlan, plan_jobs
 from cl_compiler.step.progress import reporter
 from cl_compiler.step.randomness import RandomState
 from cl_compiler.step.towers import Call, Encoder, Job, Tower, call_by_structure
+from cl_compiler.units import counted
 
 __all__ = ["GradientCache"]
 
@@ -176,8 +177,8 @@ class GradientCache:
         """
         if len(inputs) != len(self.towers):
             raise ArgumentError(
-                f"{len(inputs)} inputs for {len(self.towers)} encoders: give one per encoder by "
-                "position, and everything else by keyword."
+                f"{counted(len(inputs), 'input')} for {counted(len(self.towers), 'encoder')}: give "
+                "one per encoder by position, and everything else by keyword."
             )
         if self.memory_budget is not None:
             self._plan(inputs, loss_arguments, self.memory_budget)

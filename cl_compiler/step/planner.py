@@ -26,7 +26,7 @@ from cl_compiler.step.offload import PARTS, link_to
 from cl_compiler.step.plans import EncoderPlan, StepPlan, stages_of
 from cl_compiler.step.probe import ChunkCost, LossCost, link_rate, probe_loss
 from cl_compiler.step.towers import Call, Encoder, Job, Tower, call_by_structure
-from cl_compiler.units import format_bytes
+from cl_compiler.units import counted, format_bytes
 
 __all__ = ["EncoderPlan", "StepPlan", "plan_jobs", "plan_step"]
 
@@ -78,8 +78,8 @@ def plan_step(
     count = len(encoders)
     if len(sample_batch) != count or not count:
         raise ArgumentError(
-            f"sample_batch has {len(sample_batch)} inputs for {count} encoders: give a tuple with "
-            "one per encoder."
+            f"sample_batch has {counted(len(sample_batch), 'input')} for "
+            f"{counted(count, 'encoder')}: give a tuple with one per encoder."
         )
     units = units_of(chunk_sizes, count)
     if units is None:

@@ -11,7 +11,7 @@ from typing import Any
 from cl_compiler.step.inputs import Tokens
 from cl_compiler.step.loss_share import least_of
 from cl_compiler.step.probe import ChunkCost, LossCost
-from cl_compiler.units import format_bytes, format_seconds
+from cl_compiler.units import counted, format_bytes, format_seconds
 
 __all__ = ["EncoderPlan", "StepPlan", "stages_of"]
 
@@ -250,8 +250,9 @@ class StepPlan:
             unit = "" if encoder.tokens is None else " tokens"
             about = "" if encoder.tokens is None else "about "
             lines.append(
-                f"  {encoder.what}: {about}{encoder.chunks} chunks of {encoder.chunk.size}{unit} "
-                f"(the fastest of those up to {encoder.largest}), {passes}; "
+                f"  {encoder.what}: {about}{counted(encoder.chunks, 'chunk')} of "
+                f"{encoder.chunk.size}{unit} (the fastest of those up to {encoder.largest}), "
+                f"{passes}; "
                 f"{format_seconds(encoder.chunk.forward_s)} forward, "
                 f"{format_seconds(encoder.chunk.training_s)} with its backward, each"
             )

@@ -195,7 +195,10 @@ def test_an_interrupt_in_the_harvest_leaves_no_half_file(
     assert code == INTERRUPTED
     assert "Run the same command again" in printed
     assert os.listdir(tmp_path / "cache") == []
-    assert os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists(), "made by the run, and empty"
+    (tmp_path / "out").mkdir()
+    assert run(tmp_path / "out", tmp_path / "cache", planned())[0] == INTERRUPTED
+    assert (tmp_path / "out").is_dir(), "somebody else's"
 
 
 def test_an_interrupt_before_training_leaves_what_is_known(tmp_path: Path, kept: Path) -> None:

@@ -31,7 +31,7 @@ from cl_compiler.hardware.cluster_links import (
 )
 from cl_compiler.hardware.detect import detect_nominal, torch_version
 from cl_compiler.hardware.ranks import with_ranks
-from cl_compiler.runtime.busy import CpuTimes, cores_here, foreign_cores, in_the_way
+from cl_compiler.runtime.busy import CpuTimes, cores_here, foreign_cores, in_the_way, is_busy
 
 SIZES = (1 << 18, 1 << 20, 3 << 20, 1 << 23)
 INSIDE = MeasuredLink("device", 3.5e9, 21e-6, False, 0.012, 0.03, 1 << 20)
@@ -152,6 +152,8 @@ def test_cores_that_others_keep_busy():
     assert in_the_way(foreign, cores) or foreign < 0.1 * cores
     assert in_the_way(0.0, cores) == "" and in_the_way(None, cores) == ""
     assert in_the_way(0.5 * cores, 0) == ""
+    assert "so try again" in in_the_way(1.0 * cores, 1, "try again")
+    assert is_busy(1.0 * cores) and not is_busy(0.0) and not is_busy(None)
     text = in_the_way(1.0 * cores, 1)
     assert text.startswith(f"other processes kept {cores:.1f} of {cores} cores busy")
     assert "calibrate again" in text

@@ -7,7 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from cl_compiler.errors import ArgumentError
+from cl_compiler.integrations.lightly import NTXentLoss
 from cl_compiler.integrations.open_clip import ClipLoss, SigLipLoss, patch
+from cl_compiler.integrations.sentence_transformers import MultipleNegativesRankingLoss
 from tests.integrations.compare import assert_same, unit
 
 
@@ -75,6 +77,23 @@ def test_several_ranks_need_a_group():
     for loss in (ClipLoss(world_size=2), SigLipLoss(world_size=2)):
         with pytest.raises(ArgumentError, match=r"world_size=2, but torch\.distributed knows 1"):
             loss(x, y, scale, bias)
+
+
+@pytest.mark.parametrize("kind", [ClipLoss, SigLipLoss])
+def test_images_and_texts_are_pairs(kind):
+    """Fewer of one side than of the other would be a batch that lost some."""
+    x, y, scale, bias = drawn(6, 4)
+    for images, texts in ((x[:5], y), (x, y[:5]), (x[:, :3], y)):
+        with pytest.raises(ArgumentError, match="no pairs: give both the same shape"):
+            kind()(images, texts, scale, bias)
+
+
+@pytest.mark.parametrize("budget", ["much", -1, "12 parsecs"])
+def test_a_budget_is_read_when_it_is_given(budget):
+    for make in (ClipLoss, SigLipLoss, MultipleNegativesRankingLoss, NTXentLoss):
+        model = [None] if make is MultipleNegativesRankingLoss else []
+        with pytest.raises(ArgumentError):
+            make(*model, memory_budget=budget)
 
 
 def test_an_unknown_exchange_is_refused():

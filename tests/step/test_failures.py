@@ -128,7 +128,7 @@ def test_chunk_sizes(size):
 def test_counts_of_arguments():
     with pytest.raises(ArgumentError, match="chunk_sizes has 3 entries for 2 encoders"):
         GradientCache([tower(0), tower(1)], contrast, chunk_sizes=[1, 2, 3])
-    with pytest.raises(ArgumentError, match="1 inputs for 2 encoders"):
+    with pytest.raises(ArgumentError, match="1 input for 2 encoders"):
         GradientCache([tower(0), tower(1)], contrast, chunk_sizes=4)(batch(2))
     with pytest.raises(ArgumentError, match="no encoders"):
         GradientCache([], contrast, chunk_sizes=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -115,7 +116,7 @@ def run_demo(
 
     console = Console() if console is None else console
     screen = Screen(console)
-    prepare_folder(settings.out)
+    is_new = prepare_folder(settings.out)
     directory = cache_root() / "demo" if cache_directory is None else cache_directory
     started = time.perf_counter()
     try:
@@ -128,6 +129,9 @@ def run_demo(
 
         outcome = conduct(settings, collection, harvest_s, screen, plan or plan_loss)
     except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            if is_new and not any(settings.out.iterdir()):
+                settings.out.rmdir()
         screen.say(
             "Interrupted before there was anything to report; nothing was left half-written. "
             "Run the same command again: pairs once harvested are kept."

@@ -22,7 +22,7 @@ from cl_compiler.cli.demo.outcome import Outcome, to_json
 from cl_compiler.cli.demo.same_batch import SameBatch
 from cl_compiler.cli.demo.training import best_evaluation
 from cl_compiler.errors import ArgumentError
-from cl_compiler.runtime.busy import cores_here
+from cl_compiler.runtime.busy import cores_here, is_busy
 from cl_compiler.units import format_bytes, format_seconds
 
 __all__ = [
@@ -36,8 +36,6 @@ __all__ = [
 ]
 
 _TEMPLATE = "report.html.jinja"
-BUSY = 0.1
-"""Of all cores: other work that takes more is said."""
 
 
 def headline(outcome: Outcome) -> str:
@@ -87,8 +85,8 @@ def caveats(outcome: Outcome) -> list[str]:
     if outcome.ended == "interrupted":
         notes.append("The run was interrupted: this is what was done until then.")
     same = outcome.same_batch
-    foreign = (same.foreign_cores if same is not None else None) or 0.0
-    if foreign > BUSY * cores_here():
+    foreign = None if same is None else same.foreign_cores
+    if foreign is not None and is_busy(foreign):
         notes.append(
             f"Other processes kept {foreign:.1f} of {cores_here()} cores busy during the steps at "
             "the same batch, which slows the compiled loss more than the dense one: run it again "
@@ -122,13 +120,17 @@ def caveats(outcome: Outcome) -> list[str]:
     return notes
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path) -> bool:
     """Make ``folder`` before the work begins, so that a run cannot end without a place to write.
+
+    Returns:
+        Whether it was not there before.
 
     Raises:
         ArgumentError: it cannot be made or written.
     """
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -137,6 +139,7 @@ def prepare_folder(folder: Path) -> None:
             f"cannot write the report into {folder}: {obstacle.strerror}; "
             "name another folder with --out"
         ) from obstacle
+    return is_new
 
 
 def write_report(outcome: Outcome, folder: Path) -> tuple[Path, Path]:
