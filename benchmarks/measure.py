@@ -14,6 +14,7 @@ from benchmarks.providers import GEMM_UNITS, Prepared, Skipped, inputs_of, prepa
 from cl_compiler.cli.dense import dense_clip
 from cl_compiler.errors import CompilerError
 from cl_compiler.plan.types import Plan
+from cl_compiler.runtime.loader import forget_sizes
 from cl_compiler.runtime.measure import (
     Memory,
     Timing,
@@ -46,6 +47,7 @@ def run_case(case: Case, advance: Callable[[str], None] = lambda name: None) -> 
         The case, and for each provider its times, memory, error and, if compiled, its plan.
     """
     inputs = inputs_of(case)
+    forget_sizes()  # of earlier cases: a training run has one
     with thread_limit(case.threads):
         _page_in()
         prepared, rows = _prepare_all(case, inputs)

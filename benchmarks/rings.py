@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -35,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.links import Place, shaped
+from benchmarks.processes import run_processes
 from benchmarks.ring_calibration import (
     come_first,
     fitted_links,
@@ -292,32 +292,15 @@ def measure_group(group: Group, listed: str, loopback: bool) -> dict[str, Any]:
     """
     ranks = group.ranks
     rates = [group.bits_per_s * (0.5 if group.slow and rank == 1 else 1.0) for rank in range(ranks)]
-    context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         places: Sequence[Place | None] = [None] * ranks
         if not loopback:
             places = stack.enter_context(shaped(rates, own_wires=group.own_wires))
         out = f"{folder}/results.json"
-        processes = [
-            context.Process(
-                target=rank_main,
-                args=(rank, group, listed, places[rank], f"file://{folder}/meet", out),
-                daemon=True,
-            )
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        limit = time.monotonic() + LIMIT_S
-        try:
-            for process in processes:
-                process.join(max(0.0, limit - time.monotonic()))
-            if any(process.exitcode != 0 for process in processes):
-                raise RuntimeError(f"{ranks} ranks: a process failed, or took over {LIMIT_S:g} s")
-        finally:
-            for process in processes:
-                process.kill()
+        meet = f"file://{folder}/meet"
+        given = [(rank, group, listed, places[rank], meet, out) for rank in range(ranks)]
+        run_processes(rank_main, given, LIMIT_S)
         result: dict[str, Any] = json.loads(Path(out).read_text())
         return result
 

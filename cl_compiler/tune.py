@@ -205,13 +205,16 @@ def _ranks(values: list[float]) -> list[float]:
 
 
 def _step(module: Any, inputs: Mapping[str, Tensor], device: Any) -> Callable[[], None]:
-    """A forward and a backward, complete on the device."""
+    """A forward and a backward, complete on the device; the candidates before change nothing."""
     import torch
+
+    from cl_compiler.runtime.loader import forget_sizes
 
     arguments = [inputs[name] for name in module.ARGUMENTS]
     wanted = [inputs[name] for name in module.GRADIENTS]
 
     def step() -> None:
+        forget_sizes()
         value = module.Loss.apply(*arguments)[0]
         if wanted:
             torch.autograd.grad(value, wanted)

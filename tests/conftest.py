@@ -33,6 +33,14 @@ def signals_as_they_were() -> Iterator[None]:
     assert after is before, "the test changed what Ctrl-C does in its process"
 
 
+@pytest.fixture(autouse=True)
+def sizes_of_this_test() -> None:
+    """Earlier tests' batches would leave those of this one to BLAS."""
+    from cl_compiler.runtime.loader import forget_sizes
+
+    forget_sizes()
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """PyTorch computes on one thread."""

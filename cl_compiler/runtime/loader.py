@@ -18,12 +18,14 @@ import threading
 from pathlib import Path
 from types import CodeType, ModuleType
 
-__all__ = ["PACKAGE", "load_source"]
+__all__ = ["PACKAGE", "forget_sizes", "load_source"]
 
 PACKAGE = "cl_compiler_generated"
 
 _loaded: dict[str, ModuleType] = {}  # sha256 of the source -> its module
 _loading = threading.RLock()
+_sizes_by_onednn: set[tuple[object, ...]] = set()
+"""(module, shapes) of batches for which oneDNN keeps code: a process has one list of them."""
 
 
 def load_source(source: str, name: str, path: Path | None = None) -> ModuleType:
@@ -48,8 +50,18 @@ def load_source(source: str, name: str, path: Path | None = None) -> ModuleType:
             module = _execute(
                 source, module_name, f"<{module_name}>" if path is None else str(path)
             )
+            if "_sizes" in vars(module):
+                vars(module)["_sizes"] = _sizes_by_onednn
             _loaded[digest] = module
         return module
+
+
+def forget_sizes() -> None:
+    """Let oneDNN multiply for further sizes of batches, though it keeps code for each.
+
+    For what measures one variant after the other: what comes late would be left to BLAS.
+    """
+    _sizes_by_onednn.clear()
 
 
 class _VerifiedSource(importlib.abc.InspectLoader):

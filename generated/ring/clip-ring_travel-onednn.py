@@ -52,7 +52,7 @@ FAR = 1 << 48  # where other ranks' shards begin: beyond any of this rank's own
 STRIP = 128  # columns of a tile between its products, in the caches of the cores
 LOG2E = math.log2(math.e)  # exp2(LOG2E * t) is exp(t), and faster here
 MATMUL_PRECISION = "bf16"  # asks for oneDNN's fp32 products, if they are exact all the same
-SIZES_BY_ONEDNN = 4  # of batches, for which oneDNN keeps code
+SIZES_BY_ONEDNN = 8  # of batches, for which oneDNN keeps code
 ROUNDING = 1 + 1e-6  # room for rounding in a bound
 SAFE_BOUND, LARGEST, SMALLEST = 70.0, 87.0, 2.0**-102
 # |logits| <= SAFE_BOUND: no exponential can overflow, or lose bits to underflow.  Beyond it they
@@ -302,12 +302,12 @@ def _exact_setting():
     return MATMUL_PRECISION if product.amin() > 64 else "ieee"
 
 
-_sizes = set()  # of batches whose products are oneDNN's
+_sizes = set()  # of batches whose products are oneDNN's; files that cl_compiler loads share one
 
 
 def _setting_for(*operands):
     """oneDNN keeps code for every size of a batch, megabytes of it: BLAS takes more than a few."""
-    size = tuple(operand.shape for operand in operands)
+    size = (__name__, *(operand.shape for operand in operands))
     if size not in _sizes and len(_sizes) == SIZES_BY_ONEDNN:
         return "ieee"
     _sizes.add(size)

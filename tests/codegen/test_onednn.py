@@ -15,6 +15,7 @@ from cl_compiler.plan.requests import request_to_json
 from cl_compiler.plan.search import choose_plan
 from cl_compiler.plan.types import Plan, Tile
 from cl_compiler.runtime.live_bytes import LiveBytes
+from cl_compiler.runtime.loader import load_source
 from cl_compiler.variants import build_variant
 from tests import losses_zoo as zoo
 from tests.plan.requests import request
@@ -179,6 +180,8 @@ def test_only_a_few_sizes_of_batches_are_onednns() -> None:
     value = module.Loss.apply(*(t.requires_grad_() for t in batches[-1]), torch.tensor(0.5))[0]
     value.backward()
     assert len(module._sizes) == most
+    other = load_source(emit(CASES["clip"], dtype="float32", library="onednn", width=32), "other")
+    assert other._setting_for(*(t[:, :32] for t in batches[0])) == "ieee", "one list of a process"
 
 
 def test_on_matrix_units_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from cl_compiler.lang.ring import (
 from cl_compiler.lang.strips import in_strips
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Tile
-from cl_compiler.runtime.loader import load_source
+from cl_compiler.runtime.loader import forget_sizes, load_source
 from cl_compiler.runtime.ring import LoopbackRing, run_ranks
 from tests.tiles import COL_TILE, ROW_TILE, Result
 from tests.zoo_case import Case, Sample
@@ -185,6 +185,7 @@ def run_group(
     prepare: Callable[[ModuleType], None] = lambda module: None,
 ) -> GroupResult:
     """Run a file on as many threads as the split has ranks; ``prepare`` may change it before."""
+    forget_sizes()
     module = load_source(source, "test")
     prepare(module)
     parts = [local(sample, cut, rank, dtype, device) for rank in range(len(cut.rows))]
