@@ -88,7 +88,8 @@ def compile_loss(
             ring_owner, ring_travel, all_gather, two_level, half_ring, both_ways, and host, for
             shards in host memory: CPU tensors that are streamed through the device.
         deterministic: bitwise repeatable on the same machine with the same number of threads (the
-            emitted CPU code always is).  "canonical", with a group: bitwise the same value and
+            emitted CPU code always is; where oneDNN multiplies, in a process that meets no more
+            than eight batch sizes).  "canonical", with a group: bitwise the same value and
             gradients for any number of ranks, where every shard is a multiple of 256 rows and
             columns; every tile of the forward is made twice.
         nonfinite: propagate NaN and infinities as the reference does, or raise.

@@ -119,7 +119,7 @@ def tune(
         CompilerError: no candidate ran; the message has the errors.
     """
     from cl_compiler.codegen.backend import candidates_of, print_plan
-    from cl_compiler.runtime.loader import load_source
+    from cl_compiler.runtime.loader import load_source, sizes_as_they_were
     from cl_compiler.runtime.measure import interleave
 
     device = _device(request)
@@ -132,7 +132,8 @@ def tune(
         here = _at_size(plan, rows, cols)
         text = sources[-1] if here == plan else print_plan(here, request, sweeps, name)
         calls[str(index)] = _step(load_source(text, f"tune-{index}"), inputs, device)
-    timings = interleave(calls, repeats, clock=_clock(device), advance=lambda _: advance())
+    with sizes_as_they_were():
+        timings = interleave(calls, repeats, clock=_clock(device), advance=lambda _: advance())
     measured = []
     for index, (plan, source) in enumerate(zip(plans, sources, strict=True)):
         timing = timings[str(index)]

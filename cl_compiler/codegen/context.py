@@ -152,7 +152,9 @@ def build_context(
         "tile": plan.tile,
         "kept_tiles": plan.kept_tiles,
         "strip": plan.strip,
-        "multiplied": ", ".join(op.name for op in operands) if plan.library == "onednn" else "",
+        "multiplied": ", ".join(f"{op.name}.shape" for op in operands)
+        if plan.library == "onednn"
+        else "",
         "keeps": program.keeps_tiles,
         "whole": program.is_whole,
         "wide": bool(program.wide),

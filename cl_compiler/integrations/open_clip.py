@@ -92,12 +92,12 @@ class ClipLoss(nn.Module):
             output_dict: return a dictionary.
 
         Raises:
-            ArgumentError: images and texts of different shapes.
+            ArgumentError: images and texts of different shapes, in one process.
         """
-        _check_pairs(image_features, text_features)
         if self.world_size > 1:
             value = self._of_ranks(image_features, text_features, logit_scale)
         else:
+            _check_pairs(image_features, text_features)
             value = self._both(image_features, text_features, logit_scale=logit_scale)
         if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
             value = value + 0 * logit_bias.sum()
@@ -174,7 +174,6 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or ``{"contrastive_loss": loss}``; arguments as in ``ClipLoss``."""
-        _check_pairs(image_features, text_features)
         if self.world_size > 1:
             _check_group(self.world_size)
             bias = 0.0 if logit_bias is None else logit_bias
@@ -184,6 +183,7 @@ class SigLipLoss(nn.Module):
             if len(image_features):
                 value = with_value(value, own["rows"].mean())
         else:
+            _check_pairs(image_features, text_features)
             value = self._loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": value} if output_dict else value
 
@@ -226,6 +226,7 @@ def patch() -> None:
 
 
 def _check_pairs(images: Tensor, texts: Tensor) -> None:
+    """In one process only: of several, a rank that raised alone would keep the others waiting."""
     if images.shape != texts.shape:
         raise ArgumentError(
             f"image_features {tuple(images.shape)} and text_features {tuple(texts.shape)} are no "

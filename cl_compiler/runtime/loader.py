@@ -8,6 +8,7 @@ be pickled by reference within a process.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.abc
 import importlib.util
@@ -15,10 +16,11 @@ import linecache
 import re
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, ModuleType
 
-__all__ = ["PACKAGE", "forget_sizes", "load_source"]
+__all__ = ["PACKAGE", "forget_sizes", "load_source", "sizes_as_they_were"]
 
 PACKAGE = "cl_compiler_generated"
 
@@ -62,6 +64,17 @@ def forget_sizes() -> None:
     For what measures one variant after the other: what comes late would be left to BLAS.
     """
     _sizes_by_onednn.clear()
+
+
+@contextlib.contextmanager
+def sizes_as_they_were() -> Iterator[None]:
+    """What is measured meanwhile takes no places of the batches around it."""
+    before = set(_sizes_by_onednn)
+    try:
+        yield
+    finally:
+        _sizes_by_onednn.clear()
+        _sizes_by_onednn.update(before)
 
 
 class _VerifiedSource(importlib.abc.InspectLoader):

@@ -305,9 +305,9 @@ def _exact_setting():
 _sizes = set()  # of batches whose products are oneDNN's; files that cl_compiler loads share one
 
 
-def _setting_for(*operands):
+def _setting_for(*sizes):
     """oneDNN keeps code for every size of a batch, megabytes of it: BLAS takes more than a few."""
-    size = (__name__, *(operand.shape for operand in operands))
+    size = (__name__, *sizes)
     if size not in _sizes and len(_sizes) == SIZES_BY_ONEDNN:
         return "ieee"
     _sizes.add(size)
@@ -317,8 +317,8 @@ def _setting_for(*operands):
 class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
-    def __init__(self, *operands):
-        self.wanted = _setting_for(*operands)
+    def __init__(self, *sizes):
+        self.wanted = _setting_for(*sizes)
 
     def __enter__(self):
         found = torch.backends.mkldnn.matmul.fp32_precision
@@ -713,7 +713,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, ring, x, y, logit_scale):
-        with ring.during("forward"), _MatmulPrecision(x, y):
+        with ring.during("forward"), _MatmulPrecision(x.shape, y.shape, str(ring.lengths)):
             value, outputs, saved = forward(ring, x, y, _scalar(logit_scale))
         ctx.ring = ring
         tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
@@ -729,7 +729,7 @@ class Loss(torch.autograd.Function):
         with (
             torch.no_grad(),
             ring.during("backward", grad_output),
-            _MatmulPrecision(x, y),
+            _MatmulPrecision(x.shape, y.shape, str(ring.lengths)),
         ):
             saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
             gradients = list(backward(ring, grad_output, saved, x, y, _scalar(logit_scale)))

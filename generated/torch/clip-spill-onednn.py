@@ -64,9 +64,9 @@ def _exact_setting():
 _sizes = set()  # of batches whose products are oneDNN's; files that cl_compiler loads share one
 
 
-def _setting_for(*operands):
+def _setting_for(*sizes):
     """oneDNN keeps code for every size of a batch, megabytes of it: BLAS takes more than a few."""
-    size = (__name__, *(operand.shape for operand in operands))
+    size = (__name__, *sizes)
     if size not in _sizes and len(_sizes) == SIZES_BY_ONEDNN:
         return "ieee"
     _sizes.add(size)
@@ -76,8 +76,8 @@ def _setting_for(*operands):
 class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
-    def __init__(self, *operands):
-        self.wanted = _setting_for(*operands)
+    def __init__(self, *sizes):
+        self.wanted = _setting_for(*sizes)
 
     def __enter__(self):
         found = torch.backends.mkldnn.matmul.fp32_precision
@@ -437,7 +437,7 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, logit_scale):
-        with _MatmulPrecision(x, y):
+        with _MatmulPrecision(x.shape, y.shape):
             value, outputs, saved = forward(x, y, _scalar(logit_scale))
         tensors = {name: t for name, t in saved.items() if isinstance(t, torch.Tensor)}
         ctx.others = {name: t for name, t in saved.items() if name not in tensors}
@@ -449,7 +449,7 @@ class Loss(torch.autograd.Function):
     def backward(ctx, grad_output, *_):
         x, y, logit_scale, *tensors = ctx.saved_tensors
         saved = dict(zip(ctx.names, tensors, strict=True)) | ctx.others
-        with torch.no_grad(), _MatmulPrecision(x, y):
+        with torch.no_grad(), _MatmulPrecision(x.shape, y.shape):
             d_x, d_y, d_logit_scale = backward(grad_output, saved, x, y, _scalar(logit_scale))
         d_logit_scale = _like(d_logit_scale, logit_scale)
         if torch.is_grad_enabled():  # create_graph=True: refuse when it is differentiated

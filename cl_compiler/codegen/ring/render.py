@@ -89,6 +89,7 @@ def render_ring(
         "usage": _usage(context["arguments"]),
         "device": device,
         "products": library_products(device, plan.precision, plan.library),
+        "multiplied": context["multiplied"] and f"{context['multiplied']}, str(ring.lengths)",
         "scalar_home": '"cpu", ',
         "beside": _beside(device, context["arguments"][0], bool(arch), cluster_schedule == HOST),
         "kernels": kernel_context(plan, arch, context) if arch else {},
