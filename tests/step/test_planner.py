@@ -15,6 +15,7 @@ from cl_compiler.step.chunks import Sizes
 from cl_compiler.step.offload import Link
 from cl_compiler.step.planner import StepPlan
 from cl_compiler.step.towers import Tower, call_by_structure
+from cl_compiler.units import counted
 from tests.step.encoders import assert_same, contrast, gradients, tower
 from tests.step.encoders import batch as values
 
@@ -142,7 +143,7 @@ def test_a_budget_that_nothing_fits_says_what_would():
         plan_step(encoders, values, dense, "1MiB")
     with pytest.raises(BudgetError, match="with chunks of two samples it takes"):
         plan_step(encoders, values, compile_loss("auto", "600KiB"), "20KiB")
-    with pytest.raises(ArgumentError, match="1 inputs for 2 encoders"):
+    with pytest.raises(ArgumentError, match="1 input for 2 encoders"):
         plan_step(encoders, values[:1], dense, "1MiB")
 
 
@@ -180,7 +181,8 @@ def test_the_plan_explains_itself():
     frozen = encoder(1, 64, 3).requires_grad_(False)
     plan = plan_step([a, frozen], (batch(2), batch(3)), compile_loss("auto", "600KiB"), "1500KiB")
     text = plan.explain()
-    assert f"chunks of {plan.chunk_sizes[0]} (the fastest of those up to " in text
+    chunks = counted(plan.encoders[0].chunks, "chunk")
+    assert f"{chunks} of {plan.chunk_sizes[0]} (the fastest of those up to " in text
     assert "one pass: it does not train" in text
     assert text.count("<- the step's") == 1
     assert f"{plan.max_batch:,}" in text
