@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import Any
 
 __all__ = ["PACKAGE", "forget_sizes", "load_source", "sizes_as_they_were"]
 
@@ -26,8 +27,8 @@ PACKAGE = "cl_compiler_generated"
 
 _loaded: dict[str, ModuleType] = {}  # sha256 of the source -> its module
 _loading = threading.RLock()
-_sizes_by_onednn: set[tuple[object, ...]] = set()
-"""(module, shapes) of batches for which oneDNN keeps code: a process has one list of them."""
+_processes: dict[object, Any] = {}
+"""PyTorch's setting of fp32 products -> what files know of its uses: a process has one of each."""
 
 
 def load_source(source: str, name: str, path: Path | None = None) -> ModuleType:
@@ -52,8 +53,9 @@ def load_source(source: str, name: str, path: Path | None = None) -> ModuleType:
             module = _execute(
                 source, module_name, f"<{module_name}>" if path is None else str(path)
             )
-            if "_sizes" in vars(module):
-                vars(module)["_sizes"] = _sizes_by_onednn
+            if "_process" in vars(module):  # see templates/torch/precision.py.jinja
+                own = vars(module)["_process"]
+                vars(module)["_process"] = _processes.setdefault(own.setting, own)
             _loaded[digest] = module
         return module
 
@@ -63,18 +65,25 @@ def forget_sizes() -> None:
 
     For what measures one variant after the other: what comes late would be left to BLAS.
     """
-    _sizes_by_onednn.clear()
+    for sizes in _sizes():
+        sizes.clear()
 
 
 @contextlib.contextmanager
 def sizes_as_they_were() -> Iterator[None]:
     """What is measured meanwhile takes no places of the batches around it."""
-    before = set(_sizes_by_onednn)
+    before = [(sizes, set(sizes)) for sizes in _sizes()]
     try:
         yield
     finally:
-        _sizes_by_onednn.clear()
-        _sizes_by_onednn.update(before)
+        forget_sizes()
+        for sizes, known in before:
+            sizes.update(known)
+
+
+def _sizes() -> list[set[tuple[object, ...]]]:
+    """Of batches for which oneDNN keeps code, (module, shapes)."""
+    return [process.sizes for process in _processes.values() if hasattr(process, "sizes")]
 
 
 class _VerifiedSource(importlib.abc.InspectLoader):

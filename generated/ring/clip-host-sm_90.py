@@ -42,6 +42,7 @@ s0, ...: scalars that a sweep reads
 
 import contextlib
 import math
+import threading
 
 import torch
 import torch.distributed as dist
@@ -481,24 +482,62 @@ def _shards(ring, at_home, axis, sent, folds=()):
     stream.finish(ring)
 
 
+class _Process:
+    """How this process multiplies fp32 matrices: PyTorch has one setting of all its threads.
+
+    While several of them multiply, it is exact if one of them wants that; then the caller's again.
+    Files that cl_compiler loads share one of these.
+    """
+
+    setting = torch.backends.cuda.matmul
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.wanted = []  # by everyone who multiplies now
+        self.before = None  # the caller's setting, while there is another in its place
+
+    def begin(self, wanted):
+        with self.lock:
+            self.wanted.append(wanted)
+            self._settle()
+
+    def end(self, wanted):
+        with self.lock:
+            self.wanted.remove(wanted)
+            self._settle()
+
+    def own(self):
+        """The caller's setting."""
+        return self.setting.fp32_precision
+
+    def _settle(self):
+        if not self.wanted:
+            if self.before is not None:
+                self.setting.fp32_precision, self.before = self.before, None
+            return
+        best = "ieee" if "ieee" in self.wanted else self.wanted[-1]
+        found = self.setting.fp32_precision
+        if found != best and (found, best) != ("none", "ieee"):
+            self.before = self.own() if self.before is None else self.before
+            self.setting.fp32_precision = best
+
+
+_process = _Process()
+
+
 class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
     def __enter__(self):
-        found = torch.backends.cuda.matmul.fp32_precision
-        own = found
-        self.before = None if found == MATMUL_PRECISION else own
+        _process.begin(MATMUL_PRECISION)
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
-        if self.before is not None:
-            torch.backends.cuda.matmul.fp32_precision = MATMUL_PRECISION
         if self.autocast:
             torch.set_autocast_enabled("cuda", False)
 
     def __exit__(self, *_):
         if self.autocast:
             torch.set_autocast_enabled("cuda", True)
-        if self.before is not None:
-            torch.backends.cuda.matmul.fp32_precision = self.before
+        _process.end(MATMUL_PRECISION)
 
 
 def _shift(bound, terms):

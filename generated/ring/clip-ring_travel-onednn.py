@@ -39,6 +39,7 @@ t0_tile, ...: a tile that a product makes or reads, column by column; t0, ...: a
 import contextlib
 import functools
 import math
+import threading
 
 import torch
 import torch.distributed as dist
@@ -277,10 +278,49 @@ def _shards(ring, axis, sent, folds=()):
         yield (start if owner == mine else FAR), shard, part
 
 
-def _own_setting():
-    """The caller's ``fp32_precision`` of products; "none" where it is that of all operators."""
-    found = torch.backends.mkldnn.matmul.fp32_precision
-    return "none" if found == torch.backends.mkldnn.fp32_precision else found
+class _Process:
+    """How this process multiplies fp32 matrices: PyTorch has one setting of all its threads.
+
+    While several of them multiply, it is exact if one of them wants that; then the caller's again.
+    Files that cl_compiler loads share one of these.
+    """
+
+    setting = torch.backends.mkldnn.matmul
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.wanted = []  # by everyone who multiplies now
+        self.before = None  # the caller's setting, while there is another in its place
+        self.sizes = set()  # of batches whose products are oneDNN's
+
+    def begin(self, wanted):
+        with self.lock:
+            self.wanted.append(wanted)
+            self._settle()
+
+    def end(self, wanted):
+        with self.lock:
+            self.wanted.remove(wanted)
+            self._settle()
+
+    def own(self):
+        """The caller's setting; "none" where it is that of all operators."""
+        found = self.setting.fp32_precision
+        return "none" if found == torch.backends.mkldnn.fp32_precision else found
+
+    def _settle(self):
+        if not self.wanted:
+            if self.before is not None:
+                self.setting.fp32_precision, self.before = self.before, None
+            return
+        best = "ieee" if "ieee" in self.wanted else self.wanted[-1]
+        found = self.setting.fp32_precision
+        if found != best and (found, best) != ("none", "ieee"):
+            self.before = self.own() if self.before is None else self.before
+            self.setting.fp32_precision = best
+
+
+_process = _Process()
 
 
 @functools.cache
@@ -292,25 +332,25 @@ def _exact_setting():
     has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", None)
     if has_matrix_units is not None and has_matrix_units():
         return "ieee"
-    settings = torch.backends.mkldnn.matmul
-    own, settings.fp32_precision = _own_setting(), MATMUL_PRECISION
-    try:
-        finer = torch.full((64, 64), 1 + 2.0**-20, dtype=torch.float32, device="cpu")  # than bf16
-        product = torch.mm(finer, finer, out=torch.empty_like(finer))
-    finally:
-        settings.fp32_precision = own
+    with _process.lock:
+        own, _process.setting.fp32_precision = _process.own(), MATMUL_PRECISION
+        try:
+            finer = torch.full(
+                (64, 64), 1 + 2.0**-20, dtype=torch.float32, device="cpu"
+            )  # than bf16
+            product = torch.mm(finer, finer, out=torch.empty_like(finer))
+        finally:
+            _process.setting.fp32_precision = own
     return MATMUL_PRECISION if product.amin() > 64 else "ieee"
-
-
-_sizes = set()  # of batches whose products are oneDNN's; files that cl_compiler loads share one
 
 
 def _setting_for(*sizes):
     """oneDNN keeps code for every size of a batch, megabytes of it: BLAS takes more than a few."""
     size = (__name__, *sizes)
-    if size not in _sizes and len(_sizes) == SIZES_BY_ONEDNN:
-        return "ieee"
-    _sizes.add(size)
+    with _process.lock:
+        if size not in _process.sizes and len(_process.sizes) >= SIZES_BY_ONEDNN:
+            return "ieee"
+        _process.sizes.add(size)
     return _exact_setting()
 
 
@@ -321,20 +361,15 @@ class _MatmulPrecision:
         self.wanted = _setting_for(*sizes)
 
     def __enter__(self):
-        found = torch.backends.mkldnn.matmul.fp32_precision
-        own = _own_setting()
-        self.before = None if found == self.wanted else own
+        _process.begin(self.wanted)
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
-        if self.before is not None:
-            torch.backends.mkldnn.matmul.fp32_precision = self.wanted
         if self.autocast:
             torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
         if self.autocast:
             torch.set_autocast_enabled("cpu", True)
-        if self.before is not None:
-            torch.backends.mkldnn.matmul.fp32_precision = self.before
+        _process.end(self.wanted)
 
 
 def _shift(bound, terms):

@@ -17,6 +17,7 @@ a0, b1, s2, ...: vectors of rows, vectors of columns and scalars that a sweep re
 """
 
 import math
+import threading
 
 import torch
 
@@ -31,30 +32,64 @@ SAFE_BOUND, LARGEST, SMALLEST = 70.0, 70.0, 2.0**-102
 # Products with exponentials are divided by their sums afterwards: LARGEST leaves room for them.
 
 
-def _own_setting():
-    """The caller's ``fp32_precision`` of products; "none" where it is that of all operators."""
-    found = torch.backends.mkldnn.matmul.fp32_precision
-    return "none" if found == torch.backends.mkldnn.fp32_precision else found
+class _Process:
+    """How this process multiplies fp32 matrices: PyTorch has one setting of all its threads.
+
+    While several of them multiply, it is exact if one of them wants that; then the caller's again.
+    Files that cl_compiler loads share one of these.
+    """
+
+    setting = torch.backends.mkldnn.matmul
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.wanted = []  # by everyone who multiplies now
+        self.before = None  # the caller's setting, while there is another in its place
+        self.sizes = set()  # of batches whose products are oneDNN's
+
+    def begin(self, wanted):
+        with self.lock:
+            self.wanted.append(wanted)
+            self._settle()
+
+    def end(self, wanted):
+        with self.lock:
+            self.wanted.remove(wanted)
+            self._settle()
+
+    def own(self):
+        """The caller's setting; "none" where it is that of all operators."""
+        found = self.setting.fp32_precision
+        return "none" if found == torch.backends.mkldnn.fp32_precision else found
+
+    def _settle(self):
+        if not self.wanted:
+            if self.before is not None:
+                self.setting.fp32_precision, self.before = self.before, None
+            return
+        best = "ieee" if "ieee" in self.wanted else self.wanted[-1]
+        found = self.setting.fp32_precision
+        if found != best and (found, best) != ("none", "ieee"):
+            self.before = self.own() if self.before is None else self.before
+            self.setting.fp32_precision = best
+
+
+_process = _Process()
 
 
 class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
     def __enter__(self):
-        found = torch.backends.mkldnn.matmul.fp32_precision
-        own = _own_setting()
-        self.before = None if found in ("ieee", "none") else own
+        _process.begin(MATMUL_PRECISION)
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
-        if self.before is not None:
-            torch.backends.mkldnn.matmul.fp32_precision = MATMUL_PRECISION
         if self.autocast:
             torch.set_autocast_enabled("cpu", False)
 
     def __exit__(self, *_):
         if self.autocast:
             torch.set_autocast_enabled("cpu", True)
-        if self.before is not None:
-            torch.backends.mkldnn.matmul.fp32_precision = self.before
+        _process.end(MATMUL_PRECISION)
 
 
 def _shift(bound, terms):

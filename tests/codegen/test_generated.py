@@ -153,7 +153,7 @@ def test_generated_file_stands_alone(golden: Golden):
     imported = {
         a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names
     }
-    assert imported <= {"functools", "math", "torch"}
+    assert imported <= {"functools", "math", "threading", "torch"}
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))
     uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "autograd"]
     bases = [base for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for base in n.bases]

@@ -132,7 +132,7 @@ def test_samples_import_torch_alone_and_kernels_triton(golden: Golden):
             names.add((node.module or "").split(".")[0])
     more = {"triton"} if golden.arch else set()
     more |= {"functools"} if golden.name.endswith("-onednn") else set()
-    assert names == {"contextlib", "math", "torch"} | more
+    assert names == {"contextlib", "math", "threading", "torch"} | more
 
 
 def test_samples_run_as_their_docstrings_say():

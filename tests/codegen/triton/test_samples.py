@@ -66,7 +66,13 @@ def test_sample_stands_alone(name: str):
     tree = ast.parse((FOLDER / f"{name}.py").read_text())
     modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     modules |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {m.split(".")[0] for m in modules} <= {"functools", "math", "torch", "triton"}
+    assert {m.split(".")[0] for m in modules} <= {
+        "functools",
+        "math",
+        "threading",
+        "torch",
+        "triton",
+    }
 
 
 def test_folder_holds_nothing_else():
