@@ -87,11 +87,12 @@ def compile_loss(
         schedule: "auto", or one of recompute, spill, panel, retain, dense; with a group, one of
             ring_owner, ring_travel, all_gather, two_level, half_ring, both_ways, and host, for
             shards in host memory: CPU tensors that are streamed through the device.
-        deterministic: bitwise repeatable on the same machine with the same number of threads (the
-            emitted CPU code always is; where oneDNN multiplies, in a process that meets no more
-            than eight batch sizes).  "canonical", with a group: bitwise the same value and
-            gradients for any number of ranks, where every shard is a multiple of 256 rows and
-            columns; every tile of the forward is made twice.
+        deterministic: bitwise repeatable on the same machine with the same number of threads.
+            What is emitted always is, except on CPUs where oneDNN multiplies faster than BLAS: a
+            process has it multiply batches of its first eight sizes, or, with True, none.
+            "canonical", with a group: bitwise the same value and gradients for any number of ranks,
+            where every shard is a multiple of 256 rows and columns; every tile of the forward is
+            made twice.
         nonfinite: propagate NaN and infinities as the reference does, or raise.
         verify: check the first call on a small sample against the dense float64 reference.
         tune: measure the planner's best candidates where the loss runs, once, and keep the fastest
@@ -130,7 +131,13 @@ def compile_loss(
             check_group_options(timeout_s, grad_convention)
             find_loss(loss)
             asked = asked_of_group(
-                hardware_spec, memory_budget, problem, precision, schedule, grad_convention
+                hardware_spec,
+                memory_budget,
+                problem,
+                precision,
+                schedule,
+                deterministic,
+                grad_convention,
             )
         except CompilerError as error:  # the others are told: they make the group, too
             wrong, timeout_s, grad_convention = error, TIMEOUT_S, "mean"
@@ -138,7 +145,17 @@ def compile_loss(
         machine = (hardware_spec, memory_budget)
         with ranks.closing_on_error():
             ranks.agree(wrong)
-            return _on_group(ranks, machine, loss, problem, precision, schedule, nonfinite, asked)
+            return _on_group(
+                ranks,
+                machine,
+                loss,
+                problem,
+                precision,
+                schedule,
+                bool(deterministic),
+                nonfinite,
+                asked,
+            )
     if grad_convention != "mean" or timeout_s != TIMEOUT_S:  # without effect, but no nonsense
         from cl_compiler.runtime.group import check_group_options
 
@@ -153,7 +170,16 @@ def compile_loss(
 
     budget = _budget(memory_budget, hardware, is_here=hardware_spec == "auto")
     ir = find_loss(loss)
-    specialise = Specialiser(ir, hardware, budget, precision, schedule, ranks_there, tune=tune)
+    specialise = Specialiser(
+        ir,
+        hardware,
+        budget,
+        precision,
+        schedule,
+        ranks_there,
+        tune=tune,
+        deterministic=bool(deterministic),
+    )
     planned = None if problem is None else specialise.share_of(Problem.parse(problem))
     return CompiledLoss(
         loss_signature(ir),
@@ -173,6 +199,7 @@ def _on_group(
     problem: Problem | str | None,
     precision: str,
     schedule: str,
+    deterministic: bool,
     nonfinite: Literal["propagate", "error"],
     asked: Mapping[str, str],
 ) -> GroupLoss:
@@ -188,7 +215,9 @@ def _on_group(
         raise HardwareError(seen["error"])
     hardware = HardwareSpec.from_dict(seen["hardware"])
     budget = MemoryBudget(seen["device_bytes"], seen["host_bytes"])
-    specialise = Specialiser(ir, hardware, budget, precision, schedule, ranks.world_size)
+    specialise = Specialiser(
+        ir, hardware, budget, precision, schedule, ranks.world_size, deterministic=deterministic
+    )
     planned = None if problem is None else specialise.share_of(Problem.parse(problem))
     text = json.dumps(loss_to_json(ir), sort_keys=True)
     return GroupLoss(
@@ -321,6 +350,7 @@ class Specialiser:
     group_size: int = 0
     """Ranks of the process group; 0: this process alone."""
     tune: bool = False
+    deterministic: bool = False
 
     def signature_of(self, problem: Problem) -> CallSignature:
         """The signature of a call at a problem's size, all gradients required.
@@ -372,6 +402,7 @@ class Specialiser:
             self.schedule,
             call.contiguous_copies,
             self.group_size,
+            self.deterministic,
         )
 
     def __call__(self, call: CallSignature) -> LoadedVariant:

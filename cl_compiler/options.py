@@ -91,6 +91,7 @@ def asked_of_group(
     problem: Problem | str | None,
     precision: str,
     schedule: str,
+    deterministic: bool | str,
     grad_convention: str,
 ) -> dict[str, str]:
     """What a rank asks ``compile_loss`` for, by its arguments' names: all ranks ask for the same.
@@ -114,6 +115,7 @@ def asked_of_group(
         "problem": sizes,
         "precision": precision,
         "schedule": schedule,
+        "deterministic": str(deterministic),
         "grad_convention": grad_convention,
     }
 

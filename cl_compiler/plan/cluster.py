@@ -31,6 +31,7 @@ from cl_compiler.lang.strips import in_strips
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.plan.exchange import PRODUCTS, hops_of, levels_of
 from cl_compiler.plan.host import check_host_memory, host_obstacle, host_plan, streams
+from cl_compiler.plan.library import by_onednn
 from cl_compiler.plan.limits import scaled
 from cl_compiler.plan.link_bytes import bytes_per_link
 from cl_compiler.plan.machine import Machine, machine_of
@@ -101,7 +102,7 @@ def _least_shares(request: Request, sweeps: SweepPlan) -> Callable[[int], list[S
             Share(
                 asked,
                 sweeps,
-                programs[name],
+                _in_strips(programs[name], asked, name, machine),
                 name,
                 CANONICAL_CHUNK if name == CANONICAL else least,
                 nodes[name],
@@ -161,7 +162,8 @@ def _fastest(
         if name == HOST and found:  # inputs would have to be elsewhere
             reasons[HOST] = "shards fit the device's memory"
             continue
-        programs[name] = _program(request, sweeps, name, machine)
+        bare = _program(request, sweeps, name, machine)
+        programs[name] = _in_strips(bare, request, name, machine)
         try:
             found[name] = _candidate(request, sweeps, programs[name], name, plan_share)
         except (BudgetError, ScheduleError) as error:
@@ -210,18 +212,20 @@ def _usable(
 
 
 def _program(request: Request, sweeps: SweepPlan, schedule: str, machine: Machine) -> Program:
-    """A schedule's program, as PyTorch's tiles run it on this machine."""
+    """A schedule's program, as PyTorch's tiles of any size run it on this machine."""
     program = build_ring_program(
         sweeps,
         owner_computes=schedule in OWNER_COMPUTES,
         canonical=schedule == CANONICAL,
         half=schedule == HALF_RING,
     )
-    dtype = request.problem.dtype
-    if machine.prefers_exp2(dtype):
-        program = in_base_two(program)
-    strips = machine.prefers_onednn(dtype, request.precision) and not program.subtracts_positives
-    return in_strips(program) if strips and schedule not in (CANONICAL, HOST) else program
+    return in_base_two(program) if machine.prefers_exp2(request.problem.dtype) else program
+
+
+def _in_strips(program: Program, request: Request, schedule: str, machine: Machine) -> Program:
+    """The program with strips, where products of a problem's size leave them room."""
+    strips = schedule != HOST and by_onednn(request, machine, program)
+    return in_strips(program) if strips else program
 
 
 def _candidate(

@@ -114,13 +114,6 @@ class Machine:
             return 0.0
         return self.spec.gemm_rate(ONEDNN, max(1, round(inner)))
 
-    def prefers_onednn(self, dtype: str, precision: str) -> bool:
-        """Whether oneDNN multiplies fp32 tiles faster than BLAS."""
-        if self.spec.kind != "cpu" or gemm_type(dtype, precision, self.spec) != ("float32", 1):
-            return False
-        rates = dict(self.spec.gemm_flops_per_s)
-        return rates.get(ONEDNN, 0.0) > rates["float32"]
-
     def prefers_exp2(self, dtype: str) -> bool:
         """Whether exponentials of tiles are evaluated to base 2: rates are those of fp32."""
         return self.spec.kind == "cpu" and dtype != "float64" and self.exp2_per_s > self.exp_per_s

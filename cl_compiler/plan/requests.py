@@ -33,6 +33,7 @@ def request_to_json(request: Request) -> dict[str, Any]:
         "schedule": request.schedule,
         "contiguous_copies": request.contiguous_copies,
         **({"group_size": request.group_size} if request.group_size else {}),
+        **({"deterministic": True} if request.deterministic else {}),
     }
 
 

@@ -47,13 +47,13 @@ class Share:
             hardware=one_device(self.request.hardware),
             schedule=schedule,
             group_size=0,
+            deterministic=self.request.reproducible,
         )
 
     @property
     def ring(self) -> RingProgram:
         """What this rank makes of the shards that it meets."""
-        reproducible = self.schedule == CANONICAL
-        return RingProgram(self.program, self.request.group_size, self.streams, reproducible)
+        return RingProgram(self.program, self.request.group_size, self.streams)
 
     @property
     def streams(self) -> bool:

@@ -18,6 +18,7 @@ from cl_compiler.lang.strips import in_strips
 from cl_compiler.lang.sweeps import SweepPlan, plan_sweeps
 from cl_compiler.plan.cost import CompiledCost, compile_cost
 from cl_compiler.plan.facts import ProgramFacts, facts_of
+from cl_compiler.plan.library import by_onednn
 from cl_compiler.plan.machine import Machine, machine_of
 from cl_compiler.plan.memory import CompiledMemory, compile_memory, freed_bytes
 from cl_compiler.plan.sizes import COMPUTE_BYTES
@@ -29,12 +30,6 @@ STEP = 64
 FINE = 1024
 """Axes up to this length try every multiple of ``STEP``; longer ones two per octave up to it, one
 per octave beyond."""
-
-ONEDNN_FROM = 2**22
-"""Multiplications of all pairs from which oneDNN's products pay: each looks up its code first.
-
-Of 64 x 64 x 512 on two threads of a Zen 5 dense took 0.93 of the time with oneDNN's products, 1.17
-with BLAS's: ``python -m benchmarks.cpu --only small``, in two runs."""
 
 SPARE = 1 / 64
 """Of the budget, what tiles that are kept for speed alone leave free: allocators round up."""
@@ -192,8 +187,6 @@ class RingProgram:
     ranks: int
     streams: bool = False
     """Shards, and gradients of them, are in host memory, which is not the device's."""
-    reproducible: bool = False
-    """Results do not depend on what was computed before, bit for bit."""
 
     def facts(self, extra_operands: Iterable[str] = ()) -> ProgramFacts:
         """Counted; tiles of the diagonal are made whole in the own shard, and in the shard of the
@@ -255,14 +248,14 @@ class Space:
             problem = self.request.problem
             if self.ring is None:
                 program = build_program(self.sweep_plan, schedule)
-                onednn = self._by_onednn(program)
+                onednn = by_onednn(self.request, self.machine, program)
                 if self.machine.prefers_exp2(problem.dtype):
                     program = in_base_two(program)
                 if onednn:
                     program = in_strips(program)
                 facts = facts_of(program, problem.operands)
             else:
-                onednn = not self.ring.reproducible and self._by_onednn(self.ring.program)
+                onednn = by_onednn(self.request, self.machine, self.ring.program)
                 facts = self.ring.facts(problem.operands)
             casts = problem.input_bytes < problem.compute_bytes
             cost = compile_cost(
@@ -282,13 +275,6 @@ class Space:
                 onednn,
             )
         return self.options[schedule]
-
-    def _by_onednn(self, program: Program) -> bool:
-        """Whether oneDNN should make a program's products."""
-        problem = self.request.problem
-        if program.subtracts_positives or problem.M * problem.N * problem.D < ONEDNN_FROM:
-            return False
-        return self.machine.prefers_onednn(problem.dtype, self.request.precision)
 
     def points(self, schedule: Schedule) -> Iterator[Point]:
         """Every tile of a schedule that fits, with the seconds that it takes."""

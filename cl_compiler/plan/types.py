@@ -14,7 +14,7 @@ from cl_compiler.hardware.spec import HardwareSpec
 from cl_compiler.lang.ir import LossIR
 from cl_compiler.lang.program import Schedule
 from cl_compiler.lang.resolve import Positives
-from cl_compiler.lang.ring import TWO_GROUPS
+from cl_compiler.lang.ring import CANONICAL, TWO_GROUPS
 from cl_compiler.units import parse_bytes
 
 DType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -178,6 +178,13 @@ class Request:
     group_size: int = 0
     """Ranks of the process group that runs the loss, 0 without one.  With a group ``problem`` is
     the largest shard of any rank, and ``schedule`` a cluster schedule."""
+    deterministic: bool = False
+    """Bits must not depend on what the process computed before."""
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether they must not, be it because every number of ranks is to have the same."""
+        return self.deterministic or self.schedule == CANONICAL
 
     @property
     def row_step(self) -> int:

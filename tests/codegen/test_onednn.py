@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from cl_compiler import compile_loss
 from cl_compiler.hardware import load_hardware
 from cl_compiler.losses import find
 from cl_compiler.plan.requests import request_to_json
@@ -106,6 +107,16 @@ def test_what_onednn_cannot_do_is_left_to_blas() -> None:
     assert planned(precision="bf16").library == "blas"
 
 
+def test_bits_that_must_not_depend_on_earlier_batches_are_blass() -> None:
+    """A process leaves it to BLAS to multiply batches of more than a few sizes."""
+    asked = replace(request(find("clip"), hardware=ZEN4), deterministic=True)
+    plan = choose_plan(asked)
+    assert (plan.library, plan.strip) == ("blas", 0)
+    assert request_to_json(asked) != request_to_json(replace(asked, deterministic=False))
+    loss_fn = compile_loss(ZEN4, "64MiB", deterministic=True, problem="4096x4096x256")
+    assert loss_fn.plan.library == "blas"
+
+
 def test_small_batches_without_loops_are_multiplied_by_it_too() -> None:
     small = planned(rows=200, width=128)
     assert (small.schedule, small.library) == ("dense", "onednn")
@@ -125,7 +136,7 @@ def loaded() -> ModuleType:
     """A file that has not asked yet how products are made."""
     module = load(emit(CASES["clip"], dtype="float32", library="onednn", width=64))
     module._exact_setting.cache_clear()
-    module._sizes.clear()
+    module._process.sizes.clear()
     return module
 
 
@@ -180,7 +191,7 @@ def test_only_a_few_sizes_of_batches_are_onednns() -> None:
     assert found == ([asked] * most + ["ieee"] * (10 - most)) * 2
     value = module.Loss.apply(*(t.requires_grad_() for t in batches[-1]), torch.tensor(0.5))[0]
     value.backward()
-    assert len(module._sizes) == most
+    assert len(module._process.sizes) == most
     other = load_source(emit(CASES["clip"], dtype="float32", library="onednn", width=32), "other")
     assert other._setting_for(*sizes[0]) == "ieee", "one list of a process"
 
