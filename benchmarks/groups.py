@@ -11,6 +11,8 @@ both sides and of the scale, timed from one barrier to the next; providers take 
 ``gathered``     open_clip's formula with local_loss and gather_with_grad
 ``decomposed``   DisCo-CLIP's: gathered without a graph, gradients of all rows made here and summed
                  over ranks
+``…, onednn``    the same, multiplied by oneDNN, which is no default of PyTorch's; the compiled loss
+                 takes it where the machine says that it is faster
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks.processes import run_processes
+from benchmarks.providers import products_by
 from benchmarks.record import environment, save
 from cl_compiler import compile_loss
+from cl_compiler.hardware.cpu import cpu_facts
 from cl_compiler.runtime.live_bytes import LiveBytes
 from cl_compiler.runtime.measure import planted_pairs, relative_error
 from cl_compiler.units import format_bytes, format_seconds
@@ -56,6 +60,8 @@ class Case:
 
 CASES = (Case(2048, 512, 9), Case(4096, 512, 7), Case(8192, 512, 5))
 QUICK = (Case(96, 32, 2),)
+BY_ONEDNN = ", onednn"
+"""At the end of a name: with PyTorch's setting that has oneDNN multiply."""
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The loss of this rank's images, texts and the scale.  The mean over ranks of what encoders then
@@ -69,7 +75,7 @@ def gathered(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def decomposed(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """The same value; gradients are made at once, of all ranks' rows, and given to autograd."""
+    """The same mean; gradients are made at once, of all ranks' rows, and given to autograd."""
     own = slice(dist.get_rank() * len(x), (dist.get_rank() + 1) * len(x))
     sides = []
     for side in (x, y):
@@ -108,11 +114,10 @@ def providers(case: Case) -> dict[str, Step]:
     """What is compared, by name."""
     budget = (3 * 2 * case.rows * case.width * 4) + (16 << 20)
     compiled = compile_loss("auto", budget, group=dist.group.WORLD)
-    return {
-        "compiled": lambda x, y, scale: compiled(x, y, logit_scale=scale),
-        "gathered": gathered,
-        "decomposed": decomposed,
-    }
+    theirs = {"gathered": gathered, "decomposed": decomposed}
+    if "amx_bf16" not in cpu_facts().features:  # there it would round
+        theirs |= {f"{name}{BY_ONEDNN}": step for name, step in theirs.items()}
+    return {"compiled": lambda x, y, scale: compiled(x, y, logit_scale=scale), **theirs}
 
 
 def rank_main(rank: int, ranks: int, case: Case, meet: str, out: str) -> None:
@@ -125,28 +130,29 @@ def rank_main(rank: int, ranks: int, case: Case, meet: str, out: str) -> None:
     inputs, found = [x, y, scale], {}
     steps = providers(case)
 
-    def run(step: Step) -> list[Tensor]:
+    def run(name: str) -> list[Tensor]:
         for tensor in inputs:
             tensor.grad = None
-        step(x, y, scale).backward()
+        with products_by("onednn" if name.endswith(BY_ONEDNN) else ""):
+            steps[name](x, y, scale).backward()
         return [t.grad for t in (x, y) if t.grad is not None]
 
-    gradients = {name: run(step) for name, step in steps.items()}  # and warms up
-    for name, step in steps.items():
+    gradients = {name: run(name) for name in steps}  # and warms up
+    for name in steps:
         for tensor in inputs:
             tensor.grad = None
         with LiveBytes() as live:
-            step(x, y, scale).backward()
+            run(name)
         found[name] = {
             "seconds": [],
             "live_bytes": _largest(live.peak_bytes),
             "difference": _largest(relative_error(gradients[name], gradients["gathered"])),
         }
     for _ in range(case.repeats):
-        for name, step in steps.items():
+        for name in steps:
             dist.barrier()
             start = time.perf_counter()
-            run(step)
+            run(name)
             dist.barrier()
             found[name]["seconds"].append(_largest(time.perf_counter() - start))
     if rank == 0:

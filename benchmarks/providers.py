@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,12 +173,19 @@ def gemm_loop(x: Tensor, y: Tensor, tile: Tile, library: str = "blas") -> None:
     it into dX [M, D] and dY [N, D].  ``library``: "onednn" asks for it as emitted files do.
     """
     similarity = torch.empty(min(tile.rows, len(x)), min(tile.cols, len(y)), dtype=x.dtype)
+    with products_by(library):
+        _sweep(x, y, tile, similarity)
+        _sweep(x, y, tile, similarity, (torch.zeros_like(x), torch.zeros_like(y)))
+
+
+@contextmanager
+def products_by(library: str) -> Iterator[None]:
+    """``"onednn"``: it makes fp32 products meanwhile, exactly on CPUs without matrix units."""
     settings: Any = torch.backends.mkldnn.matmul
     found = settings.fp32_precision
     settings.fp32_precision = "bf16" if library == "onednn" else found
     try:
-        _sweep(x, y, tile, similarity)
-        _sweep(x, y, tile, similarity, (torch.zeros_like(x), torch.zeros_like(y)))
+        yield
     finally:
         settings.fp32_precision = found
 

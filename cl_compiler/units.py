@@ -31,9 +31,9 @@ _FACTOR = {unit.lower(): 1024**power for power, unit in enumerate(_BINARY_UNITS)
 _AMOUNT = re.compile(r"\s*(?P<number>\d[\d_]*(\.\d*)?|\.\d+)\s*(?P<unit>[A-Za-z]*)\s*")
 
 
-def counted(number: int, what: str) -> str:
-    """ "1 variant", "2 variants", "1,024 variants"."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
+def counted(number: int, what: str, several: str = "") -> str:
+    """ "1 variant", "2 variants", "1,024 variants"; ``several``: its plural, if not with an s."""
+    return f"{number:,} {what if number == 1 else several or f'{what}s'}"
 
 
 def parse_bytes(amount: str | int | float) -> int:

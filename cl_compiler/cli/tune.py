@@ -59,7 +59,8 @@ def tune(
         before, start = CpuTimes.now(), time.perf_counter()
         entry = fetch_variant(request, tuned=True)
         foreign = foreign_cores(before, CpuTimes.now(), time.perf_counter() - start)
-    so = "the fastest may be another; `cl-compiler cache clear`, and tune on a quiet machine"
+    kept = "" if entry.path is None else f"remove {entry.path.parent}, and "
+    so = f"the fastest may be another; {kept}tune again when the machine is quiet"
     others = "" if entry.hit else in_the_way(foreign, torch.get_num_threads(), so)
     if others:
         warnings.warn(others, stacklevel=2)

@@ -1,10 +1,11 @@
 """InfoNCE on several prefixes of the same embeddings at once; a factory."""
 
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 
 from cl_compiler import lang as cl
 from cl_compiler.errors import ArgumentError
+from cl_compiler.units import counted
 
 
 def matryoshka(prefixes, weights=None) -> cl.LossIR:
@@ -15,18 +16,23 @@ def matryoshka(prefixes, weights=None) -> cl.LossIR:
         weights: of each term; 1 by default, as in sentence-transformers' MatryoshkaLoss.
 
     Raises:
-        ArgumentError: prefixes that are not whole numbers from 1, or not as many weights.
+        ArgumentError: prefixes that are not whole numbers from 1, or not as many weights, numbers.
     """
-    prefixes = tuple(prefixes) if isinstance(prefixes, Iterable) else (prefixes,)
+    prefixes = _several(prefixes)
     whole = [isinstance(p, Integral) and not isinstance(p, bool) and p > 0 for p in prefixes]
     if not prefixes or not all(whole):
         raise ArgumentError(
             f"prefixes={prefixes}: give numbers of leading columns from 1, such as (64, 256, 768)."
         )
     prefixes = tuple(map(int, prefixes))
-    weights = (1.0,) * len(prefixes) if weights is None else tuple(weights)
+    weights = (1.0,) * len(prefixes) if weights is None else _several(weights)
+    if not all(isinstance(w, Real) and not isinstance(w, bool) for w in weights):
+        raise ArgumentError(f"weights={weights}: give a number for each prefix.")
     if len(weights) != len(prefixes):
-        raise ArgumentError(f"{len(prefixes)} prefixes and {len(weights)} weights: give as many.")
+        told = (
+            f"{counted(len(prefixes), 'prefix', 'prefixes')} and {counted(len(weights), 'weight')}"
+        )
+        raise ArgumentError(f"{told}: give as many.")
 
     @cl.define_loss(constants=[("prefixes", prefixes), ("weights", weights)])
     def matryoshka(logit_scale):
@@ -39,3 +45,9 @@ def matryoshka(prefixes, weights=None) -> cl.LossIR:
         return total
 
     return matryoshka
+
+
+def _several(given):
+    """A tuple of what is given, be it one."""
+    several = isinstance(given, Iterable) and getattr(given, "ndim", 1)  # an array of one is none
+    return tuple(given) if several else (given,)

@@ -66,7 +66,7 @@ def foreign_cores(
 
 
 def is_busy(foreign: float | None) -> bool:
-    """Whether cores that others kept busy are more than a tenth of all; not where nobody knows."""
+    """Whether others kept at least a tenth of all cores busy; not where nobody knows."""
     return foreign is not None and foreign >= _LITTLE * cores_here()
 
 
