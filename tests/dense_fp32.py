@@ -58,7 +58,8 @@ def limits(whole: Sample) -> Mapping[str, float]:
     worst: dict[str, float] = {}
     for order in range(ORDERS):
         shuffled = _shuffled(whole, order)
-        found = errors(dense(shuffled, torch.float32), shuffled)
+        by_hand = whole.case.formula is not None
+        found = errors(dense(shuffled, torch.float32, by_hand=by_hand), shuffled)
         if not all(map(math.isfinite, found.values())):  # its exponentials overflow
             found = errors(dense(shuffled, torch.float32, by_hand=False), shuffled)
         worst = {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}

@@ -8,7 +8,7 @@ place, and one of the travelling side goes on with its shard and ends at its own
 from __future__ import annotations
 
 from cl_compiler.errors import ScheduleError
-from cl_compiler.lang.ir import BANK, SLOTS, Reduction
+from cl_compiler.lang.ir import BANK, ROWS, SLOTS, Reduction
 from cl_compiler.lang.lower_pass import by_width, lower_pass
 from cl_compiler.lang.program import Pass, Program, Side
 from cl_compiler.lang.schedules import modes_of
@@ -25,13 +25,25 @@ def is_local(grid: Grid) -> bool:
     return not LOCAL_AXES.isdisjoint(grid)
 
 
+def operand_along(plan: SweepPlan, axis: str) -> str:
+    """An operand with an element per element of an axis: what says how many there are of it, where
+    a pass reads nothing else of that side."""
+    along = [op for op in plan.ir.operands if op.axes[0] == axis.removesuffix("2")]
+    return min(along, key=lambda op: len(op.axes)).name
+
+
 def ring_obstacle(plan: SweepPlan) -> str:
     """Why a loss cannot run on a group of ranks; "" where it can."""
     for sweep in plan.sweeps:
-        if BANK not in sweep.grid:
+        if BANK not in sweep.grid and SLOTS not in sweep.grid:
             continue
         for red in sweep.reductions:
-            if red.over != BANK:
+            if red.over == ROWS and SLOTS in sweep.grid:
+                return (
+                    f"{red.name} is reduced over {red.over} for every slot, and each rank has its "
+                    "own rows' slots; reduce over the slots instead"
+                )
+            if red.over != BANK and BANK in sweep.grid:
                 return (
                     f"{red.name} is reduced over {red.over} for every element of the queue, and "
                     "each rank has a copy of the queue; reduce over the queue instead"
@@ -73,7 +85,7 @@ TWO_GROUPS = frozenset({"two_level", BOTH_WAYS})
 def ring_schedules(plan: SweepPlan) -> dict[str, str]:
     """Each cluster schedule that a loss can use → ""; each that it cannot → the reason."""
     reasons = dict.fromkeys(CLUSTER_SCHEDULES, ring_obstacle(plan))
-    full = full_maxima(plan)
+    full = plan.full_maxima
     if full and plan.gradient is not None:
         for name in OWNER_COMPUTES.intersection(CLUSTER_SCHEDULES):
             reasons[name] = reasons[name] or (
@@ -84,17 +96,18 @@ def ring_schedules(plan: SweepPlan) -> dict[str, str]:
     return reasons
 
 
-def full_maxima(plan: SweepPlan) -> list[str]:
-    """Maxima whose elements a later sweep must find again bit for bit, in tiles cut alike."""
-    maxima = [n.name for n in plan.nodes if isinstance(n, Reduction) and n.monoid == "max"]
-    return [n for n in maxima if plan.is_full(n)]
-
-
 def _half_obstacle(plan: SweepPlan) -> str:
     """Why a tile of a loss does not stand for its transpose too; "" where each does."""
     for sweep in plan.sweeps:
         if is_local(sweep.grid):
             continue
+        matrices = [plan.leaves[name] for name in sweep.similarities]
+        maxima = plan.full_maxima
+        if not sweep.symmetric and maxima and all(m.is_symmetric for m in matrices):
+            return (
+                f"{maxima[0]} is a maximum, whose elements must be found again bit for bit, and a "
+                "tile need not have the bits of its transpose"
+            )
         if not sweep.symmetric:
             return (
                 f"it pairs {sweep.grid[0]} with {sweep.grid[1]} in a matrix that is not its own "
@@ -265,6 +278,7 @@ __all__ = [
     "build_ring_program",
     "canonical_obstacle",
     "is_local",
+    "operand_along",
     "ring_obstacle",
     "ring_schedules",
 ]

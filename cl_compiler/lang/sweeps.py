@@ -43,7 +43,7 @@ class Sweep:
     similarities: tuple[str, ...]
     """Similarities whose tiles are made here, one GEMM each."""
     symmetric: bool
-    """The grid pairs a set with itself, so half of the tiles suffice."""
+    """The grid pairs a set with itself, so half of the tiles suffice, which stand for the rest."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,12 @@ class SweepPlan:
         """Whether ``name`` is reduced from tiles."""
         node = self.by_name.get(name)
         return isinstance(node, Reduction) and is_full(node, self.leaves)
+
+    @cached_property
+    def full_maxima(self) -> tuple[str, ...]:
+        """Maxima whose elements a later sweep must find again bit for bit, in tiles cut alike."""
+        maxima = [n.name for n in self.nodes if isinstance(n, Reduction) and n.monoid == "max"]
+        return tuple(name for name in maxima if self.is_full(name))
 
     @cached_property
     def saved(self) -> tuple[str, ...]:
@@ -225,6 +231,7 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
     if any(k > forward for k in (*g_level.values(), *(levels[r.name] for r in reductions))):
         # there is a backward sweep anyway: then all gradient tiles wait for it
         g_level = {s: max(level, forward + 1) for s, level in g_level.items()}
+    found_again = _found_again(ir) if gradient else frozenset()
     sweeps = []
     top = max([0, *g_level.values(), *(levels[r.name] for r in reductions)])
     for level in range(1, top + 1):
@@ -240,8 +247,16 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
             sims = {x.name for e in exprs for x in e.free_symbols}
             used = tuple(sorted(n for n in sims if leaves[n].kind == "similarity"))
             symmetric = bool(used) and all(leaves[n].is_symmetric for n in used)
+            symmetric = symmetric and found_again.isdisjoint(used)
             sweeps.append(Sweep(level, grid, reds, gs, used, symmetric))
     return SweepPlan(ir, gradient, positives, needs, tuple(nodes), levels, tuple(sweeps), forward)
+
+
+def _found_again(ir: LossIR) -> frozenset[str]:
+    """What maxima are of: a gradient looks for their elements, bit for bit, and a product need not
+    have the bits of its transpose."""
+    maxima = [r for r in ir.reductions if r.monoid == "max"]
+    return frozenset(s.name for r in maxima for e in r.expressions for s in e.free_symbols)
 
 
 def _grid(axes: Iterable[str]) -> Grid:

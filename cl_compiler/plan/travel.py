@@ -32,7 +32,14 @@ import sympy as sp
 
 from cl_compiler.lang.ir import BANK, SLOTS
 from cl_compiler.lang.program import Pass, Program
-from cl_compiler.lang.ring import BOTH_WAYS, CANONICAL, HALF_RING, HOST, full_maxima, is_local
+from cl_compiler.lang.ring import (
+    BOTH_WAYS,
+    CANONICAL,
+    HALF_RING,
+    HOST,
+    is_local,
+    operand_along,
+)
 from cl_compiler.lang.tile_ir import Accumulate, Compute, VectorRef
 from cl_compiler.plan.sizes import COMPUTE_BYTES, INPUT_BYTES, count_of, largest, least
 from cl_compiler.plan.tape import Tape, tape_of
@@ -139,7 +146,7 @@ class Travel:
 def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
     """What each pass of a program moves; nothing where a rank has both sides to itself."""
     backward = {id(p) for stage in program.backward for p in stage.passes}
-    again = bool(full_maxima(program.plan))
+    again = bool(program.plan.full_maxima)
     result = []
     made: set[str] = set()
     for pass_ in program.passes:
@@ -151,12 +158,16 @@ def travels_of(program: Program, problem: Problem) -> tuple[Travel, ...]:
         side = 0 if pass_.sides == ("right",) else 1
         operands, gradients = _moved(program, pass_, side)
         stay, gains = _moved(program, pass_, 1 - side)
+        read, accumulated = _statistics(pass_, side)
+        if not operands and not read:
+            operands = {operand_along(program.plan, pass_.grid[side])}
         result.append(
             Travel(
                 phase,
                 sum(_width(problem, name) for name in operands),
                 sum(_width(problem, name) for name in gradients),
-                *_statistics(pass_, side),
+                read,
+                accumulated,
                 side,
                 sum(_width(problem, name) for name in stay),
                 sum(_width(problem, name) for name in gains),

@@ -220,6 +220,9 @@ def together(sample: Sample, cut: Split, name: str, parts: Sequence[Tensor]) -> 
     axes = {op.name: op.axes[0] for op in case.loss.operands}
     axes |= {n: case.loss.leaves[n].axes[0] for n in case.inputs}
     whole = torch.zeros_like(sample.tensors[name], dtype=parts[0].dtype)
+    if axes[name] == BANK:  # a queue that takes part in nothing
+        assert not any(part.any() for part in parts), name
+        return whole
     positions = cut.cols if axes[name] == COLS else cut.rows
     for position, part in zip(positions, parts, strict=True):
         whole[position] = part.cpu()

@@ -18,7 +18,7 @@ from cl_compiler.codegen.passes import PassPrinter
 from cl_compiler.codegen.strips import StripPassPrinter
 from cl_compiler.codegen.symbols import LENGTH
 from cl_compiler.lang.program import Pass, Program
-from cl_compiler.lang.ring import is_local
+from cl_compiler.lang.ring import is_local, operand_along
 from cl_compiler.lang.sweeps import SweepPlan
 from cl_compiler.lang.tile_ir import Accumulate, Diagonal, Mode
 
@@ -223,10 +223,14 @@ class RingPassPrinter(StripPassPrinter):
             for dim in (0, 1):
                 if any(self.views(s)[dim].operand == op.name for s in sims):
                     sides[dim].append(op.name)
-        at_home, travelling = sides[1 - self.travels], sides[self.travels]
+        at_home, travelling = list(sides[1 - self.travels]), list(sides[self.travels])
         body = self.body(self.code)
         products = [line for g in self.code.gradients for line in self.products.lines(g)]
         own, folds = self._folded()
+        for dim, names in enumerate(sides):
+            if not names and dim not in self.lengths:
+                self.lengths[dim] = operand_along(self.plan, p.grid[dim])
+                (travelling if dim == self.travels else at_home).append(self.lengths[dim])
         lengths = [names[0] if names else self.lengths[dim] for dim, names in enumerate(sides)]
         outputs = self._outputs()
         sent = [*travelling, *self.sent]

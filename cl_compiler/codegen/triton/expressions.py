@@ -16,6 +16,7 @@ from sympy.printing.str import StrPrinter
 
 from cl_compiler.codegen.printers import spaced
 from cl_compiler.codegen.triton.orientation import Orientation
+from cl_compiler.lang.rewrite import expand_function
 from cl_compiler.lang.tile_ir import (
     Accumulate,
     Compute,
@@ -348,6 +349,8 @@ class DiagonalPrinter(StrPrinter):
     def _print_Function(self, expr: sp.Function) -> str:
         if expr.is_number:
             return repr(float(expr))
+        if (rewritten := expand_function(expr)) is not None:
+            return str(self._print(rewritten))
         name = type(expr).__name__
         args = [str(self._print(a)) for a in expr.args]
         match name:

@@ -34,6 +34,8 @@ from cl_compiler.lang.tile_ir import (
     Gemm,
     Instruction,
     Mode,
+    Ref,
+    ScalarRef,
     TileProgram,
     TileRef,
     VectorRef,
@@ -81,8 +83,10 @@ class KernelPrinter(GradientPrinter):
     ) -> None:
         self.program, self.plan, self.pass_, self.mode = program, program.plan, pass_, mode
         self.names, self.name, self.tile = names, name, tile
-        self.descriptors, self.columns = descriptors, columns
+        self.columns = columns
         self.code: TileProgram = pass_.programs[mode]
+        self.descriptors = descriptors and bool(self.code.gemms or self.code.kept is not None)
+        """A kernel that reads neither operands nor kept tiles has no use of them."""
         self.hoisted: list[tuple[str, sp.Expr]] = []
         """(identifier, expression) of what is evaluated before the sweep."""
         self.table: dict[str, str] = {}
@@ -314,14 +318,14 @@ class KernelPrinter(GradientPrinter):
             block = []
         return [*lines, *block, f"    {variable} = {new}"]
 
-    def _on_diagonal(self, ref: object) -> str:
+    def _on_diagonal(self, ref: Ref) -> str:
         match ref:
             case TileRef(value=value):
                 return self.expressions.variables[value]
             case VectorRef(name=name, dim=dim):
                 return self.orientation.along(self.vector(name, dim, False), dim)
-            case _:
-                raise AssertionError(ref)
+            case ScalarRef(expr=expr):
+                return number(expr) if expr.is_number else self.scalar([expr])
 
     def _accumulate(self, k: KernelText, a: Accumulate) -> None:
         e = self.expressions

@@ -109,6 +109,17 @@ def own_dim(program: Program, pass_: Pass) -> int | None:
     return ("left", "right").index(pass_.sides[0])
 
 
+def obstacle_of_owners(program: Program) -> str:
+    """Why a program's gradients cannot be made where they are owned; "" where they can."""
+    maxima = program.plan.full_maxima
+    if not maxima:
+        return ""
+    return (
+        f"{maxima[0]} is a maximum, whose elements must be found again bit for bit, and kernels "
+        "that own columns multiply the other way round: 'spill' does not"
+    )
+
+
 def owned_view(plan: SweepPlan, similarity: str, own: int) -> View | None:
     """The operand whose gradient a similarity's tile goes into, if that is needed."""
     leaf = plan.leaves[similarity]
@@ -134,12 +145,11 @@ def adding_passes(program: Program) -> set[int]:
     result = set()
     for pass_ in program.passes:
         own = own_dim(program, pass_)
-        if own is None:
-            continue
-        operands = set(owned_operands(program.plan, pass_, own))
-        if shares_statistics(pass_, own) or made & operands:
+        sides = [("left", "right").index(side) for side in pass_.sides]
+        operands = {o for side in sides for o in owned_operands(program.plan, pass_, side)}
+        if own is not None and (shares_statistics(pass_, own) or made & operands):
             result.add(id(pass_))
-        made |= operands
+        made |= operands  # by slots and by what makes both sides, too
     return result
 
 

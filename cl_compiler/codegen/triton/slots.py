@@ -14,11 +14,12 @@ import sympy as sp
 from cl_compiler.codegen.names import Names
 from cl_compiler.codegen.pass_text import PassText
 from cl_compiler.codegen.passes import PassPrinter
+from cl_compiler.codegen.printers import TilePrinter
 from cl_compiler.codegen.products import ProductPrinter
 from cl_compiler.codegen.triton.sweep_text import SweepText
 from cl_compiler.lang.ir import SLOTS
 from cl_compiler.lang.program import Pass, Program
-from cl_compiler.lang.tile_ir import GradientTile
+from cl_compiler.lang.tile_ir import Compute, GradientTile, TileProgram, VectorRef
 
 SLOT_ROWS = 512
 """Rows of a block; a constant of the emitted file."""
@@ -49,10 +50,27 @@ class _SlotProducts(ProductPrinter):
         return [before, *super().lines(replace(g, scale=sp.Integer(1)))]
 
 
+class _SlotTiles(TilePrinter):
+    """As its base: tiles are fp32, and what is chosen into one must be, too."""
+
+    def compute(self, c: Compute) -> str:
+        if c.op != "where":
+            return super().compute(c)
+        mask, *args = (self.ref(a) for a in c.args)
+        chosen = [
+            f"{text}.float()" if isinstance(a, VectorRef) else text
+            for a, text in zip(c.args[1:], args, strict=True)
+        ]
+        return f"torch.where({mask}, {', '.join(chosen)}, out={self.tile(c.value)})"
+
+
 class _SlotPrinter(PassPrinter):
     """Prints one pass over slots."""
 
     on_device = True
+
+    def tile_printer(self, code: TileProgram) -> TilePrinter:
+        return _SlotTiles(code.buffers, self.scalar, self.vector, self.numbers, self.on_device)
 
     def text(self) -> PassText:
         self.products = _SlotProducts(self)

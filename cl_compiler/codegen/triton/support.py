@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cl_compiler.codegen.triton.core import capability
 from cl_compiler.codegen.triton.eight_bits import obstacle_of_eight_bits
+from cl_compiler.codegen.triton.owner import obstacle_of_owners
 from cl_compiler.codegen.triton.retain import obstacle_of_retain
 from cl_compiler.codegen.triton.row_panels import obstacle_of_panels
 from cl_compiler.codegen.triton.slots import obstacle_of_slots
@@ -29,6 +30,8 @@ def obstacle(problem: Problem, program: Program, precision: str = "auto") -> str
         return "float64 has no tensor cores; the torch template runs it on any device"
     if program.schedule not in ("spill", "recompute", "panel", "retain"):
         return f"schedule {program.schedule!r} has no Triton template; use 'spill'"
+    if program.schedule == "recompute" and (reason := obstacle_of_owners(program)):
+        return reason
     if program.schedule == "panel" and (reason := obstacle_of_panels(program)):
         return reason
     if program.schedule == "retain" and (reason := obstacle_of_retain(problem, program)):

@@ -77,10 +77,13 @@ def emit(
 @cache
 def served(schedule: Schedule = "spill") -> dict[str, Program]:
     """The zoo's cases that the back end claims, by name, as programs."""
-    found = {}
-    for case in zoo.cases():
-        if not valid_schedules(plan_sweeps(case.loss, case.positives, case.needs))[schedule]:
-            plan, program = plan_of(case, "float32", 20, PANEL, schedule=schedule)
-            if not obstacle(plan.problem, program):
-                found[case.name] = program
-    return found
+    programs = {case.name: program_of(case, schedule) for case in zoo.cases()}
+    return {name: program for name, program in programs.items() if program is not None}
+
+
+def program_of(case: Case, schedule: Schedule) -> Program | None:
+    """The program of a case of fp32 under a schedule that the back end claims for it."""
+    if valid_schedules(plan_sweeps(case.loss, case.positives, case.needs))[schedule]:
+        return None
+    plan, program = plan_of(case, "float32", 20, PANEL, schedule=schedule)
+    return None if obstacle(plan.problem, program) else program

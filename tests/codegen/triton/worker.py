@@ -22,7 +22,9 @@ from triton.runtime import interpreter
 
 from cl_compiler.lang.ring import HOST
 from cl_compiler.runtime.loader import load_source
+from tests import random_losses
 from tests.codegen.triton.emit import PANEL, RESIDENT, SMALL, emit
+from tests.dense_fp32 import limits
 from tests.losses_zoo import cases
 from tests.ring.shards import emit_ring, run_group, split
 from tests.ring.streams import pretend
@@ -101,7 +103,8 @@ def laid_out(function: Any, layout: str) -> Any:
 
 def draw(request: dict[str, Any]) -> Sample:
     """A sample whose operands are representable in the request's dtype."""
-    case = CASES[request["case"]]
+    name, _, seed = request["case"].partition(" ")
+    case = random_losses.draw(int(seed)) if name == "random" else CASES[name]
     given = request.get("parameters", {})
     case = dataclasses.replace(case, parameters={**case.parameters, **given})
     drawn = sample(case, request["m"], request["n"], request["d"], request["seed"])
@@ -127,13 +130,16 @@ def draw(request: dict[str, Any]) -> Sample:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Errors of the value and of every gradient against float64, and whether a guard tripped."""
+    """Errors of the value and of every gradient against float64, and whether a guard tripped.
+
+    With ``limits``: how large they may be, too.
+    """
     inputs = draw(request)
     run = run_on_ranks if "ring" in request else run_alone
     value, gradients, tripped = run(request, inputs)
     wanted_value = inputs.reference()
     wanted = inputs.gradients(wanted_value)
-    largest = max(float(g.norm()) for g in wanted.values())
+    largest = max(1e-30, *(float(g.norm()) for g in wanted.values()))
     expected = float(wanted_value.detach())
     errors = {"value": abs(value - expected) / max(1.0, abs(expected))}
     for name, gradient in gradients.items():
@@ -141,7 +147,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         share = 1.0 if wanted[name].dim() == 0 and request["dtype"] != "float32" else 1e-2
         size = max(float(wanted[name].norm()), share * largest)
         errors[name] = float((gradient.double() - wanted[name]).norm()) / size
-    return {"errors": errors, "tripped": tripped, "gradients": list(gradients)}
+    found = {"errors": errors, "tripped": tripped, "gradients": list(gradients)}
+    return {**found, "limits": dict(limits(inputs))} if request.get("limits") else found
 
 
 Found = tuple[float, dict[str, Tensor], bool]
