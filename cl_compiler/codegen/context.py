@@ -161,6 +161,7 @@ def build_context(
         "summed_at_once": SUMMED_AT_ONCE,
         "tiled_positives": POSITIVES_AT_ONCE if program.subtracts_positives else 0,
         "unshifted": program.is_unshifted,
+        "softmeans": program.has_softmeans,
         "row_scaled": any(
             tile.row_scale
             for pass_ in program.passes

@@ -29,7 +29,7 @@ SAFE_BOUND, LARGEST, SMALLEST = 70.0, 70.0, 2.0**-102
 # |logits| <= SAFE_BOUND: no exponential can overflow, or lose bits to underflow.  Beyond it they
 # are shifted so that the largest sum is below e^LARGEST; a sum of n terms of at least n * SMALLEST
 # has lost less than the last bit to terms that underflowed.  Smaller sums are redone with maxima.
-# Products with exponentials are divided by their sums afterwards: LARGEST leaves room for them.
+# What exponentials weight is divided by their sums afterwards: LARGEST leaves room for it.
 
 
 class _Process:
