@@ -16,6 +16,7 @@ from cl_compiler.codegen.strips import StripStagePrinter
 from cl_compiler.codegen.symbols import narrowed, scaled_in_products, view_text
 from cl_compiler.codegen.whole import WholeStagePrinter
 from cl_compiler.lang.differences import POSITIVES_AT_ONCE, SUMMED_AT_ONCE
+from cl_compiler.lang.headroom import weighs_exponentials
 from cl_compiler.lang.ir import SLOTS, Reduction, View, axes_of
 from cl_compiler.lang.program import Program
 from cl_compiler.lang.sweeps import SweepPlan
@@ -161,7 +162,7 @@ def build_context(
         "summed_at_once": SUMMED_AT_ONCE,
         "tiled_positives": POSITIVES_AT_ONCE if program.subtracts_positives else 0,
         "unshifted": program.is_unshifted,
-        "softmeans": program.has_softmeans,
+        "weighs_exponentials": weighs_exponentials(program),
         "row_scaled": any(
             tile.row_scale
             for pass_ in program.passes

@@ -113,14 +113,6 @@ class Program:
         )
 
     @cached_property
-    def has_softmeans(self) -> bool:
-        """Whether tiles are averaged with exponentials for weights."""
-        softmeans = (
-            n for n in self.plan.nodes if isinstance(n, Reduction) and n.monoid == "softmean"
-        )
-        return any(self.plan.is_full(n.name) for n in softmeans)
-
-    @cached_property
     def wide(self) -> frozenset[str]:
         """Vectors in fp64 whatever the tiles are in (``differences``)."""
         if self.narrow:

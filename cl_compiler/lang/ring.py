@@ -98,12 +98,13 @@ def ring_schedules(plan: SweepPlan) -> dict[str, str]:
 
 def _half_obstacle(plan: SweepPlan) -> str:
     """Why a tile of a loss does not stand for its transpose too; "" where each does."""
+    maxima = plan.full_maxima
     for sweep in plan.sweeps:
         if is_local(sweep.grid):
             continue
         matrices = [plan.leaves[name] for name in sweep.similarities]
-        maxima = plan.full_maxima
-        if not sweep.symmetric and maxima and all(m.is_symmetric for m in matrices):
+        is_own = bool(matrices) and all(m.is_symmetric for m in matrices)
+        if not sweep.symmetric and maxima and is_own:
             return (
                 f"{maxima[0]} is a maximum, whose elements must be found again bit for bit, and a "
                 "tile need not have the bits of its transpose"

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import sympy as sp
 
+from cl_compiler.lang import functions as fn
 from cl_compiler.lang.gradient import differentiate
 from cl_compiler.lang.ir import (
     SLOTS,
@@ -97,8 +98,8 @@ class SweepPlan:
     @cached_property
     def full_maxima(self) -> tuple[str, ...]:
         """Maxima whose elements a later sweep must find again bit for bit, in tiles cut alike."""
-        maxima = [n.name for n in self.nodes if isinstance(n, Reduction) and n.monoid == "max"]
-        return tuple(name for name in maxima if self.is_full(name))
+        maxima = _found_again(self.ir, self.gradient)
+        return tuple(red.name for red in maxima if self.is_full(red.name))
 
     @cached_property
     def saved(self) -> tuple[str, ...]:
@@ -231,7 +232,8 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
     if any(k > forward for k in (*g_level.values(), *(levels[r.name] for r in reductions))):
         # there is a backward sweep anyway: then all gradient tiles wait for it
         g_level = {s: max(level, forward + 1) for s, level in g_level.items()}
-    found_again = _found_again(ir) if gradient else frozenset()
+    again = [e for red in _found_again(ir, gradient) for e in red.expressions]
+    found_again = {s.name for e in again for s in e.free_symbols}
     sweeps = []
     top = max([0, *g_level.values(), *(levels[r.name] for r in reductions)])
     for level in range(1, top + 1):
@@ -252,11 +254,15 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
     return SweepPlan(ir, gradient, positives, needs, tuple(nodes), levels, tuple(sweeps), forward)
 
 
-def _found_again(ir: LossIR) -> frozenset[str]:
-    """What maxima are of: a gradient looks for their elements, bit for bit, and a product need not
-    have the bits of its transpose."""
-    maxima = [r for r in ir.reductions if r.monoid == "max"]
-    return frozenset(s.name for r in maxima for e in r.expressions for s in e.free_symbols)
+def _found_again(ir: LossIR, gradient: GradientIR | None) -> list[Reduction]:
+    """Maxima whose elements a gradient looks for, bit for bit: a product need not have the bits of
+    its transpose."""
+    if gradient is None:
+        return []
+    exprs = [e for n in gradient.steps if isinstance(n, Reduction) for e in n.expressions]
+    hits = [hit for e in (*exprs, *gradient.similarities.values()) for hit in e.atoms(fn.equal)]
+    sought = {s.name for hit in hits for s in hit.free_symbols}
+    return [r for r in ir.reductions if r.monoid == "max" and r.name in sought]
 
 
 def _grid(axes: Iterable[str]) -> Grid:

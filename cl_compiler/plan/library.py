@@ -17,11 +17,12 @@ def by_onednn(request: Request, machine: Machine, program: Program) -> bool:
     """Whether oneDNN makes a program's products.
 
     Not where bits must not depend on what was computed before: a process leaves it to BLAS to
-    multiply batches of more than a few sizes.  Nor where positives, which are BLAS's, are
-    subtracted from tiles.
+    multiply batches of more than a few sizes, or of any while another thread wants BLAS.  So not
+    where a backward must find a maximum's elements again, bit for bit.  Nor where positives, which
+    are BLAS's, are subtracted from tiles.
     """
     problem, spec = request.problem, machine.spec
-    if request.reproducible or program.subtracts_positives:
+    if request.reproducible or program.plan.full_maxima or program.subtracts_positives:
         return False
     if problem.M * problem.N * problem.D < ONEDNN_FROM or spec.kind != "cpu":
         return False

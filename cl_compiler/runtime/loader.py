@@ -13,6 +13,7 @@ import hashlib
 import importlib.abc
 import importlib.util
 import linecache
+import os
 import re
 import sys
 import threading
@@ -84,6 +85,15 @@ def sizes_as_they_were() -> Iterator[None]:
 def _sizes() -> list[set[tuple[object, ...]]]:
     """Of batches for which oneDNN keeps code, (module, shapes)."""
     return [process.sizes for process in _processes.values() if hasattr(process, "sizes")]
+
+
+def _forked() -> None:
+    for process in _processes.values():
+        process.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 class _VerifiedSource(importlib.abc.InspectLoader):

@@ -14,6 +14,7 @@ import torch
 
 from cl_compiler import lang as cl
 from cl_compiler.lang import reference
+from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import Tile
 from tests.ring.shards import emit_ring, run_group, split
 from tests.ring.shards import schedules_of as ring_schedules_of
@@ -86,3 +87,22 @@ def test_their_elements_are_found_again(name: str, rows: int, width: int) -> Non
         result = run_group(text, wanted, cut, dtype=torch.float32).result
         found = errors(result, wanted)
         assert max(found.values()) < 2e-6, (schedule, found)
+
+
+@cl.define_loss
+def logged_view(logit_scale):
+    """A maximum that no gradient looks for: what is reported, and what is detached."""
+    s = cl.similarity(cl.z, cl.z)
+    hardest = cl.max(s, over=cl.cols, where=~cl.is_self)
+    cl.output("hardest", hardest)
+    row = cl.logsumexp(logit_scale * s, over=cl.cols, where=~cl.is_self)
+    return cl.mean(row * cl.stop_gradient(hardest), over=cl.rows)
+
+
+def test_what_no_gradient_looks_for_leaves_half_of_the_tiles() -> None:
+    needs = frozenset({"z", "logit_scale"})
+    plan = plan_sweeps(logged_view, "ids", needs)
+    assert all(sweep.symmetric for sweep in plan.sweeps) and not plan.full_maxima
+    plan = plan_sweeps(nearest_view, "ids", frozenset({"z"}))
+    assert not any(sweep.symmetric for sweep in plan.sweeps) and plan.full_maxima
+    assert all(s.symmetric for s in plan_sweeps(nearest_view, "ids", frozenset()).sweeps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -112,3 +113,32 @@ def test_no_more_sizes_than_there_is_room_for() -> None:
     for thread in threads:
         thread.join()
     assert len(module._process.sizes) == module.SIZES_BY_ONEDNN
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_child_is_not_told_what_threads_of_its_parent_want() -> None:
+    process = load_source(FILES["onednn"], "test")._process
+    before = SETTING.fp32_precision
+    process.begin("bf16")
+    try:
+        child = os.fork()
+        if not child:
+            os._exit(0 if SETTING.fp32_precision == before and not process.wanted else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert process.wanted == ["bf16"]
+    finally:
+        process.end("bf16")
+
+
+def test_an_error_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = load_source(FILES["onednn"], "test")._process
+    before = SETTING.fp32_precision
+
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "own", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process.begin("bf16")
+    monkeypatch.undo()
+    assert not process.wanted and SETTING.fp32_precision == before

@@ -85,8 +85,8 @@ def caveats(outcome: Outcome) -> list[str]:
     if outcome.ended == "interrupted":
         notes.append("The run was interrupted: this is what was done until then.")
     same = outcome.same_batch
-    foreign = (same and same.foreign_cores) or 0.0
-    if is_busy(foreign):
+    foreign = None if same is None else same.foreign_cores
+    if foreign is not None and is_busy(foreign):
         notes.append(
             f"Other processes kept {foreign:.1f} of {cores_here()} cores busy during the steps at "
             "the same batch, which slows the compiled loss more than the dense one: run it again "

@@ -241,7 +241,7 @@ class SweepPrinter:
             params.update(dict.fromkeys(operands_of(self.plan, g)))
         for k in kernels:
             params.update(dict.fromkeys(k.operands))
-        for g in gradients:  # one that is linear in its similarity reads no operand
+        for g in gradients:  # the kernel of one that is linear in its similarity reads none
             params.update(dict.fromkeys(operands_of(self.plan, g)))
         params = params or {self.host.anchor: None}  # a count of ids makes no products
         totals = {p.total.partition("[")[0] for p in products} | {f"d_{o}" for o in owned}

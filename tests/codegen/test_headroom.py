@@ -1,0 +1,96 @@
+"""Sums of shifted exponentials leave room for what multiplies these before it is divided by them.
+
+Rows are their own positives, so that logits attain the bound that their norms give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cl_compiler import lang as cl
+from cl_compiler.lang.headroom import weighs_exponentials
+from cl_compiler.lang.schedules import build_program
+from cl_compiler.lang.sweeps import plan_sweeps
+from tests import losses_zoo as zoo
+from tests.ring.shards import emit_ring, run_group, split
+from tests.ring.shards import schedules_of as ring_schedules_of
+from tests.tiles import emit, errors, run, schedules_of
+from tests.zoo_case import Case, Sample, sample
+
+
+@cl.define_loss
+def expected_logit(logit_scale):
+    """The mean of the logits, each weighted with its probability: as large as the logits are."""
+    s = logit_scale * cl.similarity(cl.x, cl.y)
+    rows = cl.mean(cl.softmean(s, s, over=cl.cols), over=cl.rows)
+    return rows - cl.mean(cl.softmean(s, s, over=cl.rows), over=cl.cols)
+
+
+@cl.define_loss
+def row_weights(logit_scale):
+    """Logits times a number of the row, whose gradient sums what exponentials weigh."""
+    s = logit_scale * cl.similarity(cl.x, cl.y) * cl.row_input("weight")
+    return cl.mean(cl.logsumexp(s, over=cl.cols), over=cl.rows)
+
+
+@cl.define_loss
+def col_weights(logit_scale):
+    """Logits times a large number of the column, which comes after the exponential."""
+    s = logit_scale * cl.similarity(cl.x, cl.y) * cl.col_input("weight")
+    return cl.mean(cl.logsumexp(s, over=cl.cols), over=cl.rows)
+
+
+def case_of(loss, *inputs: str) -> Case:
+    return Case(
+        loss.name,
+        loss,
+        {"logit_scale": 1.0},
+        ranges=dict.fromkeys(inputs, (0.9, 1.0)),
+    )
+
+
+CASES = {
+    "expected_logit": case_of(expected_logit),
+    "row_weights": case_of(row_weights, "weight"),
+    "col_weights": case_of(col_weights, "weight"),
+}
+SCALES = (80.0, 700.0, 20000.0)
+
+
+def found_pairs(case: Case, rows: int, scale: float) -> Sample:
+    whole = sample(replace(case, parameters={"logit_scale": scale}), rows, rows, 8, seed=rows)
+    tensors = {n: t.detach().float().double() for n, t in whole.tensors.items()}
+    tensors["y"] = tensors["x"].clone()
+    tensors["y"][-1] = tensors["x"][0]  # but for one, so that gradients have not vanished
+    return replace(whole, tensors={n: t.requires_grad_() for n, t in tensors.items()})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", CASES)
+def test_they_do_not_overflow(name: str, scale: float, dtype: str) -> None:
+    case, kind = CASES[name], getattr(torch, dtype)
+    allowed = 4 * torch.finfo(kind).eps * (4 + scale)  # roundings of a logit in its exponential
+    for rows in (1, 2, 9):
+        whole = found_pairs(case, rows, scale)
+        tensors = {n: t.detach().to(kind).requires_grad_() for n, t in whole.tensors.items()}
+        for schedule in schedules_of(case):
+            text = emit(case, schedule, dtype=dtype, width=8)
+            found = errors(run(text, replace(whole, tensors=tensors)), whole)
+            assert max(found.values()) <= allowed, (rows, schedule, found)
+        cut = split(case, rows, rows, (2, 1))
+        for schedule in ring_schedules_of(case):
+            text = emit_ring(case, schedule, dtype=dtype, width=8)
+            found = errors(run_group(text, whole, cut, dtype=kind).result, whole)
+            assert max(found.values()) <= allowed, (rows, schedule, found)
+
+
+def test_what_has_no_use_of_room_has_none() -> None:
+    """The usual losses multiply by inverses of sums first, and are shifted as little as can be."""
+    for name, wanted in (("clip", False), ("nt_xent", False), ("supcon", False), ("entropy", True)):
+        case = next(case for case in zoo.cases() if case.name == name)
+        program = build_program(plan_sweeps(case.loss, case.positives, case.needs), "spill")
+        assert weighs_exponentials(program) == wanted, name
