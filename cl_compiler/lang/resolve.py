@@ -83,15 +83,44 @@ class _Resolver:
             return new.symbol
         return expr.func(*(self.at_row(a) for a in expr.args))
 
+    def decided(self, expr: sp.Expr) -> sp.Expr:
+        """With comparisons of a pair and its positive decided where the pair is that positive.
+
+        A tile's product and the vector at positives are rounded differently: ``s < p`` would be
+        true of some positives themselves.
+        """
+        if self.by_ids:
+            return expr
+        known = {}
+        for mask in expr.atoms(fn.greater, fn.greater_equal):
+            if axes_of(mask, self.leaves) != {ROWS, COLS} or not self.reads_positives(mask):
+                continue
+            left, right = (self.at_row(a) for a in mask.args)
+            if sp.expand(left - right) != 0:
+                continue
+            self.leaves.setdefault(IS_POSITIVE.name, _is_positive())
+            known[mask] = (
+                fn.mask_and(fn.mask_not(IS_POSITIVE), mask)
+                if isinstance(mask, fn.greater)
+                else fn.mask_or(IS_POSITIVE, mask)
+            )
+        return expr.xreplace(known)
+
+    def reads_positives(self, expr: sp.Expr) -> bool:
+        """Whether vectors of values at positives, of rows or moved to columns, occur."""
+        moved = {r.name for r in self.reductions if r.monoid in ("to_rows", "to_cols")}
+        leaves = [self.leaves[s.name] for s in expr.free_symbols]
+        return any(leaf.kind == "similarity_at_positive" or leaf.name in moved for leaf in leaves)
+
     def on_axis(self, row_vector: sp.Expr, axis: str) -> sp.Expr:
         return row_vector if axis == ROWS else self.move(row_vector, COLS)
 
     def resolve(self, red: Reduction) -> sp.Expr:
         red = replace(
             red,
-            operand=red.operand.xreplace(self.values),
-            where=red.where.xreplace(self.values),
-            logits=None if red.logits is None else red.logits.xreplace(self.values),
+            operand=self.decided(red.operand.xreplace(self.values)),
+            where=self.decided(red.where.xreplace(self.values)),
+            logits=None if red.logits is None else self.decided(red.logits.xreplace(self.values)),
         )
         axes = self.ir.leaves[red.name].axes
         target = COLS if red.over == ROWS else ROWS
@@ -134,6 +163,10 @@ class _Resolver:
         )
         some = fn.greater(number, fn.ZERO)
         return fn.select(some, total / fn.maximum(number, fn.ONE), fn.ZERO)
+
+
+def _is_positive() -> Leaf:
+    return Leaf(IS_POSITIVE.name, "is_positive", (ROWS, COLS))
 
 
 def _without_positive(where: sp.Expr) -> sp.Expr | None:

@@ -255,13 +255,14 @@ def plan_sweeps(loss: LossIR, positives: Positives, needs: frozenset[str]) -> Sw
 
 
 def _found_again(ir: LossIR, gradient: GradientIR | None) -> list[Reduction]:
-    """Maxima whose elements a gradient looks for, bit for bit: a product need not have the bits of
-    its transpose."""
-    if gradient is None:
-        return []
-    exprs = [e for n in gradient.steps if isinstance(n, Reduction) for e in n.expressions]
-    hits = [hit for e in (*exprs, *gradient.similarities.values()) for hit in e.atoms(fn.equal)]
-    sought = {s.name for hit in hits for s in hit.free_symbols}
+    """Maxima that pairs are compared with, as a gradient does to find their elements: bit for bit,
+    and a product need not have the bits of its transpose."""
+    steps = gradient.steps if gradient else ()
+    reductions = [n for n in (*ir.reductions, *steps) if isinstance(n, Reduction)]
+    exprs = [e for red in reductions for e in red.expressions]
+    exprs += gradient.similarities.values() if gradient else ()
+    kinds = (fn.equal, fn.greater, fn.greater_equal)
+    sought = {s.name for e in exprs for mask in e.atoms(*kinds) for s in mask.free_symbols}
     return [r for r in ir.reductions if r.monoid == "max" and r.name in sought]
 
 

@@ -377,12 +377,21 @@ class _Process:
     def begin(self, wanted):
         with self.lock:
             self.wanted.append(wanted)
-            self._settle()
+            try:
+                self._settle()
+            except BaseException:
+                self.end(wanted)
+                raise
 
     def end(self, wanted):
         with self.lock:
             self.wanted.remove(wanted)
             self._settle()
+
+    def forked(self):
+        """In a child, where other threads are not."""
+        self.lock, self.wanted = threading.RLock(), []
+        self._settle()
 
     def own(self):
         """The caller's setting; "none" where it is that of all operators."""
@@ -408,15 +417,15 @@ class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
     def __enter__(self):
-        _process.begin(MATMUL_PRECISION)
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         if self.autocast:
             torch.set_autocast_enabled("cpu", False)
+        _process.begin(MATMUL_PRECISION)
 
     def __exit__(self, *_):
+        _process.end(MATMUL_PRECISION)
         if self.autocast:
             torch.set_autocast_enabled("cpu", True)
-        _process.end(MATMUL_PRECISION)
 
 
 def _shift(bound, terms):

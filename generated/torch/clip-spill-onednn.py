@@ -55,12 +55,21 @@ class _Process:
     def begin(self, wanted):
         with self.lock:
             self.wanted.append(wanted)
-            self._settle()
+            try:
+                self._settle()
+            except BaseException:
+                self.end(wanted)
+                raise
 
     def end(self, wanted):
         with self.lock:
             self.wanted.remove(wanted)
             self._settle()
+
+    def forked(self):
+        """In a child, where other threads are not."""
+        self.lock, self.wanted = threading.RLock(), []
+        self._settle()
 
     def own(self):
         """The caller's setting; "none" where it is that of all operators."""
@@ -120,15 +129,15 @@ class _MatmulPrecision:
         self.wanted = _setting_for(*sizes)
 
     def __enter__(self):
-        _process.begin(self.wanted)
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         if self.autocast:
             torch.set_autocast_enabled("cpu", False)
+        _process.begin(self.wanted)
 
     def __exit__(self, *_):
+        _process.end(self.wanted)
         if self.autocast:
             torch.set_autocast_enabled("cpu", True)
-        _process.end(self.wanted)
 
 
 def _shift(bound, terms):
