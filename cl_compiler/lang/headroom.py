@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from cl_compiler.lang.lower import inverse_of
 from cl_compiler.lang.program import Program
-from cl_compiler.lang.tile_ir import Compute, Ref, ScalarRef, TileProgram, TileRef, VectorRef
+from cl_compiler.lang.tile_ir import (
+    Compute,
+    Diagonal,
+    Ref,
+    ScalarRef,
+    TileProgram,
+    TileRef,
+    VectorRef,
+)
 
 _PASSED_ON = frozenset({"add", "neg", "where", "fill_where"})
 
@@ -34,6 +42,9 @@ def _weighs(code: TileProgram, inverses: set[object]) -> bool:
         return isinstance(ref, TileRef) and ref.value in raw
 
     for i in code.instructions:
+        if isinstance(i, Diagonal):
+            raw |= {i.value} if i.base in raw else set()
+            inverse |= {i.value} if i.base in inverse else set()
         if not isinstance(i, Compute) or i.is_mask:
             continue
         if i.op in ("exp", "exp2"):

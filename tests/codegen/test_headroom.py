@@ -43,6 +43,13 @@ def col_weights(logit_scale):
     return cl.mean(cl.logsumexp(s, over=cl.cols), over=cl.rows)
 
 
+@cl.define_loss
+def weighted_views(logit_scale):
+    """Of one set, whose diagonal is left out of the exponentials first."""
+    s = logit_scale * cl.similarity(cl.z, cl.z) * cl.col_input("weight")
+    return cl.mean(cl.logsumexp(s, over=cl.cols, where=~cl.is_self), over=cl.rows)
+
+
 def case_of(loss, *inputs: str) -> Case:
     return Case(
         loss.name,
@@ -94,3 +101,5 @@ def test_what_has_no_use_of_room_has_none() -> None:
         case = next(case for case in zoo.cases() if case.name == name)
         program = build_program(plan_sweeps(case.loss, case.positives, case.needs), "spill")
         assert weighs_exponentials(program) == wanted, name
+    sweeps = plan_sweeps(weighted_views, "views", frozenset({"z", "weight"}))
+    assert weighs_exponentials(build_program(sweeps, "spill"))
