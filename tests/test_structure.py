@@ -217,3 +217,8 @@ def test_no_file_is_long():
     files = [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".jinja")]
     lines = {p.relative_to(ROOT).as_posix(): len(p.read_text().splitlines()) for p in files}
     assert {name: n for name, n in lines.items() if n > LONGER.get(name, LIMIT)} == {}
+
+
+def test_no_module_lies_at_the_top():
+    """What a script of the day wrote there was committed once."""
+    assert not list(ROOT.glob("*.py"))
