@@ -226,16 +226,21 @@ class StagePrinter:
                     shift = self.names(shift_of(owner).name)
                     call.shifts.append((shift, f"{self.bound(expr)}, {terms}"))
             for red in names:
-                shift = self.names(shift_of(shift_owner(self.program, red)).name)
-                accumulator = self.names(f"sum_{red.name}")
-                test = f"_in_range({shift}, {accumulator}, {self._terms(red.name, pass_)})"
-                call.guards.setdefault(shift, []).append(test)
+                sums = self.names(f"sum_{red.name}")
+                test = f"_in_range({self.shift(red)}, {sums}, {self._terms(red.name, pass_)})"
+                call.guards.setdefault(self.shift(red), []).append(test)
+            for red in pass_.softmeans:  # of values as large as the type allows
+                test = f"{self.names(f'sum_{red.name}')}.isfinite().all().item()"
+                call.guards.setdefault(self.shift(red), []).append(test)
         used = _shifts_read(self.program, pass_) if forward else set(owners.values())
         shifts = dict.fromkeys(self.names(shift_of(o).name) for o in sorted(used))
         call.condition = " and ".join(f"{s} is not None" for s in shifts)
         if pass_.gradients and forward:
             outs = sorted({o for s in pass_.gradients for o in self._operands(s)})
             call.reset = [f"d_{o}.zero_()" for o in outs]
+
+    def shift(self, red: Reduction) -> str:
+        return self.names(shift_of(shift_owner(self.program, red)).name)
 
     def _operands(self, sim: str) -> list[str]:
         leaf = self.leaves[sim]

@@ -62,6 +62,11 @@ class Pass:
         return replace(self, programs=programs, remake=remake, rounded={}, rounded_remake={})
 
     @property
+    def softmeans(self) -> tuple[Reduction, ...]:
+        """Weighted means among what it reduces."""
+        return tuple(r for r in self.reductions if r.monoid == "softmean")
+
+    @property
     def is_slots(self) -> bool:
         """Tiles are [m, K]: each row with its own K slots."""
         return SLOTS in self.grid

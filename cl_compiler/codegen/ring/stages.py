@@ -82,11 +82,12 @@ class RingStagePrinter(StagePrinter):
         if self.largest:
             names, vectors = ", ".join(self.largest.values()), ", ".join(self.largest)
             call.largest = f"{names} = ring.largest({vectors})"
-        # A shift is the same on every rank, and 0 where nothing can go out of range.
-        call.guards = {
-            shift: [f"({shift} == 0 or ring.agrees({' and '.join(tests)}))"]
-            for shift, tests in call.guards.items()
-        }
+        # A shift is the same on every rank, and 0 where no exponential can go out of range.
+        weighted = {self.shift(red) for red in pass_.softmeans}
+        for shift, tests in call.guards.items():
+            agreed = f"ring.agrees({' and '.join(tests)})"
+            either = agreed if shift in weighted else f"({shift} == 0 or {agreed})"
+            call.guards[shift] = [either]
 
     def _terms(self, name: str, pass_: Pass) -> str:
         node = self.plan.by_name[name]

@@ -195,6 +195,9 @@ class SweepPrinter:
             shift = self.names(shift_of(shift_owner(self.program, red)).name)
             sums = self.names(f"sum_{red.name}")
             call.lines.append(f"unsafe = unsafe | _out_of_range({shift}, {sums}, {terms})")
+        for red in pass_.softmeans:  # of values as large as the type allows
+            sums = self.names(f"sum_{red.name}")
+            call.lines.append(f"unsafe = unsafe | ~torch.isfinite({sums}).all()")
         call.lines += self._hoisted(printers[1])
         self._launch(call, pass_, kernels[1].name, kernels[1:], "_safe")
         call.lines += self._finish(pass_, "", "_safe")

@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 
 from cl_compiler.lang.ring import HOST
 from cl_compiler.runtime.loader import load_source
-from tests import random_losses
+from tests import heavy_losses, random_losses
 from tests.codegen.triton.emit import PANEL, RESIDENT, SMALL, emit
 from tests.dense_fp32 import limits
 from tests.losses_zoo import cases
@@ -30,7 +30,7 @@ from tests.ring.shards import emit_ring, run_group, split
 from tests.ring.streams import pretend
 from tests.zoo_case import Sample, held_in_e4m3, sample
 
-CASES = {case.name: case for case in cases()}
+CASES = {case.name: case for case in cases()} | heavy_losses.CASES
 
 
 def mend_bfloat16() -> None:
@@ -122,6 +122,10 @@ def draw(request: dict[str, Any]) -> Sample:
     if request.get("aligned"):  # each row all but equals its positive
         with torch.no_grad():
             tensors["x"].copy_((tensors["y"] + 0.05 * tensors["x"]).to(dtype))
+    if request.get("found"):  # rows are their positives, but for the last
+        with torch.no_grad():
+            tensors["y"].copy_(tensors["x"])
+            tensors["y"][-1] = tensors["x"][0]
     if request.get("opposed"):  # a row that is far from every column
         with torch.no_grad():
             tensors["x"][0] = -tensors["y"].mean(0) / tensors["y"].mean(0).norm()
