@@ -29,6 +29,7 @@ def compile_(
     dtype: opt.DType = opt.DEFAULT_DTYPE,
     precision: opt.Precision = "auto",
     schedule: opt.Schedule = "auto",
+    deterministic: opt.Deterministic = False,
     positives: opt.Positives = "auto",
     gradients: opt.Gradients = "auto",
     slots: opt.Slots = 0,
@@ -47,8 +48,8 @@ def compile_(
     """
     question = ask(
         hardware=hardware, budget=budget, loss=loss, problem=problem, M=M, N=N, D=D, dtype=dtype,
-        precision=precision, schedule=schedule, positives=positives, gradients=gradients,
-        slots=slots, bank=bank, operands=operand,
+        precision=precision, schedule=schedule, deterministic=deterministic, positives=positives,
+        gradients=gradients, slots=slots, bank=bank, operands=operand,
     )  # fmt: skip
     entry = compile_question(question)
     if out is not None:

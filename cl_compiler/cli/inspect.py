@@ -40,6 +40,7 @@ def inspect(
     dtype: opt.DType = opt.DEFAULT_DTYPE,
     precision: opt.Precision = "auto",
     schedule: opt.Schedule = "auto",
+    deterministic: opt.Deterministic = False,
     positives: opt.Positives = "auto",
     gradients: opt.Gradients = "auto",
     slots: opt.Slots = 0,
@@ -74,8 +75,8 @@ def inspect(
         return
     question = ask(
         hardware=hardware, budget=budget, loss=loss, problem=problem, M=M, N=N, D=D, dtype=dtype,
-        precision=precision, schedule=schedule, positives=positives, gradients=gradients,
-        slots=slots, bank=bank, operands=operand,
+        precision=precision, schedule=schedule, deterministic=deterministic, positives=positives,
+        gradients=gradients, slots=slots, bank=bank, operands=operand,
     )  # fmt: skip
     other = changed(question, diff) if diff else None
     shown: dict[str, Any] = {}

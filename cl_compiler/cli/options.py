@@ -13,6 +13,7 @@ __all__ = [
     "Budget",
     "Cols",
     "DType",
+    "Deterministic",
     "Features",
     "Gradients",
     "Hardware",
@@ -90,6 +91,14 @@ Schedule = Annotated[
         "-s",
         help="auto, or one of recompute, spill, panel, retain, dense; on several devices, one of "
         "ring_owner, ring_travel, all_gather, two_level, half_ring, both_ways, host.",
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Bits that do not depend on what the process multiplied before: "
+        "compile_loss(deterministic=True).",
     ),
 ]
 Positives = Annotated[

@@ -36,6 +36,7 @@ def plan(
     dtype: opt.DType = opt.DEFAULT_DTYPE,
     precision: opt.Precision = "auto",
     schedule: opt.Schedule = "auto",
+    deterministic: opt.Deterministic = False,
     positives: opt.Positives = "auto",
     gradients: opt.Gradients = "auto",
     slots: opt.Slots = 0,
@@ -64,8 +65,8 @@ def plan(
         )
     question = ask(
         hardware=hardware, budget=budget, loss=loss, problem=problem, M=M, N=N, D=D, dtype=dtype,
-        precision=precision, schedule=schedule, positives=positives, gradients=gradients,
-        slots=slots, bank=bank, operands=operand,
+        precision=precision, schedule=schedule, deterministic=deterministic, positives=positives,
+        gradients=gradients, slots=slots, bank=bank, operands=operand,
     )  # fmt: skip
     steps = ["the machine and the loss", "the search", *(["the largest batch"] * max_batch)]
     with working("planning", steps) as step:

@@ -53,6 +53,7 @@ class Question:
     dtype: str = DEFAULT_DTYPE
     precision: str = "auto"
     schedule: str = "auto"
+    deterministic: bool = False
     positives: str = "auto"
     gradients: str = "auto"
     slots: int = 0
@@ -125,13 +126,20 @@ def changed(question: Question, changes: Iterable[str]) -> Question:
             raise typer.BadParameter(
                 f"--diff {text!r}: write option=value with one of {', '.join(sorted(names))}"
             )
-        is_number = isinstance(getattr(question, name), int)
-        if is_number and not value.isdigit():
-            raise typer.BadParameter(f"--diff {text!r}: {name} is a whole number")
-        values[name] = int(value) if is_number else value
+        values[name] = _read(value, type(getattr(question, name)), f"--diff {text!r}: {name}")
         if name == "problem":
             values |= {"M": 0, "N": 0, "D": 0}
     return replace(question, **values)  # type: ignore[arg-type]
+
+
+def _read(text: str, kind: type, what: str) -> str | int:
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
+    if kind is bool:
+        raise typer.BadParameter(f"{what} is true or false")
+    if kind is int and not text.isdigit():
+        raise typer.BadParameter(f"{what} is a whole number")
+    return int(text) if kind is int else text
 
 
 def check_path(option: str, path: Path, suffixes: Collection[str] = ()) -> None:
@@ -264,6 +272,7 @@ def request_of(question: Question) -> Request:
         gradients_of(question.gradients, loss),
         precision_of(question.precision, problem, hardware),
         question.schedule,
+        deterministic=question.deterministic,
     )
 
 

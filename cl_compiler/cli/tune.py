@@ -25,6 +25,7 @@ def tune(
     dtype: opt.DType = opt.DEFAULT_DTYPE,
     precision: opt.Precision = "auto",
     schedule: opt.Schedule = "auto",
+    deterministic: opt.Deterministic = False,
     positives: opt.Positives = "auto",
     gradients: opt.Gradients = "auto",
     slots: opt.Slots = 0,
@@ -44,8 +45,8 @@ def tune(
         raise typer.Exit(1) from None
     question = ask(
         hardware=hardware, budget=budget, loss=loss, problem=problem, M=M, N=N, D=D, dtype=dtype,
-        precision=precision, schedule=schedule, positives=positives, gradients=gradients,
-        slots=slots, bank=bank, operands=operand,
+        precision=precision, schedule=schedule, deterministic=deterministic, positives=positives,
+        gradients=gradients, slots=slots, bank=bank, operands=operand,
     )  # fmt: skip
     with working("tuning", ("the machine and the loss", "candidates")) as step:
         step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from importlib import import_module
 from inspect import isfunction, signature
@@ -39,6 +40,17 @@ def test_a_request_is_the_one_that_compile_loss_makes(loss, dtype):
     specialise = Specialiser(find_loss(loss), XEON, MemoryBudget(64 << 20), "auto", "auto")
     call = specialise.signature_of(Problem(512, 512, 64, dtype))
     assert request_of(question) == specialise.request(call)
+
+
+def test_a_deterministic_request_is_multiplied_by_blas(cli):
+    asked = ("plan", "--hardware", "epyc-zen5-2c", "--budget", "512MiB", "--json")
+    plain = json.loads(cli(*asked).stdout)
+    blas = json.loads(cli(*asked, "--deterministic").stdout)
+    assert (plain["library"], blas["library"]) == ("onednn", "blas")
+    question = changed(Question(hardware="epyc-zen5-2c"), ["deterministic=true"])
+    assert request_of(question).deterministic
+    with pytest.raises(typer.BadParameter, match="deterministic is true or false"):
+        changed(question, ["deterministic=1"])
 
 
 @pytest.mark.parametrize(
