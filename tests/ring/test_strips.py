@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from cl_compiler import compile_loss
 from cl_compiler.codegen.ring.backend import plan_and_print_ring
 from cl_compiler.hardware import load_hardware
 from cl_compiler.hardware.ranks import with_ranks
 from cl_compiler.lang.ring import CANONICAL, HOST
 from cl_compiler.lang.sweeps import plan_sweeps
 from cl_compiler.plan.types import MemoryBudget, Plan, Problem, Request, Tile
+from cl_compiler.runtime import loader
+from cl_compiler.runtime.measure import planted_pairs
 from tests import losses_zoo as zoo
 from tests.dense_fp32 import dense
 from tests.ring.numerics import Job
+from tests.ring.processes import launch
 from tests.ring.shards import emit_ring, run_group, schedules_of, split
 from tests.ring.test_numerics import check
 from tests.ring.test_plan import live_bytes, request
@@ -118,3 +123,24 @@ def test_a_rank_holds_what_was_predicted(schedule: str) -> None:
 
 def test_real_ranks_multiply_by_onednn() -> None:
     check([Job("clip", "ring_travel", (3, 2), 4, library="onednn", size=(600, 660, 96))], 2)
+
+
+def sizes_met(rank: int, theirs: list[int]) -> list[int]:
+    """How many sizes of batches are oneDNN's after each: rank 0's shard stays as large as it is."""
+    loss_fn = compile_loss(ZEN5, "64MiB", group=dist.group.WORLD, timeout_s=30)
+    found = []
+    for number, rows in enumerate(theirs):
+        mine = rows if rank else 300
+        x, y = (t.requires_grad_() for t in planted_pairs(mine, mine, 64, seed=number))
+        loss_fn(x, y, logit_scale=14.3).backward()
+        assert loss_fn.plan.library == "onednn"
+        found.append(sum(map(len, loader._sizes())))
+    loss_fn.close()
+    return found
+
+
+def test_peers_sizes_are_sizes_of_a_batch() -> None:
+    """What a rank multiplies depends on them, so its libraries keep code for them, too."""
+    theirs = [300 + 8 * i for i in range(10)]
+    for outcome in launch(sizes_met, 2, [*theirs, *theirs]):
+        assert outcome.needed() == [1, 2, 3, 4, 5, 6, 7, 8, *[8] * 12]
