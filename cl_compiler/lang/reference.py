@@ -349,7 +349,7 @@ def _elementwise(expr: sp.Expr, args: list[Tensor]) -> Tensor:
         case fn.absolute() | sp.Abs():
             return torch.abs(a)
         case fn.maximum():
-            return torch.where(a > b, a, b)
+            return torch.where((a > b) | a.isnan(), a, b)
         case fn.logaddexp():
             return torch.logaddexp(a, b)
         case fn.stop_gradient():

@@ -80,10 +80,16 @@ def _crosses(i, j, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _base(largest):
+    """What logits are taken relative to: not to an infinity."""
+    return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+
+
+@triton.jit
 def _logsumexp(t, axis: tl.constexpr):
     """(maximum, sum of exponentials relative to it) along an axis."""
     largest = tl.max(t, axis)
-    base = tl.where(largest == float("-inf"), 0.0, largest)
+    base = _base(largest)
     return largest, tl.sum(_exp2((t - tl.expand_dims(base, axis)) * LOG2E), axis)
 
 
@@ -91,7 +97,7 @@ def _logsumexp(t, axis: tl.constexpr):
 def _merge_logsumexp(maximum, total, other_maximum, other_total):
     """Two (maximum, sum) pairs as one."""
     largest = tl.maximum(maximum, other_maximum)
-    base = tl.where(largest == float("-inf"), 0.0, largest)
+    base = _base(largest)
     total = total * _exp2((maximum - base) * LOG2E)
     return largest, total + other_total * _exp2((other_maximum - base) * LOG2E)
 

@@ -76,10 +76,16 @@ def _crosses(i, j, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _base(largest):
+    """What logits are taken relative to: not to an infinity."""
+    return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+
+
+@triton.jit
 def _logsumexp(t, axis: tl.constexpr):
     """(maximum, sum of exponentials relative to it) along an axis."""
     largest = tl.max(t, axis)
-    base = tl.where(largest == float("-inf"), 0.0, largest)
+    base = _base(largest)
     return largest, tl.sum(_exp2((t - tl.expand_dims(base, axis)) * LOG2E), axis)
 
 

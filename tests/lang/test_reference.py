@@ -201,3 +201,18 @@ def test_outputs_are_detached_and_as_long_as_their_axis():
     torch.testing.assert_close(outputs["columns"], s.sum(0))
     torch.testing.assert_close(outputs["total"], torch.logsumexp(s, 1).sum())
     assert not any(t.requires_grad for t in outputs.values())
+
+
+def test_the_larger_of_two_is_nan_where_either_is():
+    """As ``torch.maximum``, which tiles use."""
+
+    @cl.define_loss
+    def larger(sim):
+        pairs = cl.maximum(sim, cl.row_input("a")) + cl.maximum(cl.row_input("b"), sim)
+        return cl.sum(cl.sum(pairs, over=cl.cols), over=cl.rows)
+
+    for name in ("a", "b", "x"):
+        tensors = {n: t.detach() for n, t in inputs(3, 3).items()}
+        tensors |= {n: torch.ones(3, dtype=torch.float64) for n in ("a", "b")}
+        tensors[name].view(-1)[1] = torch.nan
+        assert evaluate(larger, tensors, {}).isnan()

@@ -38,11 +38,13 @@ HELPERS = (
     "_softplus",
     "_relu",
     "_maximum",
+    "_largest",
     "_expm1",
     "_logaddexp",
     "_power",
     "_fold",
     "_crosses",
+    "_base",
     "_logsumexp",
     "_softmean",
     "_merge_logsumexp",
@@ -61,7 +63,11 @@ HELPERS = (
 NEEDED_BY = {
     "_softplus": ("_log1p",),
     "_logaddexp": ("_log1p",),
-    "_merge_softmean": (),
+    "_largest": ("_maximum",),
+    "_logsumexp": ("_base",),
+    "_softmean": ("_base",),
+    "_merge_logsumexp": ("_base",),
+    "_merge_softmean": ("_base",),
     "_logsubexp": ("_one_minus_exp",),
 }
 

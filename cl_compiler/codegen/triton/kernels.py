@@ -341,7 +341,7 @@ class KernelPrinter(GradientPrinter):
             case "sum":
                 fold = f"tl.sum({tiles[0]}, 1)"
             case "max":
-                fold = f"tl.max({tiles[0]}, {a.dim})"
+                fold = f"_largest({tiles[0]}, {a.dim})"
             case _:
                 fold = f"_{a.kind}({', '.join(tiles)}, {a.dim})"
         if a.dim == 1:
@@ -365,7 +365,7 @@ class KernelPrinter(GradientPrinter):
                     k.finish.append(f"{running[0]} = tl.sum({running[0]}, 0)")
             case "max":
                 k.start.append(f'{running[0]} = tl.full([BLOCK_N], float("-inf"), tl.float32)')
-                k.body.append(f"{running[0]} = tl.maximum({running[0]}, {fold})")
+                k.body.append(f"{running[0]} = _maximum({running[0]}, {fold})")
             case _:
                 k.start.append(f'{running[0]} = tl.full([BLOCK_N], float("-inf"), tl.float32)')
                 k.start += [f"{r} = tl.zeros([BLOCK_N], tl.float32)" for r in running[1:]]

@@ -267,7 +267,7 @@ class OwnerPrinter(KernelPrinter):
         pointers = tuple(f"{t}_{side}" for t in targets)
         k.partials.append(Partial(a.kind, pointers, targets, a.dim, a.mirrored))
         kept = 1 - a.dim
-        fold = {"sum": "tl.sum", "max": "tl.max"}.get(a.kind, f"_{a.kind}")
+        fold = {"sum": "tl.sum", "max": "_largest"}.get(a.kind, f"_{a.kind}")
         fold = f"{fold}({', '.join(tiles)}, {self.orientation.dim(a.dim)})"
         running = [f"{t}_{AXES[kept].index}" for t in targets]
         axis = AXES[kept]
@@ -289,7 +289,7 @@ class OwnerPrinter(KernelPrinter):
             case "sum":
                 k.body.append(f"{running[0]} += {fold}")
             case "max":
-                k.body.append(f"{running[0]} = tl.maximum({running[0]}, {fold})")
+                k.body.append(f"{running[0]} = _maximum({running[0]}, {fold})")
             case _:
                 parts = [f"{t}_part" for t in targets]
                 merged = f"_merge_{a.kind}({', '.join([*running, *parts])})"

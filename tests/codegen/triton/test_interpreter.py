@@ -5,6 +5,7 @@ Samples of 21 by 37 in tiles of 16 and panels of 16 by 32 have whole, ragged and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -205,3 +206,12 @@ def test_no_guard_trips_on_embeddings_as_training_makes_them(interpret: Ask):
 def test_what_is_not_served_says_why():
     with pytest.raises(ScheduleError, match="float64"):
         emit(CASES["clip"], dtype="float64")
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("name", quick_or_full(SERVED))
+def test_nan_and_infinity_propagate(interpret: Ask, name: str, bad: str) -> None:
+    for operand in CASES[name].operands:
+        found, wanted = interpret(case=name, dtype="float32", poison={operand: bad})["values"]
+        assert math.isnan(found) == math.isnan(wanted), operand
+        assert math.isinf(found) == math.isinf(wanted), operand

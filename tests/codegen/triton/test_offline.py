@@ -62,6 +62,16 @@ def test_nothing_spills(name: str, width: int, arch: str):
         assert_sound(binary, arch)
 
 
+@pytest.mark.parametrize("arch", QUICK)
+def test_maxima_are_nan_where_anything_is(arch: str):
+    """The interpreter's are in any case; a processor's only by an instruction of its own."""
+    if arch.startswith("gfx"):
+        pytest.skip("instructions are counted for NVIDIA's processors")
+    maxima = compiled("batch_hard", arch, 256)["_forward_sweep_kernel"].variants
+    kinds = {name for name in maxima if name.startswith("FMNMX")}
+    assert kinds and all(".NAN" in name for name in kinds), kinds
+
+
 @pytest.mark.parametrize("arch", ["sm_90", pytest.param("sm_100", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "name", ["nt_xent", *(pytest.param(n, marks=pytest.mark.full) for n in ("clip", "matryoshka"))]

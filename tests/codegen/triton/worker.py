@@ -126,6 +126,9 @@ def draw(request: dict[str, Any]) -> Sample:
         with torch.no_grad():
             tensors["y"].copy_(tensors["x"])
             tensors["y"][-1] = tensors["x"][0]
+    for name, value in request.get("poison", {}).items():
+        with torch.no_grad():
+            tensors[name].view(-1)[47] = float(value)
     if request.get("opposed"):  # a row that is far from every column
         with torch.no_grad():
             tensors["x"][0] = -tensors["y"].mean(0) / tensors["y"].mean(0).norm()
@@ -134,7 +137,8 @@ def draw(request: dict[str, Any]) -> Sample:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Errors of the value and of every gradient against float64, and whether a guard tripped.
+    """Errors of the value and of every gradient against float64, whether a guard tripped, and the
+    value beside the one that it should be.
 
     With ``limits``: how large they may be, too.
     """
@@ -151,7 +155,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         share = 1.0 if wanted[name].dim() == 0 and request["dtype"] != "float32" else 1e-2
         size = max(float(wanted[name].norm()), share * largest)
         errors[name] = float((gradient.double() - wanted[name]).norm()) / size
-    found = {"errors": errors, "tripped": tripped, "gradients": list(gradients)}
+    found = {
+        "errors": errors,
+        "tripped": tripped,
+        "gradients": list(gradients),
+        "values": [value, expected],
+    }
     return {**found, "limits": dict(limits(inputs))} if request.get("limits") else found
 
 
