@@ -561,7 +561,7 @@ def _shift(bound, terms):
     A whole number in base 2: a sum of ``terms`` exponentials stays finite, and its inverse times a
     weight of 1 / terms is still a normal number.  0 where no exponential can underflow.
     """
-    if not math.isfinite(bound):
+    if not bound < 1e300:
         return None
     return max(0.0, math.ceil(bound * LOG2_E - _headroom(terms)) / LOG2_E)
 

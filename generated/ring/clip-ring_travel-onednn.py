@@ -383,9 +383,12 @@ class _MatmulPrecision:
 
 def _shift(bound, terms):
     """What to subtract from logits of at most ``bound``; None: use running maxima."""
-    if not math.isfinite(bound):
+    if not bound < 1e300:
         return None
-    return 0.0 if bound <= SAFE_BOUND else bound + math.log(terms) - LARGEST
+    if bound <= SAFE_BOUND:
+        return 0.0
+    shift = bound + math.log(terms) - LARGEST
+    return math.ceil(shift * LOG2E) / LOG2E  # whole in base 2: large logits are shifted exactly
 
 
 def _in_range(shift, sums, terms):
