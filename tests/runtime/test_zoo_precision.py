@@ -113,6 +113,13 @@ def test_what_positives_are_subtracted_from_is_as_exact_as_dense_fp32(name: str)
     check(CASES[name], [features(CASES[name], scale, True, seed) for scale, seed in regimes])
 
 
+@pytest.mark.parametrize("library", ["blas", "onednn"])
+def test_entropies_of_shifted_logits_are_as_exact_as_dense_fp32(library: str) -> None:
+    """Little is left of a logsumexp less a mean: what shifts them must round neither."""
+    case = CASES["entropy"]
+    check(case, [features(case, 100.0, False, seed) for seed in (4, 9, 18, 31)], library)
+
+
 def test_totals_that_cancel_are_as_exact_as_dense_fp32() -> None:
     """The gradient of beta is of three totals, each of them much larger."""
     case = CASES["dual_softmax"]
