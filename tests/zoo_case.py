@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -102,8 +103,18 @@ class Sample:
         }
 
 
-def sample(case: Case, m: int = 5, n: int = 7, d: int = 6, seed: int = 0) -> Sample:
-    """Draw inputs: ``m`` rows (made even for two views), ``n`` columns, ``d`` features."""
+def sample(
+    case: Case,
+    m: int = 5,
+    n: int = 7,
+    d: int = 6,
+    seed: int = 0,
+    widths: Mapping[str, int] = MappingProxyType({}),
+) -> Sample:
+    """Draw inputs: ``m`` rows (made even for two views), ``n`` columns, ``d`` features.
+
+    ``widths``: operands of other numbers of features.
+    """
     generator = torch.Generator().manual_seed(seed)
     loss = case.loss
     if loss.is_single_set:
@@ -119,7 +130,8 @@ def sample(case: Case, m: int = 5, n: int = 7, d: int = 6, seed: int = 0) -> Sam
     tensors: dict[str, Tensor] = {}
     for op in loss.operands:
         axes = op.axes[:1] if op.axes == (ROWS, COLS) else op.axes
-        tensors[op.name] = unit(*(length[a] for a in axes), d).requires_grad_(not op.stop)
+        tensors[op.name] = unit(*(length[a] for a in axes), widths.get(op.name, d))
+        tensors[op.name].requires_grad_(not op.stop)
     for name in case.inputs:
         low, high = case.ranges.get(name, (0.5, 2.0))
         raw = torch.rand(length[loss.leaves[name].axes[0]], generator=generator).double()

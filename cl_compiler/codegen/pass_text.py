@@ -30,7 +30,8 @@ class PassText:
     whole_rows: bool = False
     slots: bool = False
     keep: str = ""
-    needs_block: str = ""
+    block_width: str = ""
+    """Columns of a scaled block of rows; "" where there is none."""
     results: list[str] = field(default_factory=list)
     shape: str = "(m, n)"
     """Of a tile in memory, as the argument of ``view``."""

@@ -200,7 +200,7 @@ class PassPrinter:
         accumulators = self._accumulators()
         remake = self.body(p.remake[self.mode]) if p.keep == "read" else []
         body = self.body(self.code)
-        block = self._block_width()
+        widths = self.products.block_widths()
         products = [line for g in self.code.gradients for line in self.products.lines(g)]
         outputs = sorted({f"d_{o}" for g in p.gradients for o in self.grad_operands(g)})
         fixed = [*operands, *outputs, *(["store"] if p.keep else [])]
@@ -251,7 +251,7 @@ class PassPrinter:
             whole_rows=p.whole_rows,
             slots=p.is_slots,
             keep=p.keep,
-            needs_block=block,
+            block_width=f"max({', '.join(widths)})" if len(widths) > 1 else "".join(widths),
             results=self._targets(),
         )
 
@@ -411,6 +411,3 @@ class PassPrinter:
             if side in self.pass_.sides and needed and view.operand not in result:
                 result.append(view.operand)
         return result
-
-    def _block_width(self) -> str:
-        return "D" if any(g.row_scale for g in self.code.gradients) else ""

@@ -11,6 +11,9 @@ from cl_compiler.lang.tile_ir import GradientTile
 if TYPE_CHECKING:
     from cl_compiler.codegen.passes import PassPrinter
 
+D_WIDE = frozenset({"x", "y", "z"})
+"""Operands of D columns, as is whatever a similarity compares them with."""
+
 
 class ProductPrinter:
     """Prints the products of one pass in one mode."""
@@ -35,16 +38,18 @@ class ProductPrinter:
         lines = []
         if g.row_scale:
             scale = f"{self.p.symbol(g.row_scale)}[:, None]"
+            widths = self.block_widths()
+            block = "block[:m]" if len(widths) == 1 else f"block[:m, :{self._width(left, right)}]"
             if to_left:
                 lines += [
-                    f"torch.mm({tile}, {y_j}, out=block[:m])",
-                    f"block[:m].mul_({scale})",
-                    f"{d_left}.add_(block[:m]{extra_left})",
+                    f"torch.mm({tile}, {y_j}, out={block})",
+                    f"{block}.mul_({scale})",
+                    f"{d_left}.add_({block}{extra_left})",
                 ]
             if to_right:
                 lines += [
-                    f"torch.mul({x_i}, {scale}, out=block[:m])",
-                    self.product(d_right, right, f"{tile}.T", "block[:m]", extra_right),
+                    f"torch.mul({x_i}, {scale}, out={block})",
+                    self.product(d_right, right, f"{tile}.T", block, extra_right),
                 ]
             return lines
         if to_left:
@@ -54,6 +59,17 @@ class ProductPrinter:
             once = [f"if {self.p.transposed}:", f"    {statement}"]
             lines += once if self.p.pass_.symmetric else [statement]
         return lines
+
+    def block_widths(self) -> list[str]:
+        """Columns of the blocks of rows that are scaled, as text."""
+        scaled = [self.p.views(g.similarity) for g in self.p.code.gradients if g.row_scale]
+        return sorted({self._width(left, right) for left, right in scaled})
+
+    @staticmethod
+    def _width(left: View, right: View) -> str:
+        if left.prefix is not None:
+            return str(left.prefix)
+        return "D" if {left.operand, right.operand} & D_WIDE else f"{left.operand}.shape[1]"
 
     def product(self, target: str, view: View, tile: str, operand: str, extra: str) -> str:
         """Add one product to a gradient."""

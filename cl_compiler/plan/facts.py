@@ -29,9 +29,9 @@ from cl_compiler.plan.sizes import (
     ONE,
     TILE_COLS,
     TILE_ROWS,
-    D,
     Sizes,
     count_of,
+    largest,
     least,
     strip_columns,
 )
@@ -219,6 +219,12 @@ def _pass(
         floats_moved=len(gradients),
         operators=len(gradients) + sum(bool(g.row_scale) for g in tile.gradients),
     )
+    scaled = [
+        sizes.width(leaves[g.similarity].left)
+        for t in p.programs.values()
+        for g in t.gradients
+        if g.row_scale
+    ]
     return PassFacts(
         phase,
         p.grid,
@@ -240,7 +246,7 @@ def _pass(
         p.symmetric,
         p.whole_rows,
         p.keep,
-        D if any(g.row_scale for t in p.programs.values() for g in t.gradients) else sp.Integer(0),
+        largest(scaled) if scaled else sp.Integer(0),
         p.in_strips,
         least(strip_columns(TILE_ROWS), n) if p.in_strips else n,
         max(_strips(p, mode, "t") for mode in p.programs),

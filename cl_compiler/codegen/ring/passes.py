@@ -274,7 +274,7 @@ class RingPassPrinter(StripPassPrinter):
             whole_rows=False,
             slots=False,
             keep="",
-            needs_block="",
+            block_width="",
             results=[],
             axis=LENGTH[p.grid[self.travels]],
             sent=sent,
