@@ -96,7 +96,8 @@ class _Resolver:
             if axes_of(mask, self.leaves) != {ROWS, COLS} or not self.reads_positives(mask):
                 continue
             left, right = (self.at_row(a) for a in mask.args)
-            if sp.expand(left - right) != 0:
+            gap = (left - right).replace(fn.stop_gradient, lambda value: value)
+            if sp.expand(gap) != 0:
                 continue
             self.leaves.setdefault(IS_POSITIVE.name, _is_positive())
             known[mask] = (

@@ -24,6 +24,15 @@ def semi_hard(logit_scale):
 
 
 @cl.define_loss
+def semi_hard_by_a_constant(logit_scale):
+    """The same with positives that have no gradient."""
+    s = logit_scale * cl.similarity(cl.x, cl.y)
+    p = cl.stop_gradient(cl.at_positive(s, on=cl.rows))
+    near = (cl.stop_gradient(s) > p - 5.0) & (s < p)
+    return cl.mean(cl.sum(cl.relu(3.0 + s - p), over=cl.cols, where=near), over=cl.rows)
+
+
+@cl.define_loss
 def rank(logit_scale):
     """How many columns are as similar as the positive, which is one of them."""
     s = logit_scale * cl.similarity(cl.x, cl.y)
@@ -54,6 +63,7 @@ CASES = {
     f"{loss.name} {positives}": Case(loss.name, loss, {"logit_scale": 10.0}, positives=positives)
     for loss, positives in (
         (semi_hard, "diagonal"),
+        (semi_hard_by_a_constant, "diagonal"),
         (rank, "diagonal"),
         (rank_of_columns, "diagonal"),
         (rank_of_columns, "paired"),
