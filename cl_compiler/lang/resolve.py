@@ -84,28 +84,57 @@ class _Resolver:
         return expr.func(*(self.at_row(a) for a in expr.args))
 
     def decided(self, expr: sp.Expr) -> sp.Expr:
-        """With comparisons of a pair and its positive decided where the pair is that positive.
+        """With comparisons decided in which a positive meets its own value.
 
-        A tile's product and the vector at positives are rounded differently: ``s < p`` would be
-        true of some positives themselves.
+        What tiles hold and the vector at positives are rounded differently: ``s < p`` would be
+        true of some positives themselves, ``max(s) > p`` of some that are the maximum.
         """
         if self.by_ids:
             return expr
         known = {}
         for mask in expr.atoms(fn.greater, fn.greater_equal):
-            if axes_of(mask, self.leaves) != {ROWS, COLS} or not self.reads_positives(mask):
+            if not self.reads_positives(mask):
                 continue
-            left, right = (self.at_row(a) for a in mask.args)
-            gap = (left - right).replace(fn.stop_gradient, lambda value: value)
-            if sp.expand(gap) != 0:
-                continue
-            self.leaves.setdefault(IS_POSITIVE.name, _is_positive())
-            known[mask] = (
-                fn.mask_and(fn.mask_not(IS_POSITIVE), mask)
-                if isinstance(mask, fn.greater)
-                else fn.mask_or(IS_POSITIVE, mask)
-            )
+            if axes_of(mask, self.leaves) != {ROWS, COLS}:
+                if self._is_of_itself(mask.xreplace(self._maxima(mask))):
+                    known[mask] = mask.xreplace(self._maxima(mask, beside_others=True))
+            elif self._is_of_itself(mask):
+                self.leaves.setdefault(IS_POSITIVE.name, _is_positive())
+                known[mask] = (
+                    fn.mask_and(fn.mask_not(IS_POSITIVE), mask)
+                    if isinstance(mask, fn.greater)
+                    else fn.mask_or(IS_POSITIVE, mask)
+                )
         return expr.xreplace(known)
+
+    def _is_of_itself(self, comparison: sp.Expr) -> bool:
+        """Whether both sides of a comparison are the same where a pair is a positive."""
+        left, right = (self.at_row(a) for a in comparison.args)
+        gap = (left - right).replace(fn.stop_gradient, lambda value: value)
+        return bool(sp.expand(gap) == 0)
+
+    def _maxima(self, mask: sp.Expr, *, beside_others: bool = False) -> dict[sp.Symbol, sp.Expr]:
+        """Maxima that a mask compares, a positive among their elements, as that positive's value.
+
+        ``beside_others``: as the larger of this and of a maximum of all other elements.
+        """
+        found: dict[sp.Symbol, sp.Expr] = {}
+        for red in [r for r in self.reductions if r.monoid == "max"]:
+            symbol = self.leaves[red.name].symbol
+            pairs = axes_of(red.operand, self.leaves) == {ROWS, COLS}
+            paired = red.over == COLS or (red.over == ROWS and self.one_to_one)
+            if not (symbol in mask.free_symbols and pairs and paired):
+                continue
+            if self.at_row(red.where) != 1:
+                continue
+            axis = ROWS if red.over == COLS else COLS
+            found[symbol] = self.on_axis(self.at_row(red.operand), axis)
+            if beside_others:
+                self.leaves.setdefault(IS_POSITIVE.name, _is_positive())
+                where = fn.mask_and(red.where, fn.mask_not(IS_POSITIVE))
+                others = replace(red, name=f"{red.name}_others", where=where)
+                found[symbol] = fn.maximum(self.add(others, (axis,)), found[symbol])
+        return found
 
     def reads_positives(self, expr: sp.Expr) -> bool:
         """Whether vectors of values at positives, of rows or moved to columns, occur."""
@@ -187,11 +216,11 @@ def resolve(ir: LossIR, positives: Positives) -> LossIR:
     work = _Resolver(ir, positives)
     for red in ir.reductions:
         work.values[ir.leaves[red.name].symbol] = work.resolve(red)
-    required = [(n, e.xreplace(work.values)) for n, e in ir.required]
+    required = [(n, work.decided(e.xreplace(work.values))) for n, e in ir.required]
     resolved = replace(
         ir,
-        value=ir.value.xreplace(work.values),
-        outputs=tuple((n, e.xreplace(work.values)) for n, e in ir.outputs),
+        value=work.decided(ir.value.xreplace(work.values)),
+        outputs=tuple((n, work.decided(e.xreplace(work.values))) for n, e in ir.outputs),
         required=tuple((n, e) for n, e in required if not e.is_positive),
         reductions=tuple(work.reductions),
         leaves=MappingProxyType(work.leaves),

@@ -59,6 +59,34 @@ def semi_hard_views(logit_scale):
     return cl.mean(cl.sum(cl.relu(3.0 + s - p), over=cl.cols, where=where), over=cl.rows)
 
 
+@cl.define_loss
+def wrong_rows(logit_scale):
+    """Only rows whose largest similarity is not their positive's."""
+    s = logit_scale * cl.similarity(cl.x, cl.y)
+    p, top = cl.at_positive(s, on=cl.rows), cl.max(s, over=cl.cols)
+    right = cl.where(2.0 * p >= 2.0 * top, 1.0, 0.0)
+    return cl.mean(cl.relu(1.0 + top - p), over=cl.rows, where=top > p) + cl.mean(
+        right, over=cl.rows
+    )
+
+
+@cl.define_loss
+def wrong_columns(logit_scale):
+    """The same of columns, by constants."""
+    s = logit_scale * cl.similarity(cl.x, cl.y)
+    p, top = cl.at_positive(s, on=cl.cols), cl.stop_gradient(cl.max(s, over=cl.rows))
+    wrong = cl.where(cl.stop_gradient(p) < top, 1.0, 0.0)
+    return cl.mean(cl.softplus(wrong - 0.1 * p), over=cl.cols)
+
+
+@cl.define_loss
+def wrong_views(logit_scale):
+    """Of one set: the largest similarity to another row."""
+    s = logit_scale * cl.similarity(cl.z, cl.z)
+    p, top = cl.at_positive(s, on=cl.rows), cl.max(s, over=cl.cols, where=~cl.is_self)
+    return cl.mean(cl.where(p >= top, cl.softplus(p), top), over=cl.rows)
+
+
 CASES = {
     f"{loss.name} {positives}": Case(loss.name, loss, {"logit_scale": 10.0}, positives=positives)
     for loss, positives in (
@@ -68,6 +96,9 @@ CASES = {
         (rank_of_columns, "diagonal"),
         (rank_of_columns, "paired"),
         (semi_hard_views, "views"),
+        (wrong_rows, "diagonal"),
+        (wrong_columns, "paired"),
+        (wrong_views, "views"),
     )
 }
 
@@ -78,7 +109,7 @@ def test_a_positive_is_as_similar_as_itself(name: str) -> None:
     whole = sample(case, 70, 70, width, seed=1)
     tensors = {n: t.detach() for n, t in whole.tensors.items()}
     if "x" in tensors:  # near their positives, so that these are compared with others
-        tensors["y"] = torch.nn.functional.normalize(tensors["x"] + 0.5 * tensors["y"], dim=1)
+        tensors["y"] = torch.nn.functional.normalize(tensors["x"] + 1.5 * tensors["y"], dim=1)
     tensors = {n: t.float() for n, t in tensors.items()}
     wanted = replace(whole, tensors={n: t.double().requires_grad_() for n, t in tensors.items()})
     given = replace(whole, tensors={n: t.requires_grad_() for n, t in tensors.items()})
