@@ -88,6 +88,9 @@ def _sizes() -> list[set[tuple[object, ...]]]:
 
 
 def _forked() -> None:
+    """In a child, where a thread that was loading a file is not."""
+    global _loading
+    _loading = threading.RLock()
     for process in _processes.values():
         process.forked()
 

@@ -354,13 +354,19 @@ def _exact_setting():
 
 
 def _setting_for(*sizes):
-    """oneDNN keeps code for every size of a batch, megabytes of it: BLAS takes more than a few."""
+    """oneDNN keeps code for every size of a batch, megabytes of it: BLAS takes more than a few.
+
+    And what comes before the setting is known, while another thread multiplies exactly.
+    """
     size = (__name__, *sizes)
     with _process.lock:
+        asked = _exact_setting.cache_info().currsize > 0
+        if not asked and "ieee" in _process.wanted:
+            return "ieee"
         if size not in _process.sizes and len(_process.sizes) >= SIZES_BY_ONEDNN:
             return "ieee"
         _process.sizes.add(size)
-    return _exact_setting()
+        return _exact_setting()
 
 
 class _MatmulPrecision:

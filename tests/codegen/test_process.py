@@ -76,6 +76,23 @@ def test_it_is_the_callers_after_threads_that_wanted_different_ones(theirs: str)
     assert SETTING.fp32_precision == theirs
 
 
+def test_nothing_is_tried_while_another_thread_multiplies_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would have its products made otherwise meanwhile."""
+    module = load_source(FILES["onednn"], "test")
+    module._exact_setting.cache_clear()
+    module._process.begin("ieee")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "mm", None)
+            assert module._setting_for((40, 48), (40, 48)) == "ieee"
+        assert not module._process.sizes and not module._exact_setting.cache_info().currsize
+    finally:
+        module._process.end("ieee")
+    assert module._setting_for((40, 48), (40, 48)) == module._exact_setting()
+
+
 def test_it_is_the_callers_after_ranks_that_are_threads() -> None:
     """Each file asks once how products are made, and several ranks ask at once."""
     before = SETTING.fp32_precision
