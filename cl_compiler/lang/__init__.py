@@ -6,6 +6,8 @@ made), ``lower`` (straight-line programs over tile buffers).  ``reference`` is t
 oracle; ``graph`` shows the result as a networkx DAG.
 """
 
+from typing import TYPE_CHECKING, NoReturn
+
 from cl_compiler.lang.expr import (
     Expr,
     clamp,
@@ -36,6 +38,7 @@ from cl_compiler.lang.vocabulary import (
     logsumexp,
     max,
     mean,
+    min,
     norm,
     operand,
     output,
@@ -51,6 +54,7 @@ from cl_compiler.lang.vocabulary import (
     y,
     z,
 )
+from cl_compiler.lang.words import no_such_word
 
 __all__ = [
     "Expr",
@@ -74,6 +78,7 @@ __all__ = [
     "max",
     "maximum",
     "mean",
+    "min",
     "norm",
     "operand",
     "output",
@@ -95,3 +100,9 @@ __all__ = [
     "y",
     "z",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> NoReturn:
+        """Say which words there are."""
+        raise AttributeError(f"the loss language has no cl.{name}. {no_such_word(name)}")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import sympy as sp
@@ -31,6 +30,7 @@ from cl_compiler.lang.ir import (
     ordered,
     reduction_axes,
 )
+from cl_compiler.lang.words import OPERATORS, no_such_word
 
 RESERVED = re.compile(
     r"x|y|z|ids|row_ids|col_ids|self|group"  # arguments of every call
@@ -165,6 +165,17 @@ class Expr:
     def __le__(self, other: Any) -> Expr:
         return Expr(fn.greater_equal(value_of(other), value_of(self)), is_mask=True)
 
+    def __eq__(self, other: object) -> bool:
+        if other is self:
+            return True
+        raise LossDefinitionError(
+            "== and != compare no values of the language: rounding would decide. Elements that "
+            "attain a maximum are those with s >= cl.max(s, over=cl.cols); cl.is_positive says "
+            "which ids are equal."
+        )
+
+    __hash__ = object.__hash__
+
     def __and__(self, other: Any) -> Expr:
         return Expr(fn.mask_and(mask_of(self), mask_of(other)), is_mask=True)
 
@@ -217,7 +228,7 @@ class Expr:
             raise AttributeError(name)
         raise LossDefinitionError(
             f"a symbolic value has no .{name}: it is neither a tensor nor an array. "
-            f"{_instead(name)}"
+            f"{no_such_word(name)}"
         )
 
     @classmethod
@@ -225,48 +236,24 @@ class Expr:
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
         name = getattr(function, "__name__", "…").strip("_")
-        if name.removeprefix("r") in _OPERATORS.values():
+        if name.removeprefix("r") in OPERATORS.values():
             raise LossDefinitionError(
                 "a tensor cannot enter a loss expression: pass numbers as arguments of the loss, "
                 "and vectors as cl.row_input(name) or cl.col_input(name)."
             )
-        raise LossDefinitionError(f"torch.{name} does not know a symbolic value. {_instead(name)}")
+        raise LossDefinitionError(
+            f"torch.{name} does not know a symbolic value. {no_such_word(name)}"
+        )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **_: Any) -> Any:
         """NumPy's numbers may stand on the left of an operator; nothing else of it is known."""
-        word = _OPERATORS.get(ufunc.__name__)
+        word = OPERATORS.get(ufunc.__name__)
         numbers = [_plain(a) for a in args]
         if method == "__call__" and word and all(isinstance(n, (Expr, Real)) for n in numbers):
             return getattr(operator, word)(*numbers)
         raise LossDefinitionError(
-            f"numpy.{ufunc.__name__} does not know a symbolic value. {_instead(ufunc.__name__)}"
+            f"numpy.{ufunc.__name__} does not know a symbolic value. {no_such_word(ufunc.__name__)}"
         )
-
-
-_OPERATORS: Mapping[str, str] = MappingProxyType(
-    {
-        "add": "add", "subtract": "sub", "multiply": "mul", "divide": "truediv",
-        "true_divide": "truediv", "power": "pow", "greater": "gt", "greater_equal": "ge",
-        "less": "lt", "less_equal": "le",
-    }
-)  # fmt: skip
-"""NumPy's word for an operator → Python's."""
-_WORDS = (
-    "exp", "log", "sqrt", "sigmoid", "softplus", "relu", "maximum", "clamp", "logaddexp", "where",
-    "sum", "max", "mean", "logsumexp",
-)  # fmt: skip
-_OTHER_WORDS: Mapping[str, str] = MappingProxyType(
-    {"abs": "abs(v)", "absolute": "abs(v)", "amax": "cl.max", "detach": "cl.stop_gradient"}
-)
-
-
-def _instead(name: str) -> str:
-    """The language's word for a function of torch or NumPy."""
-    if name in _OTHER_WORDS:
-        return f"Use {_OTHER_WORDS[name]}."
-    if name in _WORDS:
-        return f"Use cl.{name}."
-    return f"The functions of the language are {', '.join(f'cl.{w}' for w in _WORDS)}."
 
 
 def _plain(value: Any) -> Any:

@@ -66,6 +66,11 @@ def define_loss(
             raise LossDefinitionError(
                 f"{trace.name} returns nothing: end it with `return` and the loss, a scalar."
             )
+        if isinstance(returned, (tuple, list, dict)):
+            raise LossDefinitionError(
+                f"{trace.name} returns a {type(returned).__name__}: return the loss alone, a "
+                "scalar; whatever else is wanted beside it goes to cl.output(name, value)."
+            )
         value = value_of(returned)
         results = (value, *(e for _, e in trace.outputs))
         folded = tuple(e for red in trace.reductions for e in red.expressions)

@@ -273,6 +273,14 @@ def max(value: Any, *, over: str = "", where: Any = None) -> Expr:
     return Expr(_reduce("max", value, over, where))
 
 
+def min(value: Any, *, over: str = "", where: Any = None) -> Expr:
+    """The smallest element over an axis: ``-max(-value)``.
+
+    inf where the mask leaves nothing.  Arguments, result and errors are those of ``cl.sum``.
+    """
+    return -max(-Expr(value_of(value)), over=over, where=where)
+
+
 def softmean(value: Any, logits: Any, *, over: str = "", where: Any = None) -> Expr:
     """``sum(softmax(logits) * value)`` over an axis; the mask restricts the softmax too.
 

@@ -38,9 +38,10 @@ def max_batch(
 def largest_batch(space: Space) -> int:
     """``max_batch`` of a prepared request."""
     options = [space.option(s) for s in space.schedules()]
-    return largest(
+    batch = largest(
         lambda rows: any(_least_bytes(space, o, rows) <= space.limit_bytes for o in options)
     )
+    return batch - batch % space.request.row_step
 
 
 def least_bytes(request: Request, sweep_plan: SweepPlan | None = None) -> Callable[[int], int]:

@@ -135,15 +135,15 @@ class _MatmulPrecision:
         self.wanted = _setting_for(*sizes)
 
     def __enter__(self):
+        _process.begin(self.wanted)
         self.autocast = torch.is_autocast_enabled("cpu")  # a backward may run in such a region
         if self.autocast:
             torch.set_autocast_enabled("cpu", False)
-        _process.begin(self.wanted)
 
     def __exit__(self, *_):
-        _process.end(self.wanted)
         if self.autocast:
             torch.set_autocast_enabled("cpu", True)
+        _process.end(self.wanted)
 
 
 def _shift(bound, terms):

@@ -158,15 +158,15 @@ class _MatmulPrecision:
     """While it is entered, fp32 matrices are multiplied as this file says; then as before."""
 
     def __enter__(self):
+        _process.begin(MATMUL_PRECISION)
         self.autocast = torch.is_autocast_enabled("cuda")  # a backward may run in such a region
         if self.autocast:
             torch.set_autocast_enabled("cuda", False)
-        _process.begin(MATMUL_PRECISION)
 
     def __exit__(self, *_):
-        _process.end(MATMUL_PRECISION)
         if self.autocast:
             torch.set_autocast_enabled("cuda", True)
+        _process.end(MATMUL_PRECISION)
 
 
 def _on_its_device(function):
