@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_compiler.errors import ArgumentError
 from cl_compiler.integrations.compiled import Compiled
 from cl_compiler.integrations.own_rows import infonce_rows
 from cl_compiler.integrations.ranks import OfRanks, shards_of, with_value, world_size
@@ -38,7 +39,15 @@ def cal_inf_loss(
 
     Returns:
         A scalar; its mean over ranks is the loss of the whole batch, where shards are equal.
+
+    Raises:
+        ArgumentError: ``labels`` are no numbers of columns, or what ``CompiledLoss`` raises.
     """
+    if labels is not None and (labels.dim() != 1 or labels.is_floating_point()):
+        raise ArgumentError(
+            f"cal_inf_loss: labels are numbers of columns, [B] integers; got {labels.dtype} of "
+            f"shape {list(labels.shape)}. A scale is given as scale=."
+        )
     chosen: dict[str, Any] = {}
     if world_size() == 1:
         if labels is not None:

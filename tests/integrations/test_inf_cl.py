@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from cl_compiler.errors import ArgumentError
 from cl_compiler.integrations.inf_cl import cal_inf_loss
 from tests.integrations.compare import assert_same, unit
 
@@ -37,3 +38,9 @@ def test_the_signature_is_inf_cls():
     for name, parameter in theirs.items():
         assert ours[name].default == parameter.default
         assert list(ours).index(name) == list(theirs).index(name)
+
+
+def test_labels_that_are_no_columns_are_refused():
+    q = unit(9, 6, seed=1)
+    with pytest.raises(ArgumentError, match=r"labels are numbers of columns.*given as scale="):
+        cal_inf_loss(q, q, torch.tensor(20.0))
