@@ -20,8 +20,6 @@ _WORDS = (
 _OTHER_WORDS: Mapping[str, str] = MappingProxyType(
     {"abs": "abs(v)", "absolute": "abs(v)", "amax": "cl.max", "detach": "cl.stop_gradient"}
 )
-
-
 _SORTING = frozenset({"topk", "sort", "argsort", "rank", "argmax", "argmin", "quantile", "median"})
 
 

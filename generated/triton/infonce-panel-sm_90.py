@@ -301,7 +301,8 @@ def _inner(operand, gradient):
 
 def _add_at_positives(coefficient, left, right, d_left, d_right):
     """Add a gradient with respect to the inner products of rows and their positives."""
-    coefficient = coefficient.expand(left.shape[0]).float().unsqueeze(1)
+    coefficient = torch.as_tensor(coefficient, dtype=torch.float32, device=left.device)
+    coefficient = coefficient.expand(left.shape[0]).unsqueeze(1)
     for i in range(0, left.shape[0], TILE_M):
         rows = slice(i, min(i + TILE_M, left.shape[0]))
         cols = rows

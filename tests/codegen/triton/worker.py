@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 
 from cl_compiler.lang.ring import HOST
 from cl_compiler.runtime.loader import load_source
-from tests import heavy_losses, random_losses
+from tests import comparing_losses, heavy_losses, random_losses
 from tests.codegen.triton.emit import PANEL, RESIDENT, SMALL, emit
 from tests.dense_fp32 import limits
 from tests.losses_zoo import cases
@@ -30,7 +30,7 @@ from tests.ring.shards import emit_ring, run_group, split
 from tests.ring.streams import pretend
 from tests.zoo_case import Sample, held_in_e4m3, sample
 
-CASES = {case.name: case for case in cases()} | heavy_losses.CASES
+CASES = {case.name: case for case in cases()} | heavy_losses.CASES | comparing_losses.CASES
 
 
 def mend_bfloat16() -> None:
