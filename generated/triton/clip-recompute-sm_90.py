@@ -81,8 +81,8 @@ def _crosses(i, j, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _base(largest):
-    """What logits are taken relative to: not to an infinity."""
-    return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+    """What logits are taken relative to: a number, where the largest is infinite."""
+    return tl.clamp(largest, -3.0e38, 3.0e38)
 
 
 @triton.jit
