@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 import pytest
 import torch
 
+from cl_compiler.runtime import loader
 from cl_compiler.runtime.loader import forget_sizes, load_source, sizes_as_they_were
 from tests import losses_zoo as zoo
 from tests.ring.shards import emit_ring, run_group, split
@@ -159,3 +161,38 @@ def test_an_error_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None
         process.begin("bf16")
     monkeypatch.undo()
     assert not process.wanted and SETTING.fp32_precision == before
+
+
+def test_autocast_is_as_it_was_where_entering_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_source(FILES["blas"], "test")
+
+    def interrupted(wanted: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._process, "begin", interrupted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(KeyboardInterrupt), module._MatmulPrecision():
+            pass
+        assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_child_loads_files_though_a_thread_of_its_parent_was_loading_one() -> None:
+    held, done = threading.Event(), threading.Event()
+
+    def load() -> None:
+        with loader._loading:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    held.wait(60)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # it would wait for a thread that it does not have
+        load_source("NUMBER = 1", "child")
+        os._exit(0)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
